@@ -43,9 +43,9 @@ def make_tiny_model(architecture: str, out_dir: Path | str, *, seed: int = 0) ->
     )
     model.save_pretrained(directory)
     save_tokenizer(recipe.tokenizer, directory)
-    processor_class = PROCESSOR_MAPPING_NAMES[architecture]
-    _write_json(directory / "preprocessor_config.json", {"processor_class": processor_class, **recipe.image_processor})
-    _write_json(directory / "processor_config.json", {"processor_class": processor_class, **recipe.processor})
+    processor = {"processor_class": PROCESSOR_MAPPING_NAMES[architecture]}
+    _write_json(directory / "preprocessor_config.json", {**processor, **recipe.image_processor})
+    _write_json(directory / "processor_config.json", {**processor, **recipe.processor})
     return directory
 
 

@@ -8,7 +8,8 @@ import zlib
 import torch
 from torch import nn
 
-_ADDED_TO_A_SEQUENCE = ("embed_tokens", "position_embed", "pos_embed", "class_embedding", "cls_token", "newline")
+_TABLES = ("embed_tokens", "position_embed", "pos_embed", "class_embedding", "cls_token", "newline")
+"""Parameters that are looked up or added, not multiplied."""
 
 
 def fill_weights(model: nn.Module, seed: int) -> None:
@@ -27,7 +28,7 @@ def fill_weights(model: nn.Module, seed: int) -> None:
 
 
 def _scaled(name: str, noise: torch.Tensor) -> torch.Tensor:
-    if any(part in name for part in _ADDED_TO_A_SEQUENCE):
+    if any(part in name for part in _TABLES):
         return 0.5 * noise
     if noise.dim() <= 1:
         multiplies = name.endswith(".weight") or "lambda" in name
