@@ -1,0 +1,100 @@
+"""`trtllm-mm-cache ask`: one question to a running server, with the official OpenAI client."""
+
+from __future__ import annotations
+
+import mimetypes
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import openai
+import pybase64
+
+from trtllm_mm_cache.errors import MmCacheError
+
+
+class AskError(MmCacheError):
+    """The server could not be asked, or answered with an error."""
+
+    code = "ask_failed"
+
+
+def ask_server(
+    images: Sequence[str],
+    question: str,
+    *,
+    url: str,
+    model: str | None,
+    max_tokens: int,
+    temperature: float,
+    timeout: float,
+) -> None:
+    """Send `question` about `images`, print the answer as it streams, then the time to first token.
+
+    The answer goes to standard output, the timing to standard error. Raises `AskError`.
+    """
+    client = openai.OpenAI(base_url=url, api_key="not-needed", timeout=timeout, max_retries=0)
+    content: list[Any] = [{"type": "image_url", "image_url": {"url": _image_url(image)}} for image in images]
+    content.append({"type": "text", "text": question})
+    try:
+        name = model or _first_model(client)
+        started = time.perf_counter()
+        stream = client.chat.completions.create(
+            model=name,
+            messages=[{"role": "user", "content": content}],
+            max_tokens=max_tokens,
+            temperature=temperature,
+            stream=True,
+        )
+        first = _print_stream(stream)
+    except openai.APIConnectionError as error:
+        raise AskError(f"no server answers at {url}; start one with launch/disagg_e_pd.sh") from error
+    except openai.APIStatusError as error:
+        raise AskError(f"the server answered {error.status_code}: {_server_message(error)}") from error
+    except openai.APIError as error:
+        raise AskError(f"the server reported: {error.message}") from error
+    total = time.perf_counter() - started
+    if first is None:
+        print(f"[no token came; {total:.2f} s]", file=sys.stderr)
+    else:
+        print(f"[first token after {first - started:.2f} s, all after {total:.2f} s]", file=sys.stderr)
+
+
+def _print_stream(stream: Iterator[Any]) -> float | None:
+    """Print deltas as they come; return when the first token arrived, or None."""
+    first: float | None = None
+    for chunk in stream:
+        for choice in chunk.choices:
+            if choice.delta.content:
+                first = first or time.perf_counter()
+                print(choice.delta.content, end="", flush=True)
+    print()
+    return first
+
+
+def _first_model(client: openai.OpenAI) -> str:
+    models = client.models.list().data
+    if not models:
+        raise AskError("the server serves no model yet; wait until the PD worker is ready")
+    return models[0].id
+
+
+def _image_url(image: str) -> str:
+    if image.startswith(("http://", "https://", "data:")):
+        return image
+    path = Path(image)
+    try:
+        body = path.read_bytes()
+    except OSError as error:
+        raise AskError(f"cannot read {path}: {error.strerror}") from error
+    kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+    return f"data:{kind};base64,{pybase64.b64encode(body).decode()}"
+
+
+def _server_message(error: openai.APIStatusError) -> str:
+    body = error.body
+    if isinstance(body, dict):
+        return str(body.get("message", body))
+    return str(body or error.message)

@@ -1,0 +1,104 @@
+"""The command line: `trtllm-mm-cache frontend|encode|pd|ask`.
+
+Every subcommand imports what it needs when it runs, so that `--help` answers at once and no
+command loads an engine it does not use.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from trtllm_mm_cache import __version__
+from trtllm_mm_cache.cli_options import settings_options
+from trtllm_mm_cache.config import EncodeSettings, FrontendSettings, PdSettings
+from trtllm_mm_cache.errors import ConfigurationError, MmCacheError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="trtllm-mm-cache")
+def cli() -> None:
+    """Multimodal serving that never runs the vision encoder twice on the same picture.
+
+    Start `frontend`, one or more `encode` workers and one or more `pd` workers, in any order; or all
+    of them with launch/disagg_e_pd.sh. Then `ask photo.jpg "What is this?"`.
+    """
+
+
+@cli.command()
+@settings_options(FrontendSettings)
+def frontend(settings: FrontendSettings) -> None:
+    """Serve the OpenAI HTTP API and route requests to the PD workers."""
+    from trtllm_mm_cache.workers.frontend import run_frontend
+
+    run_frontend(settings)
+
+
+@cli.command()
+@settings_options(EncodeSettings)
+def encode(settings: EncodeSettings) -> None:
+    """Run an encode worker: images in, embeddings out, over NIXL."""
+    from trtllm_mm_cache.workers.encode import run_encode_worker
+
+    run_encode_worker(settings)
+
+
+@cli.command()
+@settings_options(PdSettings)
+def pd(settings: PdSettings) -> None:
+    """Run a prefill+decode worker with its embedding cache."""
+    from trtllm_mm_cache.workers.pd import run_pd_worker
+
+    run_pd_worker(settings)
+
+
+@cli.command()
+@click.argument("arguments", nargs=-1, required=True, metavar="[IMAGE]... QUESTION")
+@click.option(
+    "--url",
+    default="http://127.0.0.1:8000/v1",
+    show_default=True,
+    envvar="OPENAI_BASE_URL",
+    show_envvar=True,
+    help="Base URL of the server.",
+)
+@click.option("--model", default=None, help="Model name. Default: the first one the server lists.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer.")
+@click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--timeout", type=click.FloatRange(1), default=120.0, show_default=True, help="Seconds to wait.")
+def ask(
+    arguments: tuple[str, ...], url: str, model: str | None, max_tokens: int, temperature: float, timeout: float
+) -> None:
+    """Ask a running server about pictures and stream its answer.
+
+    IMAGE is a file or an http(s) URL; any number of them may precede the QUESTION.
+    """
+    from trtllm_mm_cache.ask import ask_server
+
+    *images, question = arguments
+    ask_server(
+        images,
+        question,
+        url=url,
+        model=model,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        timeout=timeout,
+    )
+
+
+def main() -> None:
+    """Entry point: run the command line; an operator's mistake ends in one line and exit code 2."""
+    try:
+        cli.main(standalone_mode=True)
+    except ConfigurationError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except MmCacheError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Turns a settings class into command-line options: the field is the flag, its description the help."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import click
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def settings_options(settings: type[Model]) -> Callable[[Callable[[Model], Any]], Callable[..., Any]]:
+    """Decorate a command so that it takes every field of `settings` as a flag and gets one instance.
+
+    A field's `json_schema_extra={"env": NAME}` makes the environment variable NAME its fallback.
+    A value that the settings refuse becomes a usage error that names the flag.
+    """
+
+    def decorate(command: Callable[[Model], Any]) -> Callable[..., Any]:
+        def run(**values: Any) -> Any:
+            return command(_build(settings, values))
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        decorated: Callable[..., Any] = run
+        for name, field in reversed(settings.model_fields.items()):
+            decorated = _option(name, field)(decorated)
+        return decorated
+
+    return decorate
+
+
+def _build(settings: type[Model], values: dict[str, Any]) -> Model:
+    try:
+        return settings.model_validate({name: value for name, value in values.items() if value is not None})
+    except ValidationError as error:
+        problems = "; ".join(f"{_flag(str(p['loc'][0]))}: {p['msg']}" for p in error.errors())
+        raise click.UsageError(problems) from error
+
+
+def _option(name: str, field: FieldInfo) -> Callable[..., Any]:
+    required = field.default is PydanticUndefined
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    env = extra.get("env")
+    if field.annotation is bool:
+        return click.option(
+            f"{_flag(name)}/--no-{_flag(name)[2:]}", name, default=None, envvar=env, help=_help(field)
+        )
+    return click.option(
+        _flag(name),
+        name,
+        type=_click_type(field),
+        required=required,
+        default=None,
+        envvar=env,
+        show_envvar=env is not None,
+        help=_help(field),
+    )
+
+
+def _help(field: FieldInfo) -> str:
+    text = field.description or ""
+    if field.default in (PydanticUndefined, None):
+        return text
+    default = field.default
+    if isinstance(default, bool):
+        default = "yes" if default else "no"
+    return f"{text}  [default: {default}]"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _click_type(field: FieldInfo) -> click.ParamType[Any] | type:
+    annotation = field.annotation
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
+    if typing.get_origin(annotation) is Literal:
+        return click.Choice([str(choice) for choice in typing.get_args(annotation)])
+    if annotation is Path:
+        return click.Path(path_type=Path)
+    if annotation in (int, float, str):
+        return typing.cast(type, annotation)
+    raise TypeError(f"no command-line form for {annotation}")
