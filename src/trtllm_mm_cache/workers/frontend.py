@@ -1,0 +1,30 @@
+"""The frontend: Dynamo's OpenAI-compatible HTTP server, embedded."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from dynamo.llm import EngineType, EntrypointArgs, make_engine, run_input
+
+from trtllm_mm_cache.config import FrontendSettings
+from trtllm_mm_cache.observability.logs import configure_logging
+from trtllm_mm_cache.workers.runtime import connect
+
+logger = logging.getLogger(__name__)
+
+
+def run_frontend(settings: FrontendSettings) -> None:
+    """Serve until SIGTERM or SIGINT (Dynamo's server handles both: it finishes what runs, then ends)."""
+    configure_logging(settings.log_level)
+    asyncio.run(_serve(settings))
+
+
+async def _serve(settings: FrontendSettings) -> None:
+    runtime = connect(settings)
+    engine = await make_engine(
+        runtime,
+        EntrypointArgs(EngineType.Dynamic, http_host=settings.http_host, http_port=settings.http_port),
+    )
+    logger.info("frontend listens on http://%s:%d", settings.http_host, settings.http_port)
+    await run_input(runtime, "http", engine)

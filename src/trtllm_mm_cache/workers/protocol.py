@@ -1,0 +1,111 @@
+"""What a PD worker and an encode worker say to each other over Dynamo's request plane.
+
+One call asks for one embedding; the answer is one message, either `EncodeReady` or an error.
+The image travels in the request (the request plane carries bytes as they are); the embedding never
+does: `EncodeReady` only says where the PD worker may READ it.
+
+Every message is validated on arrival: unknown fields, wrong types and sizes beyond the bounds below
+are a `ProtocolMismatchError`, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trtllm_mm_cache.errors import MmCacheError, ProtocolMismatchError, from_wire
+
+PROTOCOL_VERSION = 1
+
+MAX_EMBEDDING_BYTES = 4 * 1024**3
+HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Message(BaseModel):
+    """Base of all messages: immutable, strictly typed, unknown fields refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class EncodeRequest(Message):
+    """Asks for the embedding of one image.
+
+    `fingerprint` is the asker's: an encode worker that serves another model refuses.
+    `media` are the image file's bytes; the encode worker decodes them itself.
+    """
+
+    version: Literal[1] = PROTOCOL_VERSION
+    fingerprint: HexDigest
+    key: HexDigest
+    media: bytes
+    processor_kwargs: dict[str, Any] = Field(default_factory=dict)
+    variant: str = Field("", max_length=64)
+
+
+class EncodeReady(Message):
+    """Says that the embedding lies in the encode worker's arena, pinned until the READ's notification.
+
+    `peer` is the NIXL metadata with its digest; `token` is the READ's notification; `checksum` is
+    XXH3-64 over the `nbytes` at `address`. `dtype` is a torch dtype name without the prefix.
+    `origin` tells what it cost: an encode, a flight that another call had started, or nothing.
+    """
+
+    version: Literal[1] = PROTOCOL_VERSION
+    status: Literal["ready"] = "ready"
+    peer: dict[str, Any]
+    token: str = Field(max_length=128)
+    address: int = Field(gt=0, lt=2**64)
+    nbytes: int = Field(gt=0, le=MAX_EMBEDDING_BYTES)
+    checksum: int = Field(ge=0, lt=2**64)
+    dtype: str = Field(max_length=32)
+    shape: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
+    metadata: dict[str, Any]
+    origin: Literal["encoded", "joined", "cached"]
+    encode_seconds: float = Field(ge=0)
+
+
+class EncodeFault(Message):
+    """Says why there is no embedding: `code` and `message` of an `MmCacheError`."""
+
+    version: Literal[1] = PROTOCOL_VERSION
+    status: Literal["error"] = "error"
+    code: str = Field(max_length=64)
+    message: str = Field(max_length=4096)
+
+    @classmethod
+    def of(cls, error: MmCacheError) -> EncodeFault:
+        """Describe `error` for the other side."""
+        return cls(code=error.code, message=error.message[:4096])
+
+
+AnyMessage = TypeVar("AnyMessage", bound=Message)
+
+
+def parse(kind: type[AnyMessage], payload: Any) -> AnyMessage:
+    """Validate `payload` as a `kind`; raises `ProtocolMismatchError` that names the fields at fault."""
+    try:
+        return kind.model_validate(_with_tuples(payload))
+    except ValidationError as error:
+        fields = ", ".join(
+            sorted({".".join(str(part) for part in problem["loc"]) for problem in error.errors()})
+        )
+        raise ProtocolMismatchError(
+            f"the other worker's {kind.__name__} is not what protocol version {PROTOCOL_VERSION} says "
+            f"(fields: {fields or 'the message itself'}); run the same release on both workers"
+        ) from None
+
+
+def parse_answer(payload: Any) -> EncodeReady:
+    """Read an encode worker's answer; raises the error it reports, or `ProtocolMismatchError`."""
+    if isinstance(payload, dict) and payload.get("status") == "error":
+        fault = parse(EncodeFault, payload)
+        raise from_wire({"code": fault.code, "message": fault.message})
+    return parse(EncodeReady, payload)
+
+
+def _with_tuples(payload: Any) -> Any:
+    # The wire has lists only; strict validation wants the tuple that `shape` is.
+    if isinstance(payload, dict) and isinstance(payload.get("shape"), list):
+        return {**payload, "shape": tuple(payload["shape"])}
+    return payload

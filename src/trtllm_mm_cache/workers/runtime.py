@@ -1,0 +1,82 @@
+"""Dynamo's runtime in one process: connect, serve one endpoint, drain on SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from dynamo.runtime import Context, DistributedRuntime
+
+from trtllm_mm_cache.config import MB, RuntimeSettings
+from trtllm_mm_cache.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+# A request carries images (base64 in data: URLs, bytes to the encode worker); Dynamo's default
+# of 32 MB would refuse a handful of photographs.
+MAX_MESSAGE_BYTES = 512 * MB
+
+Handler = Callable[[Any, Context], AsyncIterator[Any]]
+
+
+def connect(settings: RuntimeSettings) -> DistributedRuntime:
+    """Join the deployment. Call once per process, from its event loop.
+
+    Dynamo reads its limits from the environment; what the operator set there stays.
+    """
+    os.environ.setdefault("DYN_TCP_MAX_MESSAGE_SIZE", str(MAX_MESSAGE_BYTES))
+    os.environ.setdefault("DYN_HTTP_BODY_LIMIT_MB", str(MAX_MESSAGE_BYTES // MB))
+    return DistributedRuntime(
+        asyncio.get_running_loop(),
+        settings.discovery_backend,
+        settings.request_plane,
+        event_plane=settings.event_plane,
+    )
+
+
+def endpoint_path(url: str) -> str:
+    """Return `namespace.component.endpoint` of a dyn:// URL (the scheme may be left out)."""
+    path = url.removeprefix("dyn://")
+    if len([part for part in path.split(".") if part]) != 3:
+        raise ConfigurationError(f"'{url}' is no endpoint; write dyn://namespace.component.endpoint")
+    return path
+
+
+def drain_on_signals(runtime: DistributedRuntime) -> None:
+    """On SIGTERM or SIGINT take nothing new, finish what runs, and let `serve_endpoint` return."""
+    loop = asyncio.get_running_loop()
+
+    def drain(name: str) -> None:
+        logger.info("%s: draining; requests that run are finished, new ones go elsewhere", name)
+        runtime.shutdown()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, drain, number.name)
+
+
+class RequestStoppedError(Exception):
+    """The client is gone or has cancelled; nobody reads the answer."""
+
+
+async def until_stopped(context: Context, work: Awaitable[Any]) -> Any:
+    """Await `work`, but no longer than somebody wants the answer.
+
+    Raises `RequestStoppedError` when the request's context is stopped or killed first; `work` is
+    then cancelled and has ended when this returns.
+    """
+    task = asyncio.ensure_future(work)
+    stopped = asyncio.ensure_future(context.async_killed_or_stopped())
+    try:
+        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise RequestStoppedError
+    finally:
+        stopped.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
