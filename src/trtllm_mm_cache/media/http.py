@@ -1,0 +1,218 @@
+"""http(s) references to bytes, through a private HTTP cache (RFC 9111) and a guarded network.
+
+From the caller down: `HttpFetcher` follows redirects and bounds time and size; hishel's cache
+transport answers what is fresh and revalidates what is not; `_OriginTransport` speaks to the server
+over connections that `GuardedBackend` has checked. No client object stands on top of them, because
+everything it would add (cookies, credentials from the environment, proxies, redirects of its own,
+URLs in logs) must not happen here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from email.utils import formatdate, mktime_tz, parsedate_tz
+
+import httpcore2
+import httpx2
+from hishel import CacheOptions
+from hishel.httpx2 import AsyncCacheTransport
+
+from trtllm_mm_cache.errors import MediaFetchError, MediaReferenceError, MediaTooLargeError
+from trtllm_mm_cache.media.http_cache import MemoryStorage
+from trtllm_mm_cache.media.network import GuardedBackend, Resolver, SystemResolver
+from trtllm_mm_cache.media.settings import MediaSettings
+
+_MAX_URL_LENGTH = 8192
+_REDIRECTS = {301, 302, 303, 307, 308}
+_HEADERS = {
+    "accept": "image/*",
+    # Images are compressed already, and a coding on top is one more thing that can explode. A server
+    # that codes all the same is decoded, within the size limit.
+    "accept-encoding": "identity",
+    "user-agent": "trtllm-mm-cache",
+}
+
+
+class HttpFetcher:
+    """Fetches http(s) URLs. Belongs to one event loop; `close` it there."""
+
+    def __init__(self, settings: MediaSettings, resolver: Resolver | None = None) -> None:
+        self._settings = settings
+        self._system_resolver = SystemResolver()
+        backend = GuardedBackend(
+            resolver or self._system_resolver, allow_private=settings.allow_private_addresses
+        )
+        self._storage = MemoryStorage(settings.http_cache_bytes)
+        self._transport = AsyncCacheTransport(
+            _OriginTransport(settings, backend), storage=self._storage, rfc=CacheOptions(shared=False)
+        )
+
+    async def fetch(self, reference: str) -> bytes:
+        """Return the body that `reference` leads to: from the cache while it is fresh, else from the server.
+
+        Raises `MediaReferenceError`, `MediaForbiddenError`, `MediaFetchError`, `MediaTooLargeError`.
+        """
+        url = _parse(reference)
+        seconds = self._settings.http_total_timeout
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._follow(url)
+        except (TimeoutError, httpcore2.TimeoutException) as error:
+            raise MediaFetchError(f"the media server did not deliver within {seconds:g} seconds") from error
+        except (httpcore2.NetworkError, httpcore2.ProtocolError, httpx2.HTTPError) as error:
+            raise MediaFetchError("the media server's answer broke off or was not valid HTTP") from error
+
+    async def close(self) -> None:
+        """Close connections and free the cache. Fetches that still run fail."""
+        await self._transport.aclose()
+        self._system_resolver.close()
+
+    async def _follow(self, url: httpx2.URL) -> bytes:
+        for _ in range(self._settings.http_max_redirects + 1):
+            response = await self._transport.handle_async_request(self._request(url))
+            try:
+                if response.status_code in _REDIRECTS:
+                    url = _redirected(url, response)
+                else:
+                    return await self._body(response)
+            finally:
+                await response.aclose()
+        raise MediaFetchError(
+            f"the URL is redirected more than {self._settings.http_max_redirects} times; send the final one"
+        )
+
+    def _request(self, url: httpx2.URL) -> httpx2.Request:
+        connect, total = self._settings.http_connect_timeout, self._settings.http_total_timeout
+        timeouts = {"connect": connect, "read": total, "write": total, "pool": total}
+        return httpx2.Request("GET", url, headers=_HEADERS, extensions={"timeout": timeouts})
+
+    async def _body(self, response: httpx2.Response) -> bytes:
+        if response.status_code not in {200, 203}:
+            raise MediaFetchError(f"the media server answered with status {response.status_code}")
+        body = bytearray()
+        async for chunk in response.aiter_bytes():
+            body += chunk
+            _check_size(len(body), self._settings.max_file_size_bytes)
+            # A small coded chunk can decode into many large ones without a pause of its own.
+            await asyncio.sleep(0)
+        return bytes(body)
+
+
+class _OriginTransport(httpx2.AsyncBaseTransport):
+    """httpx2's transport interface over an httpcore pool with our network backend."""
+
+    def __init__(self, settings: MediaSettings, backend: GuardedBackend) -> None:
+        self._max_bytes = settings.max_file_size_bytes
+        self._pool = httpcore2.AsyncConnectionPool(
+            ssl_context=httpx2.create_ssl_context(),
+            max_connections=settings.http_max_connections,
+            max_keepalive_connections=16,
+            keepalive_expiry=30.0,
+            network_backend=backend,
+        )
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        """Send one request; exceptions are httpcore's and this package's own."""
+        url = request.url
+        answer = await self._pool.handle_async_request(
+            httpcore2.Request(
+                method=request.method,
+                url=httpcore2.URL(
+                    scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path
+                ),
+                headers=request.headers.raw,
+                extensions=request.extensions,
+            )
+        )
+        return httpx2.Response(
+            answer.status,
+            headers=_with_cache_policy(answer.status, httpx2.Headers(answer.headers)),
+            stream=_BoundedStream(answer, self._max_bytes),
+        )
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        await self._pool.aclose()
+
+
+class _BoundedStream(httpx2.AsyncByteStream):
+    """A body as it comes from the wire, cut off with an error at the size limit."""
+
+    def __init__(self, answer: httpcore2.Response, max_bytes: int) -> None:
+        self._answer = answer
+        self._max_bytes = max_bytes
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        received = 0
+        async for chunk in self._answer.aiter_stream():
+            received += len(chunk)
+            _check_size(received, self._max_bytes)
+            yield chunk
+
+    async def aclose(self) -> None:
+        await self._answer.aclose()
+
+
+def _with_cache_policy(status: int, headers: httpx2.Headers) -> httpx2.Headers:
+    """Say in the headers what this cache adds to RFC 9111, before the cache reads them.
+
+    - Only images are kept: errors and redirects are not.
+    - No heuristic freshness: a response that does not say how long it is fresh is asked for again
+      each time, with its validators, so that a changed image is never served from yesterday.
+    - A missing or future Date becomes the time of receipt (RFC 9110, section 6.6.1), without which
+      the response would never grow old.
+    """
+    parsed = parsedate_tz(headers.get("date", ""))
+    if parsed is None or mktime_tz(parsed) > time.time():
+        headers["date"] = formatdate(usegmt=True)
+    if status == 304:
+        return headers
+    control = headers.get("cache-control", "")
+    if status not in {200, 203}:
+        addition = "no-store"
+    elif "max-age" in control.lower() or "expires" in headers:
+        return headers
+    else:
+        addition = "no-cache" if "etag" in headers or "last-modified" in headers else "no-store"
+    headers["cache-control"] = f"{control}, {addition}" if control else addition
+    return headers
+
+
+def _parse(reference: str) -> httpx2.URL:
+    if len(reference) > _MAX_URL_LENGTH:
+        raise MediaReferenceError(f"the URL is longer than {_MAX_URL_LENGTH} characters")
+    try:
+        url = httpx2.URL(reference)
+    except httpx2.InvalidURL:
+        raise MediaReferenceError("the URL cannot be parsed") from None
+    return _checked(url)
+
+
+def _redirected(url: httpx2.URL, response: httpx2.Response) -> httpx2.URL:
+    location = response.headers.get("location", "")
+    if not location or len(location) > _MAX_URL_LENGTH:
+        raise MediaFetchError("the media server redirects without a usable target")
+    try:
+        return _checked(url.join(location))
+    except httpx2.InvalidURL:
+        raise MediaFetchError("the media server redirects without a usable target") from None
+
+
+def _checked(url: httpx2.URL) -> httpx2.URL:
+    """Return `url` without its fragment, or raise where its form alone rules it out."""
+    if url.scheme not in {"http", "https"}:
+        raise MediaReferenceError("the URL leads to a scheme other than http and https")
+    if not url.host:
+        raise MediaReferenceError("the URL has no host")
+    if url.userinfo:
+        raise MediaReferenceError("the URL has credentials in it, which are not sent; use a signed URL")
+    return url.copy_with(fragment=None)
+
+
+def _check_size(size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise MediaTooLargeError(
+            f"the media server sends more than the limit of {max_bytes} bytes; use a smaller image"
+        )
