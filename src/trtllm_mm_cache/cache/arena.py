@@ -1,0 +1,124 @@
+"""The arena: one shared, committed, prefaulted region and the extents in it.
+
+An entry of the cache is a view into this region, so handing it to another process is a matter of a name
+and an offset, and NIXL registers the region once. The arena decides nothing: it grants extents where a
+hole is, and takes them back.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from trtllm_mm_cache.cache.extents import ALIGNMENT, Extent, ExtentMap, ExtentStatistics, aligned
+from trtllm_mm_cache.cache.shared_region import create_shared_storage
+from trtllm_mm_cache.errors import IntegrityError
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["ALIGNMENT", "Arena", "Extent", "ExtentStatistics"]
+
+
+class Arena:
+    """`capacity_bytes` bytes of file-system shared memory, cut into extents that start at multiples of 64.
+
+    The capacity is rounded up to a multiple of 64 (at least 64). All of it is committed when the
+    constructor returns; `prefault=False` leaves the mapping of the pages to their first use. With CUDA
+    the region is page-locked, so that copies to the device run asynchronously and at full speed.
+
+    Not thread-safe: its owner (the cache manager) holds a lock. Raises `SharedMemoryError` when the
+    shared-memory file system cannot hold the capacity.
+    """
+
+    def __init__(self, capacity_bytes: int, *, prefault: bool = True) -> None:
+        self._capacity = aligned(max(capacity_bytes, ALIGNMENT))
+        self._storage: torch.UntypedStorage | None = create_shared_storage(self._capacity, prefault=prefault)
+        self._base_address = self._storage.data_ptr()
+        self._bytes: torch.Tensor | None = torch.empty(0, dtype=torch.uint8).set_(self._storage)
+        self._array: Any = self._bytes.numpy()
+        self._map = ExtentMap(self._capacity)
+        self._page_locked = _page_lock(self._base_address, self._capacity)
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Size of the region: what to register, from `base_address`."""
+        return self._capacity
+
+    @property
+    def base_address(self) -> int:
+        """Address of the first byte in this process, a multiple of 64; constant until `close`."""
+        return self._base_address
+
+    @property
+    def page_locked(self) -> bool:
+        """Whether CUDA has the region registered."""
+        return self._page_locked
+
+    @property
+    def storage(self) -> torch.UntypedStorage:
+        """The shared storage. Tensors set on it can be handed to other processes without a copy."""
+        if self._storage is None:
+            raise IntegrityError("the arena is closed")
+        return self._storage
+
+    @property
+    def extents(self) -> ExtentMap:
+        """The bookkeeping, for its neighbour look-ups."""
+        return self._map
+
+    def allocate(self, nbytes: int) -> Extent | None:
+        """Take an extent of `nbytes` bytes, or return None when no hole is large enough. O(log n)."""
+        return self._map.allocate(nbytes)
+
+    def free(self, extent: Extent) -> None:
+        """Give an extent back. O(log n). Raises `IntegrityError` when it is not allocated."""
+        self._map.free(extent)
+
+    def bytes_view(self, extent: Extent) -> torch.Tensor:
+        """Return the extent as a uint8 tensor `[nbytes]` on the shared storage, writable, not tracked.
+
+        It stays true only while the extent is allocated; whoever asks for it sees to that.
+        """
+        if self._bytes is None:
+            raise IntegrityError("the arena is closed")
+        return self._bytes[extent.offset : extent.offset + extent.nbytes]
+
+    def array_view(self, extent: Extent) -> Any:
+        """Return the extent as a new numpy uint8 array `[nbytes]`, writable, not tracked."""
+        if self._array is None:
+            raise IntegrityError("the arena is closed")
+        return self._array[extent.offset : extent.offset + extent.nbytes]
+
+    def statistics(self) -> ExtentStatistics:
+        """Return a snapshot of what is taken and how the free bytes lie."""
+        return self._map.statistics()
+
+    def check_integrity(self) -> None:
+        """Raise `IntegrityError` unless extents and holes tile the region exactly. O(n)."""
+        self._map.check_integrity()
+
+    def close(self) -> None:
+        """Give the region back. Idempotent. The file goes when no view and no other process has it."""
+        if self._storage is None:
+            return
+        if self._page_locked:
+            torch.cuda.cudart().cudaHostUnregister(self._base_address)  # type: ignore[no-untyped-call]
+            self._page_locked = False
+        self._array = None
+        self._bytes = None
+        self._storage = None
+
+
+def _page_lock(address: int, nbytes: int) -> bool:
+    """Register the region with CUDA where there is CUDA. A refusal costs speed, nothing else."""
+    if not torch.cuda.is_available():
+        return False
+    status = torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)  # type: ignore[no-untyped-call]
+    if int(status) != 0:
+        logger.warning(
+            "CUDA did not page-lock the arena (error %d): copies to the device are slower", int(status)
+        )
+        return False
+    return True

@@ -1,0 +1,106 @@
+"""What an entry is: the public `CachedEmbedding`, and the record the manager keeps of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+
+from trtllm_mm_cache.cache.extents import Extent
+from trtllm_mm_cache.errors import IntegrityError
+
+
+class CachedEmbedding(NamedTuple):
+    """One embedding and what the language model needs besides it.
+
+    `tensor` is `[rows, width]`; what `get` and `Lease.embedding` return is a view into the arena on the
+    CPU that stays true as long as the tensor, or anything derived from it without a copy, is alive.
+    The other fields are kept as they were given. `metadata` is the engine's JSON-safe description of
+    the item; its "image_grid_thw" also fills the field of that name.
+    """
+
+    tensor: torch.Tensor
+    image_grid_thw: list[Any] | None = None
+    video_grid_thw: list[Any] | None = None
+    second_per_grid_ts: float | None = None
+    video_timestamps: list[float] | None = None
+    metadata: Mapping[str, Any] | None = None
+
+
+class CacheMutation(NamedTuple):
+    """What `set_with_delta` did: whether the entry is stored, and which keys came and went."""
+
+    stored: bool
+    added_keys: list[str]
+    removed_keys: list[str]
+
+
+class CacheReservation(NamedTuple):
+    """What `make_room_for` did: whether an entry of that size can be stored, and which keys were evicted."""
+
+    admitted: bool
+    removed_keys: list[str]
+
+
+class Details(NamedTuple):
+    """A `CachedEmbedding` without its tensor."""
+
+    image_grid_thw: list[Any] | None = None
+    video_grid_thw: list[Any] | None = None
+    second_per_grid_ts: float | None = None
+    video_timestamps: list[float] | None = None
+    metadata: Mapping[str, Any] | None = None
+
+
+class EntryState(Enum):
+    """Where an extent stands between being granted and being given back."""
+
+    RESERVED = "reserved"  # someone is writing into it
+    QUARANTINED = "quarantined"  # a write may still arrive, nobody waits for it
+    VISIBLE = "visible"  # look-ups find it
+    WITHDRAWN = "withdrawn"  # nobody finds it; freed as soon as nobody holds it
+    FREED = "freed"  # the extent may belong to somebody else
+
+
+# The whole life of an extent. Anything else is a defect of the caller and raises IntegrityError.
+TRANSITIONS: dict[tuple[EntryState, str], EntryState] = {
+    (EntryState.RESERVED, "commit"): EntryState.VISIBLE,
+    (EntryState.RESERVED, "abandon"): EntryState.WITHDRAWN,
+    (EntryState.RESERVED, "quarantine"): EntryState.QUARANTINED,
+    (EntryState.QUARANTINED, "settle"): EntryState.WITHDRAWN,
+    (EntryState.VISIBLE, "withdraw"): EntryState.WITHDRAWN,
+    (EntryState.WITHDRAWN, "free"): EntryState.FREED,
+}
+
+
+class Entry:
+    """An extent and what is known about its content. Guarded by the manager's lock.
+
+    `holders` counts leases and tensors that are alive, and the open reservation. `owner` says who
+    reserved it. `dtype`, `shape` and `details` mean something once it is visible.
+    """
+
+    __slots__ = ("details", "dtype", "extent", "holders", "key", "owner", "shape", "state")
+
+    def __init__(self, key: str, extent: Extent, owner: str) -> None:
+        self.key = key
+        self.extent = extent
+        self.owner = owner
+        self.state = EntryState.RESERVED
+        self.holders = 0
+        self.dtype = torch.uint8
+        self.shape: tuple[int, ...] = (extent.nbytes,)
+        self.details = Details()
+
+    def advance(self, event: str) -> None:
+        """Go to the next state. Raises `IntegrityError` when `TRANSITIONS` has no such step.
+
+        One look-up and one assignment, so that `quarantine` can run wherever it is called, even in a
+        finalizer that interrupts another operation of the cache.
+        """
+        following = TRANSITIONS.get((self.state, event))
+        if following is None:
+            raise IntegrityError(f"cannot {event} an extent that is {self.state.value} (owner: {self.owner})")
+        self.state = following

@@ -1,0 +1,196 @@
+"""Which bytes of a region are taken: allocation, release and coalescing of extents, without the bytes.
+
+Holes lie in a list sorted by size, so the smallest hole that fits is one bisection away; blocks and
+holes are filed by where they start and where they end, so a neighbour is one look-up away. Every
+operation is O(log n).
+
+Best fit: embeddings of one model have few sizes, so a hole that an entry left is usually taken again by
+one of exactly its size, and large holes stay whole for large entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sortedcontainers import SortedList
+
+from trtllm_mm_cache.errors import IntegrityError
+
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """`nbytes` bytes from `offset` bytes after the start of the region; `offset` is a multiple of 64."""
+
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExtentStatistics:
+    """A snapshot, all sizes in bytes.
+
+    `used_bytes` is what the extents asked for, `padding_bytes` what alignment added to them;
+    `fragmentation` is the share of the free bytes that lies outside the largest hole (0 when none is free).
+    """
+
+    capacity_bytes: int
+    used_bytes: int
+    padding_bytes: int
+    free_bytes: int
+    largest_hole_bytes: int
+    extents: int
+    holes: int
+    fragmentation: float
+
+
+def aligned(nbytes: int) -> int:
+    """Round up to a multiple of the alignment, the bytes an extent of `nbytes` takes from the region."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+class ExtentMap:
+    """Free and taken bytes of a region of `capacity_bytes` (a multiple of 64). Not thread-safe."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        if capacity_bytes < 0 or capacity_bytes % ALIGNMENT:
+            raise IntegrityError(f"a region has a multiple of {ALIGNMENT} bytes, not {capacity_bytes}")
+        self._capacity = capacity_bytes
+        self._holes: SortedList = SortedList()
+        self._hole_starts: dict[int, int] = {}
+        self._hole_ends: dict[int, int] = {}
+        self._extents: dict[int, Extent] = {}
+        self._extent_ends: dict[int, Extent] = {}
+        self._used = 0
+        self._taken = 0
+        if capacity_bytes:
+            self._add_hole(0, capacity_bytes)
+
+    def allocate(self, nbytes: int) -> Extent | None:
+        """Take `nbytes` from the smallest hole that has them, or return None when no hole has.
+
+        An extent of 0 bytes takes no room and lies at offset 0.
+        """
+        if nbytes < 0:
+            raise IntegrityError(f"an extent cannot have {nbytes} bytes")
+        if nbytes == 0:
+            return Extent(0, 0)
+        size = aligned(nbytes)
+        position = self._holes.bisect_left((size, -1))
+        if position == len(self._holes):
+            return None
+        hole_size, start = self._holes[position]
+        self._remove_hole(start)
+        if hole_size > size:
+            self._add_hole(start + size, hole_size - size)
+        extent = Extent(start, nbytes)
+        self._extents[start] = extent
+        self._extent_ends[start + size] = extent
+        self._used += nbytes
+        self._taken += size
+        return extent
+
+    def free(self, extent: Extent) -> None:
+        """Give `extent` back and join it with the holes beside it. `IntegrityError` if it is not taken."""
+        if extent.nbytes == 0:
+            return
+        if self._extents.get(extent.offset) != extent:
+            raise IntegrityError(f"the extent at {extent.offset} of {extent.nbytes} bytes is not allocated")
+        size = aligned(extent.nbytes)
+        start, end = extent.offset, extent.offset + size
+        del self._extents[start]
+        del self._extent_ends[end]
+        self._used -= extent.nbytes
+        self._taken -= size
+        before = self._hole_ends.get(start)
+        if before is not None:
+            self._remove_hole(before)
+            start = before
+        if end in self._hole_starts:
+            end += self._remove_hole(end)
+        self._add_hole(start, end - start)
+
+    @property
+    def used_bytes(self) -> int:
+        """Sum of the sizes that were asked for, without padding."""
+        return self._used
+
+    @property
+    def largest_hole_bytes(self) -> int:
+        """Size of the largest extent that `allocate` would grant now."""
+        return self._holes[-1][0] if self._holes else 0
+
+    def extent_ending_at(self, offset: int) -> Extent | None:
+        """Return the extent whose padded end is at `offset`."""
+        return self._extent_ends.get(offset)
+
+    def extent_starting_at(self, offset: int) -> Extent | None:
+        """Return the extent that starts at `offset`."""
+        return self._extents.get(offset)
+
+    def hole_ending_at(self, offset: int) -> int:
+        """Return the size of the hole that ends at `offset`, 0 if none does."""
+        start = self._hole_ends.get(offset)
+        return 0 if start is None else offset - start
+
+    def hole_starting_at(self, offset: int) -> int:
+        """Return the size of the hole that starts at `offset`, 0 if none does."""
+        return self._hole_starts.get(offset, 0)
+
+    def statistics(self) -> ExtentStatistics:
+        """Return a snapshot."""
+        free = self._capacity - self._taken
+        largest = self.largest_hole_bytes
+        return ExtentStatistics(
+            capacity_bytes=self._capacity,
+            used_bytes=self._used,
+            padding_bytes=self._taken - self._used,
+            free_bytes=free,
+            largest_hole_bytes=largest,
+            extents=len(self._extents),
+            holes=len(self._holes),
+            fragmentation=1.0 - largest / free if free else 0.0,
+        )
+
+    def check_integrity(self) -> None:
+        """Walk the region from end to end. Raises `IntegrityError` unless extents and holes tile it exactly,
+        no two holes touch, and every index and counter agrees."""
+        offset, used, taken, holes, after_hole = 0, 0, 0, 0, False
+        while offset < self._capacity:
+            extent, hole = self._extents.get(offset), self._hole_starts.get(offset)
+            if (extent is None) == (hole is None):
+                raise IntegrityError(f"the byte at {offset} is {'free and taken' if extent else 'lost'}")
+            if extent is not None:
+                size, after_hole = aligned(extent.nbytes), False
+                used, taken = used + extent.nbytes, taken + size
+                if extent.offset != offset or self._extent_ends.get(offset + size) != extent:
+                    raise IntegrityError(f"the extent at {offset} is filed wrongly")
+            else:
+                size = hole or 0
+                holes += 1
+                if after_hole or size <= 0 or self._hole_ends.get(offset + size) != offset:
+                    raise IntegrityError(f"the hole at {offset} is empty, not coalesced, or filed wrongly")
+                if (size, offset) not in self._holes:
+                    raise IntegrityError(f"the hole at {offset} is missing from the sorted list")
+                after_hole = True
+            offset += size
+        if offset != self._capacity or (used, taken) != (self._used, self._taken):
+            raise IntegrityError(
+                f"{used} of {taken} taken bytes counted, {self._used} of {self._taken} recorded"
+            )
+        if not holes == len(self._holes) == len(self._hole_starts) == len(self._hole_ends):
+            raise IntegrityError("the indexes of the holes disagree")
+        if len(self._extents) != len(self._extent_ends):
+            raise IntegrityError("the indexes of the extents disagree")
+
+    def _add_hole(self, start: int, size: int) -> None:
+        self._holes.add((size, start))
+        self._hole_starts[start] = size
+        self._hole_ends[start + size] = start
+
+    def _remove_hole(self, start: int) -> int:
+        size = self._hole_starts.pop(start)
+        del self._hole_ends[start + size]
+        self._holes.remove((size, start))
+        return size

@@ -1,0 +1,253 @@
+"""The cache manager: embeddings by key, in one arena, least recently used ones evicted.
+
+Two faces on the same entries. The one that Dynamo users know (`get`, `set`, `set_with_delta`,
+`make_room_for`, `keys`, `stats`) copies a tensor in and gives views out. The other writes in place:
+`reserve` an extent, let NIXL READ into it, `commit` once it is checked, and hold a `Lease` while in use.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+
+from trtllm_mm_cache.cache.arena import ALIGNMENT, Arena
+from trtllm_mm_cache.cache.entry import (
+    CachedEmbedding,
+    CacheMutation,
+    CacheReservation,
+    Details,
+    EntryState,
+)
+from trtllm_mm_cache.cache.lease import Lease
+from trtllm_mm_cache.cache.ledger import Ledger
+from trtllm_mm_cache.cache.reservation import Reservation
+from trtllm_mm_cache.cache.statistics import CacheStatistics
+from trtllm_mm_cache.errors import ArenaFullError
+
+logger = logging.getLogger(__name__)
+
+__all__ = [
+    "CacheMutation",
+    "CacheReservation",
+    "CacheStatistics",
+    "CachedEmbedding",
+    "EntryState",
+    "Lease",
+    "MultimodalEmbeddingCacheManager",
+    "Reservation",
+]
+
+# Below this capacity alignment would be felt: a cache of a few hundred bytes must hold as many tensors as
+# their sizes say. Such a region gets room for the padding of 1,024 entries. A larger one gets exactly its
+# capacity; there 64 bytes an entry do not matter and the budget is a ceiling.
+_SMALL_CAPACITY_BYTES = 1024 * 1024
+_SMALL_PADDING_BYTES = 1024 * ALIGNMENT
+
+
+class MultimodalEmbeddingCacheManager:
+    """A byte-bounded LRU cache of embeddings in shared memory. Thread-safe, never blocks on room.
+
+    `capacity_bytes` bounds the sum of the tensors' bytes, held, reserved and quarantined ones included;
+    all of it is committed when the constructor returns. With `capacity_bytes` 0 nothing is retained:
+    `set` refuses, and an entry that came in by `reserve` and `commit` goes when nobody holds it;
+    `transfer_bytes` is the size of the arena for that and means nothing otherwise.
+
+    What somebody holds (a lease, a reservation, a tensor or anything derived from it without a copy)
+    is neither evicted nor rewritten; eviction passes over it. Raises `SharedMemoryError`.
+    """
+
+    def __init__(self, capacity_bytes: int, *, transfer_bytes: int = 0, prefault: bool = True) -> None:
+        self._capacity = capacity_bytes
+        budget = capacity_bytes if capacity_bytes > 0 else transfer_bytes
+        padding = _SMALL_PADDING_BYTES if budget < _SMALL_CAPACITY_BYTES else 0
+        self._ledger = Ledger(
+            Arena(budget + padding, prefault=prefault), budget_bytes=budget, retain=capacity_bytes > 0
+        )
+        logger.info("embedding cache: capacity %d bytes, arena %d bytes", capacity_bytes, budget + padding)
+
+    @property
+    def arena(self) -> Arena:
+        """The region that all entries lie in: register `base_address` and `capacity_bytes` once."""
+        return self._ledger.arena
+
+    @property
+    def capacity_bytes(self) -> int:
+        """The configured capacity; 0 where nothing is retained."""
+        return self._capacity
+
+    @property
+    def retain(self) -> bool:
+        """Whether entries stay when nobody holds them."""
+        return self._ledger.retain
+
+    # -- in place --------------------------------------------------------------------------------
+
+    def lease(self, key: str) -> Lease | None:
+        """Return a lease on the entry, or None. Counts a hit or a miss; a hit becomes most recently used."""
+        ledger = self._ledger
+        with ledger.guard:
+            ledger.settle_holds()
+            entry = ledger.look_up(key)
+            return None if entry is None else Lease(ledger, entry)
+
+    def peek(self, key: str) -> bool:
+        """Whether a look-up would hit. Counts nothing and changes no order."""
+        with self._ledger.guard:
+            self._ledger.settle_holds()
+            return key in self._ledger.visible
+
+    def __contains__(self, key: str) -> bool:
+        return self.peek(key)
+
+    def reserve(self, key: str, nbytes: int, *, owner: str) -> Reservation:
+        """Return room for an entry of `nbytes` bytes, evicting what nobody holds; `owner` is for the log.
+
+        An entry under the same key stays visible until the commit. Raises at once `EntryTooLargeError`
+        when the cache is smaller than that, `ArenaFullError` when what is held leaves no room.
+        """
+        ledger = self._ledger
+        with ledger.guard:
+            ledger.settle_holds()
+            ledger.make_room(nbytes)
+            return Reservation(ledger, ledger.reserve(key, nbytes, owner))
+
+    def drop(self, key: str) -> bool:
+        """Make the entry invisible; holders keep it. False when there was none. Counts no eviction."""
+        with self._ledger.guard:
+            self._ledger.settle_holds()
+            entry = self._ledger.visible.get(key)
+            if entry is None:
+                return False
+            self._ledger.withdraw(entry)
+            return True
+
+    def clear(self) -> int:
+        """Drop every entry and return how many there were."""
+        with self._ledger.guard:
+            self._ledger.settle_holds()
+            entries = list(self._ledger.visible.values())
+            for entry in entries:
+                self._ledger.withdraw(entry)
+            return len(entries)
+
+    # -- as in Dynamo ----------------------------------------------------------------------------
+
+    def get(self, key: str) -> CachedEmbedding | None:
+        """Return the embedding, or None. Counts a hit or a miss; a hit becomes most recently used.
+
+        The tensor is a view into the arena that pins the entry while it has an alias. Do not write to it.
+        """
+        ledger = self._ledger
+        with ledger.guard:
+            ledger.settle_holds()
+            entry = ledger.look_up(key)
+            return None if entry is None else ledger.hand_out(entry)
+
+    def set(self, key: str, entry: CachedEmbedding) -> bool:
+        """Store a copy of `entry` under `key`; see `set_with_delta`. Returns whether it is stored."""
+        return self.set_with_delta(key, entry).stored
+
+    def set_with_delta(self, key: str, entry: CachedEmbedding) -> CacheMutation:
+        """Store a copy of `entry` and say which keys came and went.
+
+        An entry under `key` is replaced, which is no eviction; then least recently used entries are
+        evicted until it fits. Not stored are tensors larger than the capacity, and, unlike in Dynamo,
+        tensors for which held entries leave no room: then nothing changes. Blocks for the copy.
+        Raises `AssertionError` for a tensor that is not contiguous, as Dynamo does.
+        """
+        tensor = entry.tensor.detach()
+        nbytes = _tensor_bytes(tensor)
+        if nbytes > self._capacity:
+            logger.warning(
+                "embedding of %d bytes is larger than the cache of %d bytes", nbytes, self._capacity
+            )
+            return CacheMutation(False, [], [])
+        ledger = self._ledger
+        with ledger.guard:
+            ledger.settle_holds()
+            try:
+                present, removed = self._clear_for(key, nbytes)
+            except ArenaFullError as error:
+                logger.warning("embedding not cached: %s", error)
+                return CacheMutation(False, [], [])
+            reservation = Reservation(ledger, ledger.reserve(key, nbytes, "set"))
+        source = tensor.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
+        reservation.view.copy_(source)
+        lease, replaced = reservation.publish(tensor.dtype, tuple(tensor.shape), Details(*entry[1:]))
+        lease.release()
+        return CacheMutation(True, [] if present or replaced else [key], removed)
+
+    def make_room_for(self, key: str, size_bytes: int) -> CacheReservation:
+        """Drop the entry under `key` and evict until an entry of `size_bytes` fits; reserve nothing.
+
+        Not admitted, with nothing changed: sizes above the capacity, and sizes for which held entries
+        leave no room. The dropped entry is neither an eviction nor among the removed keys.
+        """
+        if size_bytes > self._capacity:
+            logger.warning(
+                "embedding of %d bytes is larger than the cache of %d bytes", size_bytes, self._capacity
+            )
+            return CacheReservation(False, [])
+        with self._ledger.guard:
+            self._ledger.settle_holds()
+            try:
+                _, removed = self._clear_for(key, size_bytes)
+            except ArenaFullError as error:
+                logger.warning("no room made: %s", error)
+                return CacheReservation(False, [])
+            return CacheReservation(True, removed)
+
+    def _clear_for(self, key: str, nbytes: int) -> tuple[bool, list[str]]:
+        """Drop the entry under `key` and make room; say whether there was one, and what was evicted."""
+        replaced = self._ledger.visible.get(key)
+        if replaced is not None and self._ledger.fits(nbytes):
+            self._ledger.withdraw(replaced)
+        return replaced is not None, self._ledger.make_room(nbytes)
+
+    def keys(self) -> list[str]:
+        """Return the keys, least recently used first."""
+        with self._ledger.guard:
+            self._ledger.settle_holds()
+            return list(self._ledger.visible)
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Entries, bytes, utilization, hits, misses, evictions and hit rate, named as in Dynamo."""
+        snapshot = self.statistics()
+        return {
+            "entries": snapshot.entries,
+            "current_bytes": snapshot.current_bytes,
+            "capacity_bytes": snapshot.capacity_bytes,
+            "utilization": snapshot.utilization,
+            "hits": snapshot.hits,
+            "misses": snapshot.misses,
+            "evictions": snapshot.evictions,
+            "hit_rate": snapshot.hit_rate,
+        }
+
+    # -- looking at it ---------------------------------------------------------------------------
+
+    def statistics(self) -> CacheStatistics:
+        """Return a consistent snapshot."""
+        with self._ledger.guard:
+            self._ledger.settle_holds()
+            return self._ledger.statistics(self._capacity)
+
+    def check_integrity(self) -> None:
+        """Raise `IntegrityError` unless extents are disjoint, all bytes accounted for and counters right."""
+        with self._ledger.guard:
+            self._ledger.settle_holds()
+            self._ledger.check_integrity()
+
+    def close(self) -> None:
+        """Give the arena back. Idempotent. Tensors handed out stay true; every later call is an error."""
+        self._ledger.arena.close()
+
+
+def _tensor_bytes(tensor: torch.Tensor) -> int:
+    if not tensor.is_contiguous():
+        raise AssertionError("the tensor must be contiguous")
+    return tensor.element_size() * math.prod(tensor.shape)

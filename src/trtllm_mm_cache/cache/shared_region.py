@@ -1,0 +1,119 @@
+"""One storage in file-system shared memory, committed and prefaulted before anybody uses it.
+
+torch makes the storage (so that views of it can be handed to other processes as handles), names its file
+`/torch_...` and starts one helper process, which unlinks the file when the last process that has it is
+gone, killed ones included. The data begin 64 bytes into the file; torch keeps a reference count before them.
+
+Writing to a mapping whose file system is full is a bus error, which kills the process, possibly hours
+after the start. So every page is committed here, by calls that answer with an error number instead:
+
+1. `statvfs` says early, with a helpful sentence, that the capacity cannot fit;
+2. `posix_fallocate` takes the pages from the file system (ENOSPC when another process was quicker);
+3. `madvise(MADV_POPULATE_WRITE)` maps them (Linux 5.14 and newer; older kernels: `memset`).
+
+Measured for 1 GiB on tmpfs: 0.13 s + 0.24 s, against 0.6 to 2.1 s for touching the pages by `memset`.
+All three release the GIL while they run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import stat
+from pathlib import Path
+
+import torch
+
+from trtllm_mm_cache.errors import SharedMemoryError
+
+logger = logging.getLogger(__name__)
+
+# glibc's shm_open, which torch calls, keeps its files here.
+SHARED_MEMORY_ROOT = Path("/dev/shm")  # noqa: S108 - the system's own mount, files in it are created O_EXCL
+
+_HEADER_BYTES = 64
+_MADV_POPULATE_WRITE = 23
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+_libc.memset.restype = ctypes.c_void_p
+
+
+def create_shared_storage(nbytes: int, *, prefault: bool = True) -> torch.UntypedStorage:
+    """Return a zeroed shared storage of `nbytes` bytes whose file has mode 0600.
+
+    Its pages are taken from the file system in any case; `prefault` also maps them, without which the
+    first write to each page costs a fault (0.5 s a GiB in sum). Blocks for the times above.
+
+    Raises `SharedMemoryError` when the file system has too little room.
+    """
+    _check_free_space(nbytes)
+    try:
+        storage = torch.UntypedStorage._new_using_filename_cpu(nbytes)
+    except RuntimeError as error:
+        raise SharedMemoryError(f"torch could not create {_mib(nbytes)} of shared memory: {error}") from error
+    descriptor = os.open(_path(storage), os.O_RDWR | os.O_CLOEXEC)
+    try:
+        if stat.S_IMODE(os.fstat(descriptor).st_mode) != 0o600:
+            os.fchmod(descriptor, 0o600)
+        _commit(descriptor, nbytes)
+    finally:
+        os.close(descriptor)
+    if prefault:
+        _populate(storage)
+    return storage
+
+
+def _path(storage: torch.UntypedStorage) -> Path:
+    _, name, _ = storage._share_filename_cpu_()
+    return SHARED_MEMORY_ROOT / os.fsdecode(name).lstrip("/")
+
+
+def _check_free_space(nbytes: int) -> None:
+    try:
+        status = os.statvfs(SHARED_MEMORY_ROOT)
+    except OSError as error:
+        raise SharedMemoryError(
+            f"there is no shared-memory file system at /dev/shm: {error.strerror}"
+        ) from error
+    free = status.f_bavail * status.f_frsize
+    if nbytes + _HEADER_BYTES + _PAGE > free:
+        raise _too_small(nbytes, free)
+
+
+def _too_small(nbytes: int, free: int) -> SharedMemoryError:
+    return SharedMemoryError(
+        f"the cache needs {_mib(nbytes)} of shared memory, but the shared-memory file system /dev/shm has "
+        f"{_mib(free)} free: lower the cache capacity, or give the container more shared memory (docker run "
+        "--shm-size=..., in Kubernetes an emptyDir with medium: Memory mounted at /dev/shm, on a host "
+        "mount -o remount,size=... /dev/shm)"
+    )
+
+
+def _commit(descriptor: int, nbytes: int) -> None:
+    try:
+        os.posix_fallocate(descriptor, 0, os.fstat(descriptor).st_size)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
+            raise SharedMemoryError(f"shared memory could not be committed: {error.strerror}") from error
+        status = os.fstatvfs(descriptor)
+        raise _too_small(nbytes, status.f_bavail * status.f_frsize) from error
+
+
+def _populate(storage: torch.UntypedStorage) -> None:
+    start = storage.data_ptr() - _HEADER_BYTES
+    if _libc.madvise(start, storage.nbytes() + _HEADER_BYTES, _MADV_POPULATE_WRITE) == 0:
+        return
+    number = ctypes.get_errno()
+    if number != errno.EINVAL:
+        raise SharedMemoryError(f"shared memory could not be mapped: {os.strerror(number)}")
+    # The pages are committed, so this cannot fault fatally; it is only slower.
+    _libc.memset(storage.data_ptr(), 0, storage.nbytes())
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 1024**2:.1f} MiB"

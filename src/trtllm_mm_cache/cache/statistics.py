@@ -1,0 +1,47 @@
+"""Snapshots of the cache, for exporters and tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trtllm_mm_cache.cache.extents import ExtentStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStatistics:
+    """A consistent snapshot. Sizes in bytes of tensors, without alignment padding.
+
+    `entries`/`current_bytes` count what look-ups find, `leased_*` the part of it that somebody holds,
+    `withdrawn_*` what nobody finds any more but somebody still holds. Hits, misses, evictions and
+    `hit_bytes` count since the start. `forgotten` counts reservations that were garbage-collected open.
+    """
+
+    entries: int
+    current_bytes: int
+    capacity_bytes: int
+    hits: int
+    misses: int
+    evictions: int
+    evicted_bytes: int
+    hit_bytes: int
+    leased_entries: int
+    leased_bytes: int
+    withdrawn_entries: int
+    withdrawn_bytes: int
+    reservations: int
+    reserved_bytes: int
+    quarantined: int
+    quarantined_bytes: int
+    forgotten: int
+    arena: ExtentStatistics
+
+    @property
+    def utilization(self) -> float:
+        """Share of the capacity that look-ups can find, 0 for a cache that retains nothing."""
+        return self.current_bytes / self.capacity_bytes if self.capacity_bytes else 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the look-ups that were hits, 0 before the first look-up."""
+        lookups = self.hits + self.misses
+        return self.hits / lookups if lookups else 0.0
