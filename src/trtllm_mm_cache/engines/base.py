@@ -5,7 +5,7 @@ One contract suite (`tests/engines/`) runs over every implementation.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -130,11 +130,11 @@ class Generator(Protocol):
         """Say how a prompt with `image_count` images has them encoded; "" where it makes no difference."""
         ...
 
-    def generate(self, request: GenerationRequest, leases: Sequence[Lease]) -> AsyncIterator[TokenDelta]:
+    def generate(self, request: GenerationRequest, leases: Sequence[Lease]) -> AsyncGenerator[TokenDelta]:
         """Stream tokens. `leases` stand in prompt order, one for each placeholder.
 
         The caller keeps the leases until the iterator has ended; the engine reads their views and
-        does not copy them as a whole. Closing the iterator stops the computation.
+        does not copy them as a whole. Closing the generator stops the computation.
         Raises `PlaceholderMismatchError` when images and placeholders disagree,
         `EmbeddingMismatchError` when an embedding does not fit the model.
         """

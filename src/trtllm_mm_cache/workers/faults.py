@@ -24,8 +24,12 @@ from trtllm_mm_cache.errors import MmCacheError, RequestError
 
 def as_dynamo_error(error: MmCacheError) -> Exception:
     """Return the exception to raise from a request handler for `error`."""
+    text = f"{error} [{error.code}]"
+    answer: Exception
     if isinstance(error, RequestError):
-        return InvalidArgument(f"{error} [{error.code}]")
-    if error.retryable and error.http_status in (503, 504):
-        return HttpError(503, f"{error} [{error.code}]")
-    return HttpError(502 if error.http_status == 502 else 500, f"{error} [{error.code}]")
+        answer = InvalidArgument(text)
+    elif error.retryable and error.http_status in (503, 504):
+        answer = HttpError(503, text)
+    else:
+        answer = HttpError(502 if error.http_status == 502 else 500, text)
+    return answer

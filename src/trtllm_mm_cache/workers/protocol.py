@@ -10,13 +10,13 @@ are a `ProtocolMismatchError`, and nothing is unpickled.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trtllm_mm_cache.errors import MmCacheError, ProtocolMismatchError, from_wire
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION: Final = 1
 
 MAX_EMBEDDING_BYTES = 4 * 1024**3
 HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -48,7 +48,8 @@ class EncodeReady(Message):
 
     `peer` is the NIXL metadata with its digest; `token` is the READ's notification; `checksum` is
     XXH3-64 over the `nbytes` at `address`. `dtype` is a torch dtype name without the prefix.
-    `origin` tells what it cost: an encode, a flight that another call had started, or nothing.
+    `metadata` is the engine's, with `encode_seconds` beside it: what the vision tower took.
+    `origin` tells what this call cost: an encode, a flight that another call had started, or nothing.
     """
 
     version: Literal[1] = PROTOCOL_VERSION
@@ -62,7 +63,6 @@ class EncodeReady(Message):
     shape: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
     metadata: dict[str, Any]
     origin: Literal["encoded", "joined", "cached"]
-    encode_seconds: float = Field(ge=0)
 
 
 class EncodeFault(Message):

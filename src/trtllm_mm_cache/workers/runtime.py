@@ -6,8 +6,8 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable
+from typing import Any, TypeVar
 
 from dynamo.runtime import Context, DistributedRuntime
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 # of 32 MB would refuse a handful of photographs.
 MAX_MESSAGE_BYTES = 512 * MB
 
-Handler = Callable[[Any, Context], AsyncIterator[Any]]
+T = TypeVar("T")
 
 
 def connect(settings: RuntimeSettings) -> DistributedRuntime:
@@ -62,21 +62,46 @@ class RequestStoppedError(Exception):
     """The client is gone or has cancelled; nobody reads the answer."""
 
 
-async def until_stopped(context: Context, work: Awaitable[Any]) -> Any:
+async def until_stopped(context: Context, work: Awaitable[T]) -> T:
     """Await `work`, but no longer than somebody wants the answer.
 
     Raises `RequestStoppedError` when the request's context is stopped or killed first; `work` is
     then cancelled and has ended when this returns.
     """
-    task = asyncio.ensure_future(work)
     stopped = asyncio.ensure_future(context.async_killed_or_stopped())
     try:
-        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise RequestStoppedError
+        return await _first(asyncio.ensure_future(work), stopped)
     finally:
         stopped.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
+
+
+async def stream_until_stopped(context: Context, stream: AsyncGenerator[T]) -> AsyncGenerator[T]:
+    """Yield what `stream` yields, but no longer than somebody wants the answer.
+
+    Raises `RequestStoppedError` at the moment the request is stopped, also while the next item is
+    awaited. `stream` is closed when this ends, however it ends.
+    """
+    stopped = asyncio.ensure_future(context.async_killed_or_stopped())
+    try:
+        while True:
+            try:
+                item = await _first(asyncio.ensure_future(anext(stream)), stopped)
+            except StopAsyncIteration:
+                return
+            yield item
+    finally:
+        stopped.cancel()
+        await stream.aclose()
+
+
+async def _first(work: asyncio.Future[T], stopped: asyncio.Future[bool]) -> T:
+    try:
+        either: set[asyncio.Future[Any]] = {work, stopped}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return work.result()
+        raise RequestStoppedError
+    finally:
+        if not work.done():
+            work.cancel()
+            await asyncio.wait({work})

@@ -1,0 +1,78 @@
+"""The PD worker's side of step 5: which encode worker to ask, and asking it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import xxhash
+from dynamo.runtime import Client, Context
+
+from trtllm_mm_cache.cache.key import EmbeddingKey
+from trtllm_mm_cache.errors import EncodeFailedError, EncodeUnavailableError
+from trtllm_mm_cache.workers.protocol import EncodeReady, EncodeRequest, parse_answer
+
+logger = logging.getLogger(__name__)
+
+
+def rendezvous_rank(key: EmbeddingKey, instances: list[int]) -> list[int]:
+    """Order `instances` by rendezvous hashing: the first one is the key's home.
+
+    Every PD worker that sees the same instances finds the same order, and when one instance goes,
+    only the keys whose home it was move.
+    """
+
+    def weight(instance: int) -> tuple[int, int]:
+        return xxhash.xxh3_64_intdigest(instance.to_bytes(8, "big") + key.digest), instance
+
+    return sorted(instances, key=weight, reverse=True)
+
+
+class EncodeClient:
+    """Calls encode workers through Dynamo. For use from one event loop; no deadline of its own."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    @property
+    def instances(self) -> list[int]:
+        """Ids of the encode workers that are alive now, as discovery sees them."""
+        return list(self._client.instance_ids())
+
+    def rank(self, key: EmbeddingKey) -> list[int]:
+        """Return the live instances in the order in which to ask them for `key`; empty if there are none."""
+        return rendezvous_rank(key, self.instances)
+
+    async def encode(self, instance: int, request: EncodeRequest) -> EncodeReady:
+        """Ask `instance` for one embedding.
+
+        Raises what the encode worker reports, `EncodeUnavailableError` when it cannot be reached
+        or goes away before it answers, `ProtocolMismatchError` for an answer of another protocol.
+        Cancelling the call tells the encode worker that nobody waits any more.
+        """
+        # A context of its own: the flight outlives the request that started it.
+        context = Context()
+        try:
+            stream = await self._client.direct(request.model_dump(), instance, context=context)
+            async for item in stream:
+                return parse_answer(_data(item))
+        except asyncio.CancelledError:
+            context.stop_generating()
+            raise
+        except (ValueError, ConnectionError) as error:
+            raise _unreachable(error) from error
+        except Exception as error:  # the runtime raises bare Exception for a lost connection
+            if type(error) is not Exception:
+                raise
+            raise _unreachable(error) from error
+        raise EncodeFailedError("the encode worker ended its answer without an embedding; retry")
+
+
+def _data(item: Any) -> Any:
+    return item.data() if hasattr(item, "data") else item
+
+
+def _unreachable(error: Exception) -> EncodeUnavailableError:
+    logger.warning("encode worker unreachable: %s", str(error).splitlines()[0][:200] if str(error) else error)
+    return EncodeUnavailableError("the encode worker for this image cannot be reached; retry in a moment")

@@ -1,0 +1,28 @@
+"""Where a model's files lie: a local directory as it is, a hub name through Dynamo's downloader."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from dynamo.llm import fetch_model
+
+from trtllm_mm_cache.errors import ConfigurationError
+
+
+async def local_model_path(model: str) -> str:
+    """Return the directory of `model`, downloading a hub name's files first if need be.
+
+    Raises `ConfigurationError` when it is neither a directory nor a name the hub can serve.
+    """
+    path = Path(model)
+    if await asyncio.to_thread(path.is_dir):
+        return str(path)
+    if path.is_absolute() or model.startswith("."):
+        raise ConfigurationError(f"--model-path {model} is not a directory")
+    try:
+        return str(await fetch_model(model))
+    except Exception as error:
+        raise ConfigurationError(
+            f"--model-path {model} is no directory here, and the hub gave no model of that name: {error}"
+        ) from error

@@ -1,0 +1,318 @@
+"""The way of a request's images: from references to leased embeddings, in prompt order.
+
+Read it top to bottom; the steps bear the numbers of the design:
+
+    1 references   the image parts of the request, in order
+    2 bytes        fetched, size and format checked
+    3 key          the content is the key
+    4 lookup       a hit is a lease on the arena's view; done
+    5 miss         one flight per key asks the encode worker that the key chooses
+    6 READ         NIXL reads straight into a reserved extent
+    7 commit       only after checksum, size, shape and dtype agree
+
+Whatever happens on the way, a lease or reservation that nobody will use is given back before
+`resolve` returns or raises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trtllm_mm_cache.cache.flight import SingleFlight
+from trtllm_mm_cache.cache.key import EmbeddingKey, embedding_key
+from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager, Reservation
+from trtllm_mm_cache.errors import (
+    ArenaFullError,
+    EmbeddingMismatchError,
+    EncodeTimeoutError,
+    EncodeUnavailableError,
+    EntryTooLargeError,
+    MmCacheError,
+    TransferError,
+)
+from trtllm_mm_cache.media import MediaSettings, MediaSource, probe_image
+from trtllm_mm_cache.transfer import Export, PeerMetadata, Reader
+from trtllm_mm_cache.workers.encode_client import EncodeClient
+from trtllm_mm_cache.workers.protocol import EncodeReady, EncodeRequest
+
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 2
+_HASH_OFF_LOOP_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class ResolvedImages:
+    """Leases in prompt order, to be released by the caller, and what they cost."""
+
+    leases: tuple[Lease, ...]
+    hits: int
+    misses: int
+    nbytes: int
+    seconds: float
+
+    def release(self) -> None:
+        """Give every lease back. Idempotent."""
+        for lease in self.leases:
+            lease.release()
+
+
+@dataclass(frozen=True)
+class ResolverStatistics:
+    """Counts since start. `uncached` embeddings were served without entering the cache."""
+
+    retries: int
+    uncached: int
+    bytes_read: int
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One image between step 3 and step 7."""
+
+    key: EmbeddingKey
+    media: bytes
+    processor_kwargs: Mapping[str, Any]
+    variant: str
+
+
+class ImageResolver:
+    """Resolves images for one PD worker. For use from one event loop.
+
+    `transit` is a manager that retains nothing; it takes what `cache` has no room for, and is the
+    same object as `cache` where the capacity is 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: MediaSource,
+        media_settings: MediaSettings,
+        cache: MultimodalEmbeddingCacheManager,
+        transit: MultimodalEmbeddingCacheManager,
+        client: EncodeClient,
+        reader: Reader,
+        fingerprint: str,
+        encode_timeout_s: float,
+        transfer_timeout_s: float,
+    ) -> None:
+        self._source = source
+        self._media_settings = media_settings
+        self._cache = cache
+        self._transit = transit
+        self._client = client
+        self._reader = reader
+        self._fingerprint = fingerprint
+        self._encode_timeout_s = encode_timeout_s
+        self._transfer_timeout_s = transfer_timeout_s
+        self._flights: SingleFlight[Lease] = SingleFlight()
+        self._retries = self._uncached = self._bytes_read = 0
+
+    async def resolve(
+        self,
+        references: Sequence[str],
+        *,
+        processor_kwargs: Mapping[str, Any],
+        salt: str | None,
+        variant: str,
+    ) -> ResolvedImages:
+        """Turn the references of one request into leases, in order.
+
+        Each distinct reference is fetched once and each distinct content resolved once; the images
+        are worked on at the same time. Raises the first image's error, with the image's index.
+        """
+        started = time.perf_counter()
+        tasks: dict[str, asyncio.Task[tuple[Lease, bool]]] = {}
+        try:
+            async with asyncio.TaskGroup() as group:
+                for index, reference in enumerate(references):
+                    if reference not in tasks:
+                        tasks[reference] = group.create_task(
+                            self._resolve_one(index, reference, processor_kwargs, salt, variant)
+                        )
+        except BaseExceptionGroup as failures:
+            _release_finished(tasks.values())
+            raise _first_error(failures) from failures
+        except asyncio.CancelledError:
+            _release_finished(tasks.values())
+            raise
+        outcomes = [task.result() for task in tasks.values()]
+        leases = self._in_prompt_order(references, tasks)
+        return ResolvedImages(
+            leases=leases,
+            hits=sum(hit for _, hit in outcomes),
+            misses=sum(not hit for _, hit in outcomes),
+            nbytes=sum(lease.nbytes for lease in leases),
+            seconds=time.perf_counter() - started,
+        )
+
+    def statistics(self) -> ResolverStatistics:
+        """Count what was retried and what was served uncached."""
+        return ResolverStatistics(self._retries, self._uncached, self._bytes_read)
+
+    @property
+    def flights(self) -> SingleFlight[Lease]:
+        """The flights under way, for their statistics."""
+        return self._flights
+
+    async def close(self) -> None:
+        """Cancel what flies and close the media source."""
+        await self._flights.close()
+        await self._source.close()
+
+    async def _resolve_one(
+        self,
+        index: int,
+        reference: str,
+        processor_kwargs: Mapping[str, Any],
+        salt: str | None,
+        variant: str,
+    ) -> tuple[Lease, bool]:
+        """Steps 2 to 7 for one image; returns its lease and whether the lookup was a hit."""
+        try:
+            media = await self._fetch(reference)
+            item = _Item(
+                await self._key(media, processor_kwargs, salt, variant), media, processor_kwargs, variant
+            )
+            if (lease := self._lookup(item.key)) is not None:
+                return lease, True
+            return await self._fly(item), False
+        except MmCacheError as error:
+            raise error.for_image(index) from error
+
+    # 2 bytes
+    async def _fetch(self, reference: str) -> bytes:
+        media = await self._source.fetch(reference)
+        probe_image(media, self._media_settings)
+        return media
+
+    # 3 key
+    async def _key(
+        self, media: bytes, processor_kwargs: Mapping[str, Any], salt: str | None, variant: str
+    ) -> EmbeddingKey:
+        def compute() -> EmbeddingKey:
+            return embedding_key(
+                media,
+                fingerprint=self._fingerprint,
+                processor_kwargs=processor_kwargs,
+                salt=salt,
+                variant=variant,
+            )
+
+        return await asyncio.to_thread(compute) if len(media) > _HASH_OFF_LOOP_BYTES else compute()
+
+    # 4 lookup
+    def _lookup(self, key: EmbeddingKey) -> Lease | None:
+        return self._cache.lease(key.hex)
+
+    # 5 miss
+    async def _fly(self, item: _Item) -> Lease:
+        lease, _joined = await self._flights.run(
+            item.key.hex, lambda: self._load(item), share=Lease.clone, discard=Lease.release
+        )
+        return lease
+
+    async def _load(self, item: _Item) -> Lease:
+        """One flight: ask an encode worker, READ, commit; once more on the next worker if that can help."""
+        request = EncodeRequest(
+            fingerprint=self._fingerprint,
+            key=item.key.hex,
+            media=item.media,
+            processor_kwargs=dict(item.processor_kwargs),
+            variant=item.variant,
+        )
+        instances = self._client.rank(item.key)
+        try:
+            async with asyncio.timeout(self._encode_timeout_s):
+                return await self._try_instances(request, instances)
+        except TimeoutError:
+            raise EncodeTimeoutError(
+                f"no embedding came within {self._encode_timeout_s:g} seconds; retry later"
+            ) from None
+
+    async def _try_instances(self, request: EncodeRequest, instances: Sequence[int]) -> Lease:
+        failure: MmCacheError = EncodeUnavailableError(
+            "no encode worker is alive, so new images cannot be encoded; text and cached images are "
+            "still served; retry later"
+        )
+        for attempt in range(_ATTEMPTS):
+            if not instances:
+                break
+            instance = instances[attempt % len(instances)]
+            try:
+                ready = await self._client.encode(instance, request)
+                return await self._read_and_commit(request.key, ready)
+            except MmCacheError as error:
+                failure = error
+                alone = len(instances) == 1 and not isinstance(error, TransferError)
+                if not error.retryable or alone or attempt + 1 == _ATTEMPTS:
+                    break
+                self._retries += 1
+                logger.warning("embedding %s…: %s; trying once more", request.key[:12], error.code)
+        raise failure
+
+    # 6 READ, 7 commit
+    async def _read_and_commit(self, key: str, ready: EncodeReady) -> Lease:
+        dtype = _dtype(ready.dtype)
+        peer = PeerMetadata.from_wire(ready.peer)
+        reservation = self._reserve(key, ready.nbytes)
+        export = Export(ready.token, ready.address, ready.nbytes, ready.checksum)
+        await self._reader.read_into(reservation, peer, export, deadline_s=self._transfer_timeout_s)
+        self._bytes_read += ready.nbytes
+        try:
+            return reservation.commit(dtype=dtype, shape=ready.shape, metadata=ready.metadata)
+        except MmCacheError:
+            reservation.abandon()
+            raise
+
+    def _reserve(self, key: str, nbytes: int) -> Reservation:
+        """Reserve room in the cache; where every byte is leased, in the transit arena: served, not cached."""
+        try:
+            return self._cache.reserve(key, nbytes, owner="resolver")
+        except (ArenaFullError, EntryTooLargeError):
+            if self._transit is self._cache:
+                raise
+            reservation = self._transit.reserve(key, nbytes, owner="resolver (uncached)")
+            self._uncached += 1
+            return reservation
+
+    @staticmethod
+    def _in_prompt_order(
+        references: Sequence[str], tasks: Mapping[str, asyncio.Task[tuple[Lease, bool]]]
+    ) -> tuple[Lease, ...]:
+        """One lease a position: a reference that stands twice gets a second lease on the same view."""
+        given: set[str] = set()
+        leases = []
+        for reference in references:
+            lease, _ = tasks[reference].result()
+            leases.append(lease.clone() if reference in given else lease)
+            given.add(reference)
+        return tuple(leases)
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise EmbeddingMismatchError("the encode worker announced an embedding of an unknown dtype")
+    return dtype
+
+
+def _release_finished(tasks: Any) -> None:
+    for task in tasks:
+        if task.done() and not task.cancelled() and task.exception() is None:
+            task.result()[0].release()
+
+
+def _first_error(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error to raise for a request: ours before foreign ones, the first image's before later ones."""
+    known = [error for error in failures.exceptions if isinstance(error, MmCacheError)]
+    if known:
+        return min(known, key=lambda error: error.image_index or 0)
+    return failures.exceptions[0]
