@@ -1,0 +1,32 @@
+# `make test` needs nothing but Python 3.11 or 3.12: it makes its own virtual environment in $(VENV).
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?=
+
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: test lint check format clean
+
+test: lint check
+
+$(STAMP): pyproject.toml constraints/cpu.txt launch/setup_venv.sh
+	launch/setup_venv.sh $(VENV) transformers --dev
+	touch $@
+
+lint: $(STAMP)
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+	shellcheck launch/*.sh .ci/run
+
+check: $(STAMP)
+	pytest $(PYTEST_ARGS)
+
+format: $(STAMP)
+	ruff check --fix .
+	ruff format .
+
+clean:
+	rm -rf .venv .run .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,0 +1,245 @@
+#!/usr/bin/env bash
+# Start a frontend, encode workers and PD workers on this machine, wait until they serve, and stop them on Ctrl-C.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: launch/disagg_e_pd.sh [PD WORKER OPTION]...
+
+Every argument goes to the PD worker, for example
+  launch/disagg_e_pd.sh --multimodal-embedding-cache-capacity-gb 10
+(`trtllm-mm-cache pd --help` lists them). The rest is set by environment variables:
+
+  MODEL_PATH                    model directory or hub name   [a small demo model, made on the spot; on
+                                a machine with TensorRT-LLM: llava-hf/llava-v1.6-mistral-7b-hf]
+  SERVED_MODEL_NAME             name that clients use         [the last part of MODEL_PATH]
+  ENGINE                        trtllm or transformers        [trtllm if it and a GPU are there]
+  ENCODE_ENGINE_ARGS            YAML for the encode engine    [configs/<model>/encode.yaml]
+  PD_ENGINE_ARGS                YAML for the PD engine        [configs/<model>/pd.yaml]
+  ENCODE_WORKERS, PD_WORKERS    how many of each              [1 and 1]
+  PD_RANKS                      ranks of each PD worker, by mpirun  [1]
+  ENCODE_CUDA_VISIBLE_DEVICES   GPUs of the encode workers    [all]
+  PD_CUDA_VISIBLE_DEVICES       GPUs of the PD workers        [all]
+  ENCODE_ENDPOINT               dyn://namespace.component.endpoint of the encode workers
+  ENCODE_EXTRA_ARGS             more options for the encode workers, split at spaces
+  ALLOWED_LOCAL_MEDIA_PATH      folder below which file: URLs may be read   [none]
+  MAX_FILE_SIZE_MB              largest image file            [50]
+  DYN_HTTP_PORT                 port of the OpenAI API        [8000]
+  RUN_DIR                       folder for logs and discovery [.run/<time>-<pid>]
+  READY_TIMEOUT_S               how long to wait for all      [900]
+TEXT
+}
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    usage
+    exit 0
+fi
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+run_dir=${RUN_DIR:-$root/.run/$(date +%Y%m%d-%H%M%S)-$$}
+mkdir -p "$run_dir"
+
+say() { echo "[launch] $*"; }
+die() {
+    echo "[launch] error: $*" >&2
+    exit 1
+}
+
+# --- 1 the package -----------------------------------------------------------------------------------
+
+python=python3
+if ! python3 -c 'import trtllm_mm_cache' 2>/dev/null; then
+    python=$root/.venv/bin/python
+    if ! "$python" -c 'import trtllm_mm_cache' 2>/dev/null; then
+        extra=transformers
+        if [[ ${ENGINE:-} == trtllm ]]; then extra=trtllm; fi
+        say "the package is not installed: setting it up in $root/.venv (log: $run_dir/setup.log)"
+        if ! "$root/launch/setup_venv.sh" "$root/.venv" "$extra" 2>&1 | tee "$run_dir/setup.log"; then
+            die "the set-up failed; the lines above and $run_dir/setup.log say why"
+        fi
+    fi
+fi
+worker=("$python" -m trtllm_mm_cache.cli)
+
+# --- 2 engine, model, configuration ------------------------------------------------------------------
+
+has_module() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
+
+engine=${ENGINE:-}
+if [[ -z $engine ]]; then
+    engine=transformers
+    if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 && has_module tensorrt_llm; then engine=trtllm; fi
+fi
+case $engine in
+    trtllm) module=tensorrt_llm ;;
+    transformers) module=transformers ;;
+    *) die "ENGINE=$engine is unknown; set trtllm or transformers" ;;
+esac
+has_module "$module" || die "ENGINE=$engine needs the Python package $module: pip install -e '${root}[$engine]'"
+
+model=${MODEL_PATH:-}
+if [[ -z $model && $engine == trtllm ]]; then model=llava-hf/llava-v1.6-mistral-7b-hf; fi
+if [[ -z $model ]]; then
+    model=$root/.run/models/cpu-demo
+    if [[ ! -f $model/model.safetensors ]]; then
+        say "no MODEL_PATH: making a small model with random weights in $model"
+        "$python" "$root/tools/make_tiny_model.py" --architecture qwen2_vl --out "$model" >"$run_dir/model.log" 2>&1 ||
+            { tail -n 20 "$run_dir/model.log" >&2; die "the demo model could not be made; see $run_dir/model.log"; }
+    fi
+fi
+name=${SERVED_MODEL_NAME:-$(basename "$model")}
+
+config=$root/configs/$(basename "$model" | tr '[:upper:]' '[:lower:]')
+if [[ $engine == transformers ]]; then config=$root/configs/cpu-demo; fi
+encode_args=${ENCODE_ENGINE_ARGS:-$config/encode.yaml}
+pd_args=${PD_ENGINE_ARGS:-$config/pd.yaml}
+for file in "$encode_args" "$pd_args"; do
+    [[ -f $file ]] || die "no engine configuration $file; set ENCODE_ENGINE_ARGS and PD_ENGINE_ARGS (see configs/)"
+done
+
+# --- 3 processes --------------------------------------------------------------------------------------
+
+export DYN_DISCOVERY_BACKEND=${DYN_DISCOVERY_BACKEND:-file}
+export DYN_FILE_KV=${DYN_FILE_KV:-$run_dir/discovery}
+export DYN_REQUEST_PLANE=${DYN_REQUEST_PLANE:-tcp} DYN_EVENT_PLANE=${DYN_EVENT_PLANE:-zmq}
+export DYN_HTTP_PORT=${DYN_HTTP_PORT:-8000}
+export PYTHONUNBUFFERED=1
+if [[ -n ${ENCODE_ENDPOINT:-} ]]; then export ENCODE_ENDPOINT; fi
+
+names=() pids=() logs=() ports=()
+
+free_port() {
+    "$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
+port_is_free() {
+    "$python" -c "import socket; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); s.bind(('127.0.0.1', $1))" 2>/dev/null
+}
+
+# start NAME COMMAND...: in the background, its output in a log, its system port and pid on record
+start() {
+    local label=$1 port log
+    shift
+    port=$(free_port)
+    log=$run_dir/${label// /-}.log
+    DYN_SYSTEM_PORT=$port "$@" >"$log" 2>&1 &
+    names+=("$label") pids+=($!) logs+=("$log") ports+=("$port")
+    printf '%s\t%s\t%s\t%s\n' "$label" "$!" "$port" "$log" >>"$run_dir/processes.tsv"
+    say "started $label (pid $!, metrics on 127.0.0.1:$port/metrics, log: $log)"
+}
+
+stop_all() {
+    trap '' INT TERM
+    local pid deadline=$((SECONDS + 20))
+    for pid in "${pids[@]}"; do kill -TERM "$pid" 2>/dev/null || true; done
+    for pid in "${pids[@]}"; do
+        while kill -0 "$pid" 2>/dev/null && ((SECONDS < deadline)); do sleep 0.1; done
+        kill -KILL "$pid" 2>/dev/null || true
+        wait "$pid" 2>/dev/null || true
+    done
+}
+trap stop_all EXIT
+trap 'say "stopping"; exit 130' INT
+trap 'say "stopping"; exit 143' TERM
+
+failed() {
+    echo "[launch] ---- last lines of $2 ----" >&2
+    tail -n 25 "$2" >&2 || true
+    die "$1"
+}
+
+port_is_free "$DYN_HTTP_PORT" || die "port $DYN_HTTP_PORT is taken; set DYN_HTTP_PORT to a free one"
+: >"$run_dir/processes.tsv"
+common=(--model-path "$model" --engine "$engine" --max-file-size-mb "${MAX_FILE_SIZE_MB:-50}")
+start frontend "${worker[@]}" frontend
+
+read -ra encode_extra <<<"${ENCODE_EXTRA_ARGS:-}"
+encode=("${worker[@]}" encode "${common[@]}" --extra-engine-args "$encode_args" "${encode_extra[@]}")
+if [[ -n ${ENCODE_ENDPOINT:-} ]]; then encode+=(--endpoint "$ENCODE_ENDPOINT"); fi
+for ((i = 1; i <= ${ENCODE_WORKERS:-1}; i++)); do
+    start "encode worker $i" env ${ENCODE_CUDA_VISIBLE_DEVICES:+"CUDA_VISIBLE_DEVICES=$ENCODE_CUDA_VISIBLE_DEVICES"} "${encode[@]}"
+done
+
+ranks=()
+if ((${PD_RANKS:-1} > 1)); then
+    command -v mpirun >/dev/null || die "PD_RANKS=$PD_RANKS needs mpirun: pip install -e '${root}[mpi]'"
+    ranks=(mpirun -n "$PD_RANKS")
+    if ((EUID == 0)); then ranks+=(--allow-run-as-root); fi
+    if (($(nproc) < PD_RANKS)); then ranks+=(--oversubscribe); fi
+    if [[ $engine == trtllm ]]; then ranks+=(trtllm-llmapi-launch); fi
+fi
+pd=("${ranks[@]}" "${worker[@]}" pd "${common[@]}" --extra-engine-args "$pd_args" --served-model-name "$name")
+if [[ -n ${ALLOWED_LOCAL_MEDIA_PATH:-} ]]; then pd+=(--allowed-local-media-path "$ALLOWED_LOCAL_MEDIA_PATH"); fi
+for ((i = 1; i <= ${PD_WORKERS:-1}; i++)); do
+    start "PD worker $i" env ${PD_CUDA_VISIBLE_DEVICES:+"CUDA_VISIBLE_DEVICES=$PD_CUDA_VISIBLE_DEVICES"} "${pd[@]}" "$@"
+done
+
+# --- 4 ready ------------------------------------------------------------------------------------------
+
+# ready PATTERN FILE: has the process said so?
+ready() { grep -q "$1" "$2" 2>/dev/null; }
+
+lists_model() {
+    "$python" - "http://127.0.0.1:$DYN_HTTP_PORT/v1/models" "$name" <<'PYTHON' 2>/dev/null
+import json, sys, urllib.request
+with urllib.request.urlopen(sys.argv[1], timeout=2) as answer:
+    sys.exit(sys.argv[2] not in [model["id"] for model in json.load(answer)["data"]])
+PYTHON
+}
+
+check_alive() {
+    local i
+    for i in "${!pids[@]}"; do
+        kill -0 "${pids[i]}" 2>/dev/null || failed "${names[i]} ended before it was ready" "${logs[i]}"
+    done
+}
+
+began=$SECONDS
+for i in "${!pids[@]}"; do
+    case ${names[i]} in
+        encode*) pattern='encode worker ready' ;;
+        PD*) pattern='PD worker ready' ;;
+        *) continue ;;
+    esac
+    until ready "$pattern" "${logs[i]}"; do
+        check_alive
+        ((SECONDS - began < ${READY_TIMEOUT_S:-900})) || failed "${names[i]} was not ready after ${READY_TIMEOUT_S:-900} s" "${logs[i]}"
+        ((SECONDS % 10)) || say "waiting for ${names[i]} ($((SECONDS - began)) s)"
+        sleep 0.5
+    done
+    say "${names[i]} is ready"
+done
+until lists_model; do
+    check_alive
+    ((SECONDS - began < ${READY_TIMEOUT_S:-900})) || failed "the frontend does not list the model" "${logs[0]}"
+    sleep 0.2
+done
+
+cat <<TEXT
+[launch] serving $name with $engine on http://127.0.0.1:$DYN_HTTP_PORT after $((SECONDS - began)) s. Try:
+
+  $python -m trtllm_mm_cache.cli ask --url http://127.0.0.1:$DYN_HTTP_PORT/v1 photo.jpg "What is this?"
+
+  curl -s http://127.0.0.1:$DYN_HTTP_PORT/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": "$name", "max_tokens": 32, "messages": [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAADgAAAA4AQMAAACSSKldAAAABlBMVEX////IHh7kMBY6AAAAhElEQVR42qXQwQ2CUAyA4e8VEjmygYyCm7iJKzjSG4UROGJCeB6ASPSk9tL8bdM2P/9FhZIynMoIzmUmuKqoyKQcEnoh0Ak1WqFBI7SoxbY3dGzTK/dIB97vZ0jv9W9zRY/LZz+jHHjAcuARszBhEmaMwoJBKKw/3kp5+dl9BQ/33/0/AfXcH1ndzUB7AAAAAElFTkSuQmCC"}}]}]}'
+
+[launch] Ctrl-C stops everything.
+TEXT
+
+# --- 5 watch ------------------------------------------------------------------------------------------
+
+# Losing an encode worker costs only misses: say so and go on. Losing anything else ends the run.
+declare -A reported=()
+while true; do
+    for i in "${!pids[@]}"; do
+        if [[ -n ${reported[$i]:-} ]] || kill -0 "${pids[i]}" 2>/dev/null; then continue; fi
+        case ${names[i]} in
+            encode*)
+                reported[$i]=1
+                say "warning: ${names[i]} has ended; text and cached images are still served (log: ${logs[i]})"
+                ;;
+            *) failed "${names[i]} has ended" "${logs[i]}" ;;
+        esac
+    done
+    sleep 0.5 &
+    wait $! || true
+done
