@@ -64,11 +64,22 @@ def pd(settings: PdSettings) -> None:
     help="Base URL of the server.",
 )
 @click.option("--model", default=None, help="Model name. Default: the first one the server lists.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer.")
-@click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--timeout", type=click.FloatRange(1), default=120.0, show_default=True, help="Seconds to wait.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer."
+)
+@click.option(
+    "--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy."
+)
+@click.option(
+    "--timeout", type=click.FloatRange(1), default=120.0, show_default=True, help="Seconds to wait."
+)
 def ask(
-    arguments: tuple[str, ...], url: str, model: str | None, max_tokens: int, temperature: float, timeout: float
+    arguments: tuple[str, ...],
+    url: str,
+    model: str | None,
+    max_tokens: int,
+    temperature: float,
+    timeout: float,
 ) -> None:
     """Ask a running server about pictures and stream its answer.
 

@@ -107,9 +107,7 @@ class EncodeSettings(EngineSettings):
     max_queued_images: int = Field(
         256, ge=1, description="Images that may wait for the vision tower; beyond it the answer is 503."
     )
-    preprocess_threads: int = Field(
-        2, ge=1, le=256, description="Threads that decode and preprocess images."
-    )
+    preprocess_threads: int = Field(2, ge=1, le=256, description="Threads that decode and preprocess images.")
     lease_timeout_s: Seconds = Field(
         30, description="How long an exported embedding stays pinned for a PD worker that does not READ it."
     )
