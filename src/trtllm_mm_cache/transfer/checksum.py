@@ -1,0 +1,56 @@
+"""XXH3-64 over memory given by address, on threads of its own.
+
+XXH3 is a checksum against accidents (a rewritten extent, a torn READ), not a proof against malice.
+It runs at about 18 GB/s and lets go of the GIL, so a 10 MB embedding costs 0.5 ms beside the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import xxhash
+
+from trtllm_mm_cache.errors import TransferError
+
+# Up to this size (2 us of hashing) the hand-over to a thread would cost more than the work.
+_INLINE_BYTES = 32 * 1024
+
+
+def checksum(address: int, nbytes: int) -> int:
+    """Return XXH3-64 over `nbytes` bytes at `address`. The memory must stay mapped meanwhile."""
+    return xxhash.xxh3_64_intdigest((ctypes.c_char * nbytes).from_address(address))
+
+
+class ChecksumThreads:
+    """A small pool that computes checksums. One per NIXL agent."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="transfer-checksum")
+
+    async def compute(self, address: int, nbytes: int, *, give_back: Callable[[], None]) -> int:
+        """Return the checksum of `nbytes` bytes at `address`, which somebody keeps in place for the caller.
+
+        When it raises, which is by cancellation or by `TransferError` because of `close`, it calls
+        `give_back` as soon as no thread reads the memory any more, from any thread. Else it does not.
+        """
+        if nbytes <= _INLINE_BYTES:
+            return checksum(address, nbytes)
+        hashing: Future[int] | None = None
+        try:
+            hashing = self._pool.submit(checksum, address, nbytes)
+            return await asyncio.wrap_future(hashing)
+        except BaseException as error:
+            if hashing is None or hashing.cancel():
+                give_back()
+            else:
+                hashing.add_done_callback(lambda _: give_back())
+            if isinstance(error, RuntimeError):  # the pool's word for: it is shut down
+                raise TransferError("the NIXL agent of this process is closed; transfers are over") from error
+            raise
+
+    def close(self) -> None:
+        """Drop what is queued and wait for what runs (milliseconds): afterwards no thread reads memory."""
+        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,185 @@
+"""The PD side: READs an exported embedding into a reserved extent of the arena."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from trtllm_mm_cache.cache.manager import Reservation
+from trtllm_mm_cache.errors import ChecksumMismatchError, EmbeddingMismatchError, TransferTimeoutError
+from trtllm_mm_cache.transfer.agent import TransferAgent
+from trtllm_mm_cache.transfer.messages import Export, PeerMetadata
+from trtllm_mm_cache.transfer.reads import ReadRequest, ReadTable
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_PEERS = 256
+
+
+@dataclass(frozen=True)
+class ReaderStatistics:
+    """Snapshot, at most one poll old.
+
+    `reads` and `read_bytes` count READs that brought their bytes, `failed` those that NIXL reported as
+    failed, `timed_out` those not settled at their deadline, `corrupt` those whose checksum disagreed.
+    `in_flight` READs are with NIXL now; `unsettled` of them are past their deadline.
+    """
+
+    reads: int
+    read_bytes: int
+    failed: int
+    timed_out: int
+    corrupt: int
+    in_flight: int
+    unsettled: int
+    peers: int
+
+
+class Reader:
+    """READs from exporters, connecting to each at its first READ.
+
+    A peer is forgotten when a READ from it fails, and when `max_peers` would be exceeded and it is the idle
+    one that was read from longest ago; the next READ connects again. While a READ from a peer is overdue, no
+    other is begun from it, so that a frozen peer ties up only what was asked of it within one deadline.
+
+    Thread-safe, except that `read_into` belongs to an event loop. Ends with the agent.
+    """
+
+    def __init__(self, agent: TransferAgent, *, max_peers: int = DEFAULT_MAX_PEERS) -> None:
+        self._agent = agent
+        self._table = ReadTable(agent.library, max_peers)
+        self._timed_out = 0
+        self._corrupt = 0
+        agent.attach(self)
+
+    async def read_into(
+        self, reservation: Reservation, peer: PeerMetadata, export: Export, *, deadline_s: float
+    ) -> None:
+        """Fill `reservation` with the bytes of `export`, checked, and leave the commit to the caller.
+
+        When it returns, the reservation is open and whole. When it raises (also `CancelledError`), the
+        reservation is no longer the caller's: it is abandoned, or, while the READ has not settled, in
+        quarantine, from where it comes back when NIXL reports the READ's end, or at the agent's end; never by
+        time alone.
+
+        Raises `TransferTimeoutError` when the READ has not settled after `deadline_s`, `PeerLostError` when
+        the exporter is gone, `ChecksumMismatchError` when other bytes arrived than were exported,
+        `EmbeddingMismatchError` when the reservation has another size, `TransferError` when NIXL refuses.
+        """
+        if reservation.nbytes != export.nbytes:
+            reservation.abandon()
+            raise EmbeddingMismatchError(
+                f"the encode worker exported {export.nbytes} bytes where {reservation.nbytes} were reserved"
+            )
+        await self._fill(reservation, peer, export, deadline_s)
+        await self._verify(reservation, export)
+
+    def begin(
+        self,
+        peer: PeerMetadata,
+        *,
+        remote_address: int,
+        local_address: int,
+        nbytes: int,
+        token: str,
+        deadline_s: float,
+    ) -> Future[None]:
+        """Start a READ and return the future of its end, for callers that account for the memory themselves.
+
+        Until that future is done, bytes may arrive at `local_address`, whatever happens to the caller.
+        Cancelling it works while the READ is queued, and its result says whether it did. It fails with the
+        errors of `read_into`, but not by the deadline once NIXL has begun: `deadline_s` then only says from
+        when on the READ is overdue.
+        """
+        request = ReadRequest(
+            peer, remote_address, local_address, nbytes, token, deadline=time.monotonic() + deadline_s
+        )
+        settled: Future[None] = Future()
+        self._agent.begin(settled, lambda nixl: self._table.post(nixl, request, settled))
+        return settled
+
+    def statistics(self) -> ReaderStatistics:
+        """Return a snapshot."""
+        in_flight, overdue, peers = self._table.counts()
+        return ReaderStatistics(
+            reads=self._table.completed,
+            read_bytes=self._table.completed_bytes,
+            failed=self._table.failed,
+            timed_out=self._timed_out,
+            corrupt=self._corrupt,
+            in_flight=in_flight,
+            unsettled=overdue,
+            peers=peers,
+        )
+
+    async def _fill(
+        self, reservation: Reservation, peer: PeerMetadata, export: Export, deadline_s: float
+    ) -> None:
+        settled: Future[None] | None = None
+        try:
+            settled = self.begin(
+                peer,
+                remote_address=export.address,
+                local_address=reservation.address,
+                nbytes=export.nbytes,
+                token=export.token,
+                deadline_s=deadline_s,
+            )
+            async with asyncio.timeout(deadline_s):
+                await asyncio.shield(asyncio.wrap_future(settled))
+        except TimeoutError:
+            self._timed_out += 1
+            _give_back(reservation, settled)
+            raise TransferTimeoutError(
+                f"a READ of {export.nbytes} bytes had not settled after {deadline_s:g} s; "
+                "ask another encode worker"
+            ) from None
+        except BaseException:
+            _give_back(reservation, settled)
+            raise
+
+    async def _verify(self, reservation: Reservation, export: Export) -> None:
+        checksum = await self._agent.checksums.compute(
+            reservation.address, reservation.nbytes, give_back=reservation.abandon
+        )
+        if checksum != export.checksum:
+            self._corrupt += 1
+            reservation.abandon()
+            raise ChecksumMismatchError(
+                f"{export.nbytes} bytes arrived with another checksum than they were exported with: the READ "
+                "came after the exporter's lease had timed out, or memory is damaged; ask for it again"
+            )
+
+    # The agent thread calls these.
+
+    def poll(self, nixl: Any) -> bool:
+        """Settle READs that ended."""
+        return self._table.poll(nixl)
+
+    def on_notification(self, sender: str, message: bytes) -> None:
+        """Nobody notifies a reader: what comes belongs to an exporter in the same process."""
+
+    def is_busy(self) -> bool:
+        """Whether a READ is in flight."""
+        return self._table.is_busy()
+
+    def let_go(self) -> None:
+        """Drop NIXL's handles."""
+        self._table.let_go()
+
+    def on_closed(self) -> None:
+        """Settle what the agent's end cut off."""
+        self._table.on_closed()
+
+
+def _give_back(reservation: Reservation, settled: Future[None] | None) -> None:
+    """Abandon the reservation, or quarantine it as long as bytes may still arrive."""
+    if settled is None or settled.done() or settled.cancel():
+        reservation.abandon()
+        return
+    reservation.quarantine()
+    settled.add_done_callback(lambda _: reservation.settle())

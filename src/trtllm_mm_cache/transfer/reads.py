@@ -1,0 +1,230 @@
+"""The READs in flight and the peers they read from. Lives on the agent thread.
+
+What decides when memory is free again, all measured with NIXL 1.5 over TCP with a frozen peer: neither
+`release_xfer_handle` nor `remove_remote_agent` stops a READ. After either one, the bytes still arrived when
+the peer woke up. So a handle is released and a peer removed only when no READ of it is in flight, and a READ
+is settled only when NIXL reports its handle done or failed, or when the whole agent is destroyed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from trtllm_mm_cache.errors import MmCacheError, PeerLostError, TransferError, TransferTimeoutError
+from trtllm_mm_cache.transfer.environment import NixlLibrary
+from trtllm_mm_cache.transfer.messages import PeerMetadata
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ReadRequest:
+    """One READ of `nbytes` bytes. Addresses lie in registered memory; `deadline` is on `time.monotonic()`."""
+
+    peer: PeerMetadata
+    remote_address: int
+    local_address: int
+    nbytes: int
+    token: str
+    deadline: float
+
+
+class _Peer:
+    """A connected exporter. `lost`: a READ failed; it is forgotten as soon as none is in flight."""
+
+    def __init__(self, metadata: PeerMetadata) -> None:
+        self.name = metadata.agent_name
+        self.digest = metadata.digest
+        self.in_flight = 0
+        self.lost = False
+
+
+class _Read:
+    """A READ that was handed to NIXL. Until it is settled, bytes may arrive at its local address."""
+
+    def __init__(self, peer: _Peer, request: ReadRequest, handle: Any, settled: Future[None]) -> None:
+        self.peer = peer
+        self.nbytes = request.nbytes
+        self.deadline = request.deadline
+        self.handle = handle
+        self.settled = settled
+        self.error: MmCacheError | None = None
+        self.forgotten_by_nixl = False
+
+
+class ReadTable:
+    """READs in flight and connected peers of one NIXL agent.
+
+    All methods but `counts` belong to the agent thread. A peer that comes when there are `max_peers`
+    displaces the idle one that was read from longest ago.
+    """
+
+    def __init__(self, library: NixlLibrary, max_peers: int) -> None:
+        self._library = library
+        self._max_peers = max_peers
+        self._peers: dict[str, _Peer] = {}  # least recently used first
+        self._reads: list[_Read] = []
+        self.completed = 0
+        self.completed_bytes = 0
+        self.failed = 0
+
+    def post(self, nixl: Any, request: ReadRequest, settled: Future[None]) -> None:
+        """Start a READ; `poll` completes `settled`.
+
+        Raises, with nothing started: `TransferTimeoutError` when the deadline is over or an earlier READ from
+        this peer is overdue, `PeerLostError` when the peer cannot be reached, `TransferError` when a range
+        is not registered.
+        """
+        if time.monotonic() >= request.deadline:
+            raise TransferTimeoutError(
+                "the READ's deadline passed before its turn came; other READs were ahead of it"
+            )
+        peer = self._connected(nixl, request.peer)
+        try:
+            handle = nixl.initialize_xfer(
+                "READ",
+                nixl.get_xfer_descs([(request.local_address, request.nbytes, 0)], "DRAM"),
+                nixl.get_xfer_descs([(request.remote_address, request.nbytes, 0)], "DRAM"),
+                peer.name,
+                request.token.encode(),
+            )
+        except self._library.errors as error:
+            raise TransferError(
+                f"NIXL refuses a READ of {request.nbytes} bytes ({error}): "
+                "the source or the target is not in registered memory"
+            ) from error
+        read = _Read(peer, request, handle, settled)
+        peer.in_flight += 1
+        self._reads.append(read)
+        try:
+            nixl.transfer(handle)
+        except self._library.errors as error:
+            # Part of it may be under way: only the handle's state tells, and poll looks at it next.
+            read.error = self._failure(error)
+
+    def poll(self, nixl: Any) -> bool:
+        """Look at every READ in flight and settle what is done; return whether one is within its deadline."""
+        for read in tuple(self._reads):
+            if not read.forgotten_by_nixl and self._has_ended(nixl, read):
+                self._settle(nixl, read)
+        now = time.monotonic()
+        return any(read.deadline > now for read in self._reads)
+
+    def is_busy(self) -> bool:
+        """Whether a READ is in flight that NIXL can still tell the end of."""
+        return any(not read.forgotten_by_nixl for read in self._reads)
+
+    def let_go(self) -> None:
+        """Drop every handle, because the agent is about to be destroyed. Settles nothing."""
+        for read in self._reads:
+            self._release(read)
+        self._peers.clear()
+
+    def on_closed(self) -> None:
+        """Settle what was in flight when the agent was destroyed."""
+        reads, self._reads = self._reads, []
+        for read in reads:
+            self.failed += 1
+            read.settled.set_exception(
+                TransferError("the NIXL agent was closed while this READ was in flight")
+            )
+
+    def counts(self) -> tuple[int, int, int]:
+        """Return READs in flight, those of them past their deadline, and connected peers. Thread-safe."""
+        reads, now = tuple(self._reads), time.monotonic()
+        return len(reads), sum(read.deadline <= now for read in reads), len(self._peers)
+
+    def _has_ended(self, nixl: Any, read: _Read) -> bool:
+        try:
+            state = nixl.check_xfer_state(read.handle)
+        except self._library.not_found:
+            # NIXL has lost the peer's metadata. UCX has not lost the READ: only the agent's end is safe.
+            logger.exception("NIXL forgot a peer with a READ in flight; its extent stays quarantined")
+            read.forgotten_by_nixl = read.peer.lost = True
+            return False
+        except self._library.errors as error:
+            read.error = read.error or self._failure(error)
+            return True
+        if state == "PROC":
+            return False
+        if state != "DONE":
+            read.error = read.error or TransferError(f"NIXL reports a READ of {read.nbytes} bytes as failed")
+        return True
+
+    def _settle(self, nixl: Any, read: _Read) -> None:
+        self._reads.remove(read)
+        self._release(read)
+        read.peer.in_flight -= 1
+        if read.error is None:
+            self.completed += 1
+            self.completed_bytes += read.nbytes
+            read.settled.set_result(None)
+            return
+        self.failed += 1
+        # A failed READ costs the connection: the next one starts afresh.
+        read.peer.lost = True
+        if read.peer.in_flight == 0:
+            self._forget(nixl, read.peer)
+        read.settled.set_exception(read.error)
+
+    def _release(self, read: _Read) -> None:
+        try:
+            read.handle.release()
+        except self._library.errors:
+            logger.warning(
+                "NIXL did not release a READ's handle; it is released with the agent", exc_info=True
+            )
+        read.handle = None
+
+    def _failure(self, error: Exception) -> MmCacheError:
+        if isinstance(error, self._library.disconnected):
+            return PeerLostError("the encode worker that exported the embedding is gone; ask another one")
+        return TransferError(f"the READ of an embedding failed ({error}); ask for it again")
+
+    def _connected(self, nixl: Any, metadata: PeerMetadata) -> _Peer:
+        peer = self._peers.pop(metadata.agent_name, None)
+        if peer is None:
+            self._make_room(nixl)
+            peer = self._connect(nixl, metadata)
+        self._peers[peer.name] = peer  # now the most recently used
+        if peer.digest != metadata.digest:
+            raise TransferError("a peer's NIXL metadata changed under the same agent name; it must not")
+        if peer.lost:
+            raise PeerLostError("the connection to the encode worker was lost; ask another one")
+        now = time.monotonic()
+        if any(read.peer is peer and read.deadline <= now for read in self._reads):
+            # Each further READ would only tie up another extent.
+            raise TransferTimeoutError("an earlier READ from this encode worker is overdue; ask another one")
+        return peer
+
+    def _connect(self, nixl: Any, metadata: PeerMetadata) -> _Peer:
+        try:
+            added = nixl.add_remote_agent(metadata.metadata)
+        except self._library.errors as error:
+            raise PeerLostError(
+                f"the exporting encode worker cannot be reached ({error}); ask another one"
+            ) from error
+        name = added.decode() if isinstance(added, bytes) else added
+        if name != metadata.agent_name:
+            if name not in self._peers:
+                nixl.remove_remote_agent(name)
+            raise TransferError("the peer's NIXL metadata belongs to another agent than it says")
+        return _Peer(metadata)
+
+    def _make_room(self, nixl: Any) -> None:
+        if len(self._peers) < self._max_peers:
+            return
+        idle = next((peer for peer in self._peers.values() if peer.in_flight == 0), None)
+        if idle is not None:
+            self._forget(nixl, idle)
+
+    def _forget(self, nixl: Any, peer: _Peer) -> None:
+        self._peers.pop(peer.name, None)
+        try:
+            nixl.remove_remote_agent(peer.name)
+        except self._library.errors:
+            logger.warning("NIXL did not remove a peer", exc_info=True)
