@@ -23,9 +23,9 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         _SPECIAL_TOKENS,
         named_tokens={},
         chat_template=CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
-        bos_token=None,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
+        bos=None,
+        eos="<|im_end|>",
+        pad="<|endoftext|>",
     )
 
 
@@ -66,7 +66,7 @@ def qwen2_vl() -> Recipe:
             tokenizer, rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [6, 9, 9]}
         ),
         vision_config={"depth": 6, "embed_dim": 160, "num_heads": 4, "hidden_size": 192, "mlp_ratio": 4},
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         **_token_ids(tokenizer),
     )
     image_processor = {

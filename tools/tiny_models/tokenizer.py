@@ -19,15 +19,15 @@ def train_tokenizer(
     *,
     named_tokens: dict[str, str],
     chat_template: str,
-    bos_token: str | None,
-    eos_token: str,
-    pad_token: str,
+    bos: str | None,
+    eos: str,
+    pad: str,
     merge_newlines: bool = False,
 ) -> PreTrainedTokenizerFast:
     """Return a tokenizer whose ids are the same in every run.
 
     `named_tokens` become attributes (`image_token`, `boi_token`, ...), as Hugging Face's processors
-    read them. With `bos_token` the tokenizer puts it before every text, as Llama's and Gemma's do.
+    read them. With `bos` the tokenizer puts it before every text, as Llama's and Gemma's do.
     `merge_newlines` lets runs of newlines become one token, as in Gemma's vocabulary.
     """
     tokenizer = Tokenizer(models.BPE())
@@ -50,16 +50,16 @@ def train_tokenizer(
         texts += ["\n" * length for length in (2, 3, 4, 5, 6) for _ in range(4)]
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens(list(special_tokens))
-    if bos_token is not None:
+    if bos is not None:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos_token} $A",
-            special_tokens=[(bos_token, tokenizer.token_to_id(bos_token))],
+            single=f"{bos} $A",
+            special_tokens=[(bos, tokenizer.token_to_id(bos))],
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token=bos_token,
-        eos_token=eos_token,
-        pad_token=pad_token,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad,
         model_specific_special_tokens=named_tokens,
         chat_template=chat_template,
         clean_up_tokenization_spaces=False,

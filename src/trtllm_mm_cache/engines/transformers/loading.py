@@ -1,0 +1,153 @@
+"""Load one half of a model: the vision half on the encode worker, the text half on the PD worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from trtllm_mm_cache.engines.fingerprint import model_fingerprint
+from trtllm_mm_cache.engines.transformers.architectures import Architecture, architecture_of
+from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs, dtype_name
+from trtllm_mm_cache.errors import ConfigurationError, IntegrityError
+
+
+class AbsentModule(nn.Module):
+    """Stands where the other half of the model would be; calling it is a defect of this package."""
+
+    def __init__(self, name: str, owner: str) -> None:
+        super().__init__()
+        self._what = f"{name} is not loaded here: it runs on the {owner} worker alone"
+
+    def forward(self, *_args: object, **_kwargs: object) -> None:
+        """Raise `IntegrityError`."""
+        raise IntegrityError(self._what)
+
+
+def read_config(model_path: Path) -> tuple[PreTrainedConfig, Architecture]:
+    """Return the model's configuration and its entry in the table of architectures.
+
+    Raises `ConfigurationError` when it cannot be read or the architecture is not served.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model_path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"the model's config.json cannot be used: {_first_line(error)}") from error
+    return config, architecture_of(config.model_type)
+
+
+def fingerprint_of(model_path: Path, args: TransformersEngineArgs) -> str:
+    """Return the fingerprint that both workers report; see `model_fingerprint`. Blocking: reads all weights.
+
+    The version of transformers is part of it. It brings the image processor and the placeholder text,
+    and both have changed between releases in more than the last bit (default resampling, tiling,
+    marker tokens). The price is that a cache does not outlive an upgrade and that both workers must
+    be upgraded together; the alternative is a wrong embedding that nothing would notice. Left out is
+    what moves the last bits only: torch's version, the attention kernel, the processor's model.
+    """
+    compute = dtype_name(args.resolved_dtype())
+    return model_fingerprint(
+        model_path,
+        engine=f"transformers {transformers.__version__} computing in {compute}",
+        embedding_dtype=dtype_name(args.resolved_embedding_dtype()),
+    )
+
+
+def load_vision_half(
+    model_path: Path, config: PreTrainedConfig, architecture: Architecture, args: TransformersEngineArgs
+) -> PreTrainedModel:
+    """Return the base model with its vision tower and projector; the language model is never read.
+
+    Its `get_image_features` is ready to use. Raises `ConfigurationError` when weights are missing.
+    """
+    base_class = type(_on_meta_device(AutoModel, config))
+    absent = {architecture.text_module: AbsentModule("the language model", "PD")}
+    return _load(_without(base_class, "", absent), model_path, config, args)
+
+
+def load_text_half(
+    model_path: Path, config: PreTrainedConfig, architecture: Architecture, args: TransformersEngineArgs
+) -> PreTrainedModel:
+    """Return the generating model without vision tower and projector, which are never read.
+
+    Raises `ConfigurationError` when weights are missing.
+    """
+    full_class = type(_on_meta_device(AutoModelForImageTextToText, config))
+    absent = {name: AbsentModule("the vision tower", "encode") for name in architecture.vision_modules}
+    return _load(_without(full_class, "model", absent), model_path, config, args)
+
+
+def _on_meta_device(auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return auto_class.from_config(config)
+
+
+def _without(model_class: type[Any], owner: str, absent: dict[str, AbsentModule]) -> type[Any]:
+    """Return a subclass whose instances carry `absent` in place of submodules of `owner` ("" for itself).
+
+    `from_pretrained` builds a model on the meta device and reads only weights that the model then has,
+    so a submodule taken out at the end of the constructor costs neither memory nor reading.
+    """
+
+    def initialise(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, config, *args, **kwargs)
+        module = self.get_submodule(owner)
+        for name, placeholder in absent.items():
+            setattr(module, name, placeholder)
+
+    return type(model_class.__name__, (model_class,), attributes)
+
+
+def _load(
+    model_class: type[Any], model_path: Path, config: PreTrainedConfig, args: TransformersEngineArgs
+) -> PreTrainedModel:
+    if args.torch_threads is not None:
+        torch.set_num_threads(args.torch_threads)
+    with _quiet_loading():
+        model, report = model_class.from_pretrained(
+            model_path,
+            config=config,
+            dtype=args.resolved_dtype(),
+            attn_implementation=args.attn_implementation,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    incomplete = [*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])]
+    if incomplete:
+        raise ConfigurationError(
+            f"the model's weights are incomplete: {_enumerate(incomplete)}; download the model again"
+        )
+    model.eval().requires_grad_(False)
+    return model.to(args.resolved_device())
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Keep transformers from reporting the other half's weights as unexpected; ours are checked instead."""
+    verbosity = transformers_logging.get_verbosity()
+    progress = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if progress:
+            transformers_logging.enable_progress_bar()
+
+
+def _enumerate(names: Iterable[str], limit: int = 3) -> str:
+    listed = sorted(names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,110 @@
+"""A request and its leases to the model's inputs, with every check that needs no computing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, ProcessorMixin
+
+from trtllm_mm_cache.cache.manager import Lease
+from trtllm_mm_cache.engines.base import GenerationRequest, SamplingParams
+from trtllm_mm_cache.engines.transformers.architectures import Architecture
+from trtllm_mm_cache.engines.transformers.features import FeatureLayout
+from trtllm_mm_cache.engines.transformers.prompt import PromptExpander
+from trtllm_mm_cache.engines.transformers.sampling import check_sampling
+from trtllm_mm_cache.errors import EmbeddingMismatchError, InvalidRequestError
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """`inputs` go to `generate` as they are; `max_new_tokens` fits the context."""
+
+    inputs: Mapping[str, Any]
+    prompt_tokens: int
+    max_new_tokens: int
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True)
+class RequestPreparer:
+    """Thread-safe. `context` is the longest prompt with its answer in tokens, `vocabulary` counts token ids."""
+
+    processor: ProcessorMixin
+    config: PreTrainedConfig
+    architecture: Architecture
+    layout: FeatureLayout
+    expander: PromptExpander
+    context: int
+    vocabulary: int
+    device: torch.device
+
+    def __call__(self, request: GenerationRequest, leases: Sequence[Lease]) -> PreparedRequest:
+        """Check and expand. The inputs hold views of the leases' embeddings, no copies.
+
+        Raises `InvalidRequestError`, `PlaceholderMismatchError` or `EmbeddingMismatchError`.
+        """
+        check_sampling(request.sampling)
+        self._check_token_ids(request.token_ids)
+        placeholders = [self._placeholder(lease, index) for index, lease in enumerate(leases)]
+        token_ids = self.expander.expand(request.token_ids, request.prompt_text, placeholders)
+        for index, (lease, placeholder) in enumerate(zip(leases, placeholders, strict=True)):
+            self.layout.check(lease.embedding, self.expander.rows_of(placeholder), index)
+        room = self.context - len(token_ids)
+        if room < 1:
+            raise InvalidRequestError(
+                f"the prompt has {len(token_ids)} tokens with its images expanded; the context of "
+                f"{self.context} tokens has no room left for an answer"
+            )
+        inputs = self._text_inputs(token_ids) | self._image_inputs(leases)
+        wanted = request.sampling.max_tokens
+        return PreparedRequest(
+            inputs, len(token_ids), room if wanted is None else min(room, wanted), request.sampling
+        )
+
+    def _check_token_ids(self, token_ids: Sequence[int]) -> None:
+        if not token_ids:
+            raise InvalidRequestError("the prompt is empty")
+        # The image token itself may lie outside: its embedding is never looked up.
+        allowed = {self.config.image_token_id}
+        outside = next((id for id in token_ids if not 0 <= id < self.vocabulary and id not in allowed), None)
+        if outside is not None:
+            raise InvalidRequestError(f"token id {outside} is outside the model's vocabulary")
+
+    def _placeholder(self, lease: Lease, index: int) -> str:
+        placeholder = (lease.embedding.metadata or {}).get("placeholder")
+        if not isinstance(placeholder, str):
+            raise EmbeddingMismatchError("the embedding has no placeholder text", image_index=index)
+        return placeholder
+
+    def _text_inputs(self, token_ids: list[int]) -> dict[str, torch.Tensor]:
+        """Return what the model's processor makes of the prompt's text."""
+        input_ids = torch.tensor([token_ids], device=self.device)
+        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        if self.architecture.type_ids_argument is not None:
+            types = self.processor.create_mm_token_type_ids([token_ids])
+            inputs[self.architecture.type_ids_argument] = torch.tensor(types, device=self.device)
+        return inputs
+
+    def _image_inputs(self, leases: Sequence[Lease]) -> dict[str, Any]:
+        if not leases:
+            return {}
+        output = self.layout.encoder_output([lease.embedding.tensor for lease in leases])
+        inputs: dict[str, Any] = {"mm_encoder_outputs": {"image": output}}
+        if self.architecture.has_grid:
+            inputs["image_grid_thw"] = torch.tensor(
+                [self._grid(lease, index) for index, lease in enumerate(leases)], device=self.device
+            )
+        return inputs
+
+    def _grid(self, lease: Lease, index: int) -> list[int]:
+        grid = (lease.embedding.metadata or {}).get("image_grid_thw")
+        if not (isinstance(grid, list) and len(grid) == 3 and all(isinstance(n, int) for n in grid)):
+            raise EmbeddingMismatchError("the embedding has no grid of patches", image_index=index)
+        merged = self.config.vision_config.spatial_merge_size**2
+        rows = lease.embedding.tensor.shape[0]
+        if grid[0] * grid[1] * grid[2] != rows * merged:
+            raise EmbeddingMismatchError(f"the grid {grid} does not give {rows} rows", image_index=index)
+        return grid

@@ -1,0 +1,79 @@
+"""One image to the vision tower's input, and to the text its placeholder becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PreTrainedConfig, ProcessorMixin
+
+from trtllm_mm_cache.engines.base import EncodeItem
+from trtllm_mm_cache.engines.transformers.architectures import MULTI_IMAGE, Architecture
+from trtllm_mm_cache.engines.transformers.processor_kwargs import image_kwargs
+from trtllm_mm_cache.errors import InvalidImageError
+
+
+@dataclass(frozen=True)
+class ProcessedImage:
+    """The tower's input for one image.
+
+    `inputs` are tensors whose first dimension counts patches, tiles or images, by the processor's
+    output names. `placeholder` is the exact text that the model's processor puts where the prompt has
+    this image's placeholder; it holds `rows` image tokens. `grid` is `[t, h, w]` in patches, or None.
+    """
+
+    inputs: Mapping[str, torch.Tensor]
+    placeholder: str
+    rows: int
+    grid: list[int] | None
+
+
+class ImagePreprocessor:
+    """Thread-safe: the processor's image part keeps no state between calls."""
+
+    def __init__(
+        self, processor: ProcessorMixin, config: PreTrainedConfig, architecture: Architecture
+    ) -> None:
+        self._processor = processor
+        self._architecture = architecture
+        self._image_token = processor.tokenizer.convert_ids_to_tokens(config.image_token_id)
+
+    def __call__(self, item: EncodeItem) -> ProcessedImage:
+        """Run the model's processor over one image.
+
+        Raises `InvalidRequestError` for the item's kwargs, `InvalidImageError` for its image.
+        """
+        kwargs = image_kwargs(
+            item.processor_kwargs, self._architecture.request_kwargs, self._processor.image_processor
+        )
+        if item.image.mode != "RGB":
+            # Some released configurations leave this open, and then only RGB images pass.
+            kwargs["do_convert_rgb"] = True
+        images = [item.image]
+        if item.variant == MULTI_IMAGE:
+            # The processor decides by the number of images; a second one of a pixel says "several".
+            images.append(Image.new("RGB", (1, 1)))
+        try:
+            output = self._processor(
+                images=images,
+                text=self._processor.image_token * len(images),
+                images_kwargs=kwargs,
+                return_text_replacement_offsets=True,
+                return_tensors="pt",
+            )
+        except (ValueError, TypeError, OSError, ArithmeticError) as error:
+            raise InvalidImageError(f"the model's image processor refuses this image: {error}") from error
+        return self._processed(output, alone=len(images) == 1)
+
+    def _processed(self, output: Mapping[str, Any], *, alone: bool) -> ProcessedImage:
+        placeholder = output["text_replacement_offsets"][0][0]["replacement"]
+        inputs = {
+            name: value if alone or name == "batch_num_images" else value[:1]
+            for name, value in output.items()
+            if isinstance(value, torch.Tensor)
+        }
+        grid = inputs["image_grid_thw"][0].tolist() if self._architecture.has_grid else None
+        return ProcessedImage(inputs, placeholder, placeholder.count(self._image_token), grid)

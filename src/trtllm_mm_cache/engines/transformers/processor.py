@@ -1,0 +1,50 @@
+"""The model's own Hugging Face processor, without the parts that only videos need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedConfig, ProcessorMixin
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+from trtllm_mm_cache.errors import ConfigurationError
+
+
+class _WithoutVideo:
+    """Mixin: a processor class that takes None for its video processor.
+
+    Video processors need torchvision, and a processor that gets no video never calls its own.
+    """
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        if argument_name == "video_processor":
+            return None
+        return super().check_argument_for_proper_class(argument_name, argument)  # type: ignore[misc]
+
+
+def load_processor(model_path: Path, config: PreTrainedConfig) -> ProcessorMixin:
+    """Return the processor of the model's architecture: image processor (PIL backend) and tokenizer.
+
+    The PIL backend is asked for by name, since the torchvision one resizes differently: with it a
+    feature would depend on whether torchvision happens to be installed.
+    Raises `ConfigurationError` when files are missing or name another processor class.
+    """
+    processor_class = PROCESSOR_MAPPING[type(config)]
+    try:
+        image_processor = AutoImageProcessor.from_pretrained(model_path, backend="pil", local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
+        settings, _ = processor_class.get_processor_dict(model_path, local_files_only=True)
+        named = settings.get("processor_class", processor_class.__name__)
+        if named != processor_class.__name__:
+            raise ConfigurationError(
+                f"the model asks for {named}; of {config.model_type} models only those with "
+                f"{processor_class.__name__} are served"
+            )
+        without_video: Any = type(processor_class.__name__, (_WithoutVideo, processor_class), {})
+        parts = {"image_processor": image_processor, "tokenizer": tokenizer, "video_processor": None}
+        arguments = [parts[name] for name in processor_class.get_attributes()]
+        return without_video.from_args_and_dict(arguments, settings)
+    except (OSError, ValueError, AttributeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigurationError(f"the model's processor cannot be loaded: {reason}") from error
