@@ -102,6 +102,7 @@ def _without(model_class: type[Any], owner: str, absent: dict[str, AbsentModule]
         for name, placeholder in absent.items():
             setattr(module, name, placeholder)
 
+    attributes = {"__init__": initialise, "__module__": model_class.__module__}
     return type(model_class.__name__, (model_class,), attributes)
 
 

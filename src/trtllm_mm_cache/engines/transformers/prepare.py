@@ -30,7 +30,10 @@ class PreparedRequest:
 
 @dataclass(frozen=True)
 class RequestPreparer:
-    """Thread-safe. `context` is the longest prompt with its answer in tokens, `vocabulary` counts token ids."""
+    """Thread-safe. `context` is the longest prompt with its answer, in tokens.
+
+    `vocabulary` is the number of token ids that have an embedding.
+    """
 
     processor: ProcessorMixin
     config: PreTrainedConfig
