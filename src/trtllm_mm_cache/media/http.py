@@ -19,7 +19,12 @@ import httpx2
 from hishel import CacheOptions
 from hishel.httpx2 import AsyncCacheTransport
 
-from trtllm_mm_cache.errors import MediaFetchError, MediaReferenceError, MediaTooLargeError
+from trtllm_mm_cache.errors import (
+    MediaFetchError,
+    MediaForbiddenError,
+    MediaReferenceError,
+    MediaTooLargeError,
+)
 from trtllm_mm_cache.media.http_cache import MemoryStorage
 from trtllm_mm_cache.media.network import GuardedBackend, Resolver, SystemResolver
 from trtllm_mm_cache.media.settings import MediaSettings
@@ -164,8 +169,7 @@ def _with_cache_policy(status: int, headers: httpx2.Headers) -> httpx2.Headers:
     - A missing or future Date becomes the time of receipt (RFC 9110, section 6.6.1), without which
       the response would never grow old.
     """
-    parsed = parsedate_tz(headers.get("date", ""))
-    if parsed is None or mktime_tz(parsed) > time.time():
+    if not _lies_in_the_past(headers.get("date", "")):
         headers["date"] = formatdate(usegmt=True)
     if status == 304:
         return headers
@@ -180,14 +184,25 @@ def _with_cache_policy(status: int, headers: httpx2.Headers) -> httpx2.Headers:
     return headers
 
 
+def _lies_in_the_past(date: str) -> bool:
+    try:
+        parsed = parsedate_tz(date)
+        return parsed is not None and mktime_tz(parsed) <= time.time()
+    except (ValueError, OverflowError):
+        return False
+
+
 def _parse(reference: str) -> httpx2.URL:
     if len(reference) > _MAX_URL_LENGTH:
         raise MediaReferenceError(f"the URL is longer than {_MAX_URL_LENGTH} characters")
     try:
         url = httpx2.URL(reference)
-    except httpx2.InvalidURL:
+        fault = _fault(url)
+    except (httpx2.InvalidURL, ValueError):
         raise MediaReferenceError("the URL cannot be parsed") from None
-    return _checked(url)
+    if fault is not None:
+        raise MediaReferenceError(f"the URL {fault}")
+    return url.copy_with(fragment=None)
 
 
 def _redirected(url: httpx2.URL, response: httpx2.Response) -> httpx2.URL:
@@ -195,20 +210,24 @@ def _redirected(url: httpx2.URL, response: httpx2.Response) -> httpx2.URL:
     if not location or len(location) > _MAX_URL_LENGTH:
         raise MediaFetchError("the media server redirects without a usable target")
     try:
-        return _checked(url.join(location))
-    except httpx2.InvalidURL:
+        target = url.join(location)
+        fault = _fault(target)
+    except (httpx2.InvalidURL, ValueError):
         raise MediaFetchError("the media server redirects without a usable target") from None
+    if fault is not None:
+        raise MediaForbiddenError(f"the media server redirects to a URL that {fault}")
+    return target.copy_with(fragment=None)
 
 
-def _checked(url: httpx2.URL) -> httpx2.URL:
-    """Return `url` without its fragment, or raise where its form alone rules it out."""
+def _fault(url: httpx2.URL) -> str | None:
+    """Say what rules `url` out by its form alone, before its address is looked at."""
     if url.scheme not in {"http", "https"}:
-        raise MediaReferenceError("the URL leads to a scheme other than http and https")
+        return "has another scheme than http or https"
     if not url.host:
-        raise MediaReferenceError("the URL has no host")
+        return "has no host"
     if url.userinfo:
-        raise MediaReferenceError("the URL has credentials in it, which are not sent; use a signed URL")
-    return url.copy_with(fragment=None)
+        return "has credentials in it, which are never sent; use a signed URL"
+    return None
 
 
 def _check_size(size: int, max_bytes: int) -> None:

@@ -79,7 +79,7 @@ class MemoryStorage(AsyncBaseStorage):
         if key is None:
             return
         stored = self._entries[key]
-        change = _header_bytes(headers) - _header_bytes(stored.response.headers)
+        change = _fixed_bytes(key, headers) - _fixed_bytes(key, stored.response.headers)
         if not self._make_room(change, keep=key):
             self._drop(key)
             return
@@ -101,38 +101,30 @@ class MemoryStorage(AsyncBaseStorage):
     async def _saving(
         self, entry_id: uuid.UUID, request: Request, response: Response, key: str
     ) -> AsyncIterator[bytes]:
-        """Pass the body on; keep it once it is complete, unless it did not fit."""
-        chunks: list[bytes] = []
+        """Pass the body on; keep it once it is complete, where it fits."""
+        chunks: list[bytes] | None = []
         charged = 0
-        fits = self._charge(_ENTRY_OVERHEAD + len(key) + _header_bytes(response.headers))
-        if fits:
-            charged = _ENTRY_OVERHEAD + len(key) + _header_bytes(response.headers)
         try:
             async for chunk in _body(response):
-                if fits and self._charge(len(chunk)):
-                    charged += len(chunk)
-                    chunks.append(chunk)
-                elif fits:
-                    fits = False
-                    self._used -= charged
-                    charged = 0
-                    chunks.clear()
+                if chunks is not None:
+                    cost = len(chunk) + (0 if charged else _fixed_bytes(key, response.headers))
+                    # A body that can never fit must not push the others out first.
+                    if charged + cost <= self._capacity and self._make_room(cost):
+                        self._used += cost
+                        charged += cost
+                        chunks.append(chunk)
+                    else:
+                        self._used -= charged
+                        charged, chunks = 0, None
                 yield chunk
-            if fits:
+            if chunks:
                 self._drop(key)
-                self._entries[key] = _Stored(
-                    entry_id, request, replace(response, stream=None), tuple(chunks), charged
-                )
+                kept = replace(response, stream=None)
+                self._entries[key] = _Stored(entry_id, request, kept, tuple(chunks), charged)
                 self._keys[entry_id] = key
                 charged = 0
         finally:
             self._used -= charged
-
-    def _charge(self, size: int) -> bool:
-        if not self._make_room(size):
-            return False
-        self._used += size
-        return True
 
     def _make_room(self, size: int, keep: str | None = None) -> bool:
         """Evict until `size` more bytes fit; say whether they do."""
@@ -161,5 +153,5 @@ async def _body(response: Response) -> AsyncIterator[bytes]:
             yield chunk
 
 
-def _header_bytes(headers: Headers) -> int:
-    return sum(len(name) + len(value) for name, value in headers.items())
+def _fixed_bytes(key: str, headers: Headers) -> int:
+    return _ENTRY_OVERHEAD + len(key) + sum(len(name) + len(value) for name, value in headers.items())

@@ -7,11 +7,11 @@ through warnings.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 from PIL import (
     BmpImagePlugin,
     ExifTags,
@@ -25,6 +25,13 @@ from PIL import (
 )
 
 from trtllm_mm_cache.errors import InvalidImageError, MediaTooLargeError, MmCacheError, UnsupportedMediaError
+from trtllm_mm_cache.media.image_limits import (
+    BudgetedBytes,
+    check_jpeg_scans,
+    check_png_chunks,
+    check_size,
+    check_webp_canvas,
+)
 from trtllm_mm_cache.media.settings import ImageFormat, MediaSettings
 
 _PLUGINS: dict[ImageFormat, type[ImageFile.ImageFile]] = {
@@ -55,7 +62,20 @@ _UPRIGHT: dict[int, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes an image of each EXIF orientation upright (EXIF 2.32, table of tag 0x0112)."""
+"""What makes an image of each EXIF orientation upright (EXIF 2.32, tag 0x0112)."""
+
+_TIFF_COMPRESSIONS = {
+    "raw",
+    "packbits",
+    "tiff_ccitt",
+    "group3",
+    "group4",
+    "tiff_lzw",
+    "tiff_deflate",
+    "tiff_adobe_deflate",
+}
+"""Those whose cost is linear in the pixels. JPEG and WebP inside TIFF would need the checks that the
+formats themselves get, for every strip."""
 
 
 Result = TypeVar("Result")
@@ -83,19 +103,23 @@ def probe_image(data: bytes, settings: MediaSettings) -> ImageInfo:
 
 
 def decode_image(data: bytes, settings: MediaSettings) -> Image.Image:
-    """Decode an image completely, to upright RGB without metadata.
+    """Decode an image completely, to upright 8-bit RGB without metadata.
 
-    Pixel for pixel what `transformers.image_utils.load_image` gives, so that a model sees here what
-    it saw in training: EXIF orientation is applied, then `convert("RGB")`, which drops transparency
-    rather than composing it on a background. Of an animation or a multi-page file the first frame
-    counts. Blocking: run it in a thread; thread-safe. Raises what `probe_image` raises, and
-    `InvalidImageError` for data that is broken or ends early.
+    Pixel for pixel what Hugging Face's `transformers.image_utils.load_image` gives, so that a model
+    sees here what it sees there: the EXIF orientation is applied, then `convert("RGB")`, which drops
+    transparency rather than composing it on a background. Of an animation or a file of several
+    pages the first counts. One exception: `load_image` clips 16-bit grey, which turns nearly all of
+    it white; here its high byte counts, as it does in 16-bit colour.
+
+    Blocking: run it in a thread; thread-safe. Takes up to 12 bytes a pixel while it runs. Raises what
+    `probe_image` raises, and `InvalidImageError` for data that is broken or ends early.
     """
     _, image = _open(data, settings)
     return _guarded(lambda: _upright_rgb(image))
 
 
 def _open(data: bytes, settings: MediaSettings) -> tuple[ImageFormat, ImageFile.ImageFile]:
+    """Return the format and the image with its header read, its file ready for the pixels."""
     if not data:
         raise InvalidImageError("the image is empty")
     image_format = _format_of(data)
@@ -103,9 +127,17 @@ def _open(data: bytes, settings: MediaSettings) -> tuple[ImageFormat, ImageFile.
         accepted = ", ".join(sorted(settings.image_formats))
         raise UnsupportedMediaError(f"the media is not an image in an accepted format ({accepted})")
     if image_format == "WEBP":
-        _check_webp_canvas(data, settings)
-    image = _guarded(lambda: _PLUGINS[image_format](io.BytesIO(data)))
-    _check_size(image.size, settings)
+        check_webp_canvas(data, settings)
+    elif image_format == "JPEG":
+        check_jpeg_scans(data)
+    elif image_format == "PNG":
+        check_png_chunks(data)
+    file = BudgetedBytes(data, whole=image_format == "WEBP")
+    image = _guarded(lambda: _PLUGINS[image_format](file))
+    check_size(image.size, settings)
+    if image_format == "TIFF" and image.info.get("compression") not in _TIFF_COMPRESSIONS:
+        raise UnsupportedMediaError("the TIFF's compression is not accepted; use LZW or deflate")
+    file.allow_pixels()
     return image_format, image
 
 
@@ -118,30 +150,6 @@ def _format_of(data: bytes) -> ImageFormat | None:
     return None
 
 
-def _check_webp_canvas(data: bytes, settings: MediaSettings) -> None:
-    """Check an extended WebP's canvas: its decoder allocates the canvas as soon as it is opened."""
-    if data[12:16] == b"VP8X" and len(data) >= 30:
-        width = int.from_bytes(data[24:27], "little") + 1
-        height = int.from_bytes(data[27:30], "little") + 1
-        _check_size((width, height), settings)
-
-
-def _check_size(size: tuple[int, int], settings: MediaSettings) -> None:
-    width, height = size
-    if width < 1 or height < 1:
-        raise InvalidImageError("the image has no pixels")
-    if max(width, height) > settings.max_image_side:
-        raise MediaTooLargeError(
-            f"the image is {width}x{height} pixels, a side longer than the limit of "
-            f"{settings.max_image_side}; scale it down"
-        )
-    if width * height > settings.max_image_pixels:
-        raise MediaTooLargeError(
-            f"the image is {width}x{height} pixels, more than the limit of "
-            f"{settings.max_image_pixels} in all; scale it down"
-        )
-
-
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
     turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -150,6 +158,8 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     # What is left of the metadata would only mislead: an orientation that is applied already, a
     # transparent colour that the result does not have.
     image.info.clear()
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 

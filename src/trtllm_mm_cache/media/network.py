@@ -11,7 +11,7 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 
 import httpcore2
 
@@ -20,6 +20,18 @@ from trtllm_mm_cache.errors import MediaFetchError, MediaForbiddenError
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 """Host name or literal and port to addresses, in order of preference. Raises `OSError`."""
 
+_PRIVATE = tuple(
+    ip_network(each)
+    for each in (
+        "127.0.0.0/8",
+        "10.0.0.0/8",
+        "172.16.0.0/12",
+        "192.168.0.0/16",
+        "100.64.0.0/10",  # shared address space: carriers, and clusters inside clouds
+        "::1/128",
+        "fc00::/7",
+    )
+)
 _GLOBAL_UNICAST = IPv6Network("2000::/3")
 _NAT64 = IPv6Network("64:ff9b::/96")
 _SIX_TO_FOUR = IPv6Network("2002::/16")
@@ -38,20 +50,20 @@ def is_forbidden(address: IPv4Address | IPv6Address, *, allow_private: bool) -> 
 
     Only globally routable unicast passes; addresses that embed an IPv4 address (mapped, NAT64) are
     judged by it. `allow_private` lets private and loopback addresses pass as well, but never
-    link-local, multicast, unspecified or reserved ones, nor a cloud provider's metadata service.
+    link-local, multicast, unspecified or reserved ones, nor the metadata service of a cloud.
     """
     if isinstance(address, IPv6Address):
         if address.ipv4_mapped is not None:
             return is_forbidden(address.ipv4_mapped, allow_private=allow_private)
         if address in _NAT64:
             return is_forbidden(IPv4Address(int(address) & 0xFFFF_FFFF), allow_private=allow_private)
-    if address in _CLOUD_METADATA or address.is_multicast or address.is_unspecified or address.is_link_local:
+    if address in _CLOUD_METADATA:
         return True
-    if address.is_loopback or (address.is_private and not address.is_reserved):
+    if any(address in network for network in _PRIVATE):
         return not allow_private
-    if isinstance(address, IPv6Address):
-        return address not in _GLOBAL_UNICAST or address in _SIX_TO_FOUR
-    return not address.is_global
+    if address.is_multicast or address.is_reserved or not address.is_global:
+        return True
+    return isinstance(address, IPv6Address) and (address not in _GLOBAL_UNICAST or address in _SIX_TO_FOUR)
 
 
 class SystemResolver:
