@@ -11,13 +11,25 @@ import torch
 from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from . import qwen
+from . import gemma, idefics, internvl, llava, qwen
 from .recipe import Recipe
 from .tokenizer import save_tokenizer
 from .weights import fill_weights
 
 ARCHITECTURES: Mapping[str, Callable[[], Recipe]] = {
-    "qwen2_vl": qwen.qwen2_vl,
+    recipe.__name__: recipe
+    for recipe in (
+        qwen.qwen2_vl,
+        qwen.qwen2_5_vl,
+        qwen.qwen3_vl,
+        llava.llava,
+        llava.llava_next,
+        llava.llava_onevision,
+        internvl.internvl,
+        idefics.smolvlm,
+        idefics.idefics3,
+        gemma.gemma3,
+    )
 }
 """Hugging Face `model_type` to its recipe."""
 

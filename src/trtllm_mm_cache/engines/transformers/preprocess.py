@@ -58,7 +58,7 @@ class ImagePreprocessor:
             images.append(Image.new("RGB", (1, 1)))
         try:
             output = self._processor(
-                images=images,
+                images=[images],
                 text=self._processor.image_token * len(images),
                 images_kwargs=kwargs,
                 return_text_replacement_offsets=True,
