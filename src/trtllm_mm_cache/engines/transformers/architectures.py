@@ -8,9 +8,10 @@ transformers 5.23:
 | qwen2_vl, qwen2_5_vl, qwen3_vl | the image alone; patches of other images never attend to it        |
 | llava            | the image alone; every image is resized to one fixed square                       |
 | llava_next       | the image alone; padding to the tile count of its neighbours is cut off again     |
-| llava_onevision  | whether it is alone: one image is tiled, several are each padded to one square    |
+| llava_onevision  | whether it is alone: one image is tiled, several are each padded to one square, as
+|                  | `apply_chat_template` hands them over                                             |
 | internvl         | the image alone; tiles are counted per image                                      |
-| smolvlm, idefics3 | the image alone while images are split or fit one tile (all released models)     |
+| smolvlm, idefics3 | the image alone; all tiles have one size, padding to a neighbour's count is dropped |
 | gemma3           | the image alone, its crops included                                               |
 """
 

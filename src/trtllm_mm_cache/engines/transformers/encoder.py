@@ -10,13 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from trtllm_mm_cache.engines.base import EncodedImage, EncodeItem
-from trtllm_mm_cache.engines.transformers.loading import fingerprint_of, load_vision_half, read_config
+from trtllm_mm_cache.engines.transformers.loading import (
+    fingerprint_of,
+    first_line,
+    load_vision_half,
+    read_config,
+)
 from trtllm_mm_cache.engines.transformers.preprocess import ImagePreprocessor, ProcessedImage
 from trtllm_mm_cache.engines.transformers.processor import load_processor
 from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs
-from trtllm_mm_cache.errors import EncodeFailedError, MmCacheError
+from trtllm_mm_cache.errors import ConfigurationError, EncodeFailedError, MmCacheError
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +46,7 @@ class TransformersVisionEncoder:
         self._device = args.resolved_device()
         self._embedding_dtype = args.resolved_embedding_dtype()
         self._input_names = frozenset(inspect.signature(self._model.get_image_features).parameters)
+        self._encode_one()
 
     @property
     def fingerprint(self) -> str:
@@ -76,6 +83,18 @@ class TransformersVisionEncoder:
     def close(self) -> None:
         """Free the model."""
         self._model = None
+
+    def _encode_one(self) -> None:
+        """Encode a grey image, so that files that do not fit each other fail the start, not requests.
+
+        It also makes the first request as fast as the next.
+        """
+        try:
+            self._run([self._preprocess(EncodeItem(Image.new("RGB", (64, 64), "grey")))])
+        except Exception as error:
+            raise ConfigurationError(
+                f"the model cannot encode a plain image, its files do not fit each other: {first_line(error)}"
+            ) from error
 
     def _metadata(self, image: ProcessedImage) -> dict[str, Any]:
         metadata: dict[str, Any] = {"placeholder": image.placeholder}

@@ -39,7 +39,7 @@ def read_config(model_path: Path) -> tuple[PreTrainedConfig, Architecture]:
     try:
         config = AutoConfig.from_pretrained(model_path, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"the model's config.json cannot be used: {_first_line(error)}") from error
+        raise ConfigurationError(f"the model's config.json cannot be used: {first_line(error)}") from error
     return config, architecture_of(config.model_type)
 
 
@@ -150,5 +150,7 @@ def _enumerate(names: Iterable[str], limit: int = 3) -> str:
     return ", ".join(listed[:limit]) + more
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text: transformers adds advice and addresses below it."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from trtllm_mm_cache.engines.transformers.architectures import Architecture
 from trtllm_mm_cache.engines.transformers.features import FeatureLayout
 from trtllm_mm_cache.engines.transformers.prompt import PromptExpander
 from trtllm_mm_cache.engines.transformers.sampling import check_sampling
-from trtllm_mm_cache.errors import EmbeddingMismatchError, InvalidRequestError
+from trtllm_mm_cache.errors import EmbeddingMismatchError, InvalidRequestError, PlaceholderMismatchError
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class RequestPreparer:
                 f"the prompt has {len(token_ids)} tokens with its images expanded; the context of "
                 f"{self.context} tokens has no room left for an answer"
             )
+        self._check_gaps(token_ids, len(leases))
         inputs = self._text_inputs(token_ids) | self._image_inputs(leases)
         wanted = request.sampling.max_tokens
         return PreparedRequest(
@@ -75,6 +77,16 @@ class RequestPreparer:
         outside = next((id for id in token_ids if not 0 <= id < self.vocabulary and id not in allowed), None)
         if outside is not None:
             raise InvalidRequestError(f"token id {outside} is outside the model's vocabulary")
+
+    def _check_gaps(self, token_ids: list[int], images: int) -> None:
+        """Raise when two images touch and the decoder, which numbers positions by runs, would see one."""
+        runs = sum(
+            is_image for is_image, _ in groupby(token == self.config.image_token_id for token in token_ids)
+        )
+        if self.architecture.has_grid and runs != images:
+            raise PlaceholderMismatchError(
+                "two images touch in the prompt; this model needs text between them"
+            )
 
     def _placeholder(self, lease: Lease, index: int) -> str:
         placeholder = (lease.embedding.metadata or {}).get("placeholder")

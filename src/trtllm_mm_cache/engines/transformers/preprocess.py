@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, ProcessorMixin
 
 from trtllm_mm_cache.engines.base import EncodeItem
 from trtllm_mm_cache.engines.transformers.architectures import MULTI_IMAGE, Architecture
-from trtllm_mm_cache.engines.transformers.processor_kwargs import image_kwargs
+from trtllm_mm_cache.engines.transformers.processor_kwargs import configured_kwargs, image_kwargs
 from trtllm_mm_cache.errors import InvalidImageError
 
 
@@ -39,6 +39,7 @@ class ImagePreprocessor:
     ) -> None:
         self._processor = processor
         self._architecture = architecture
+        self._configured = configured_kwargs(processor)
         self._image_token = processor.tokenizer.convert_ids_to_tokens(config.image_token_id)
 
     def __call__(self, item: EncodeItem) -> ProcessedImage:
@@ -46,15 +47,13 @@ class ImagePreprocessor:
 
         Raises `InvalidRequestError` for the item's kwargs, `InvalidImageError` for its image.
         """
-        kwargs = image_kwargs(
-            item.processor_kwargs, self._architecture.request_kwargs, self._processor.image_processor
-        )
+        kwargs = image_kwargs(item.processor_kwargs, self._architecture.request_kwargs, self._configured)
         if item.image.mode != "RGB":
             # Some released configurations leave this open, and then only RGB images pass.
             kwargs["do_convert_rgb"] = True
         images = [item.image]
         if item.variant == MULTI_IMAGE:
-            # The processor decides by the number of images; a second one of a pixel says "several".
+            # The processor looks at how many images a prompt has; a second one of a pixel says "several".
             images.append(Image.new("RGB", (1, 1)))
         try:
             output = self._processor(
@@ -64,7 +63,7 @@ class ImagePreprocessor:
                 return_text_replacement_offsets=True,
                 return_tensors="pt",
             )
-        except (ValueError, TypeError, OSError, ArithmeticError) as error:
+        except (ValueError, TypeError, OSError, ArithmeticError, LookupError) as error:
             raise InvalidImageError(f"the model's image processor refuses this image: {error}") from error
         return self._processed(output, alone=len(images) == 1)
 

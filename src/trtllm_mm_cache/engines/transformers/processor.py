@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedConfig, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
+from trtllm_mm_cache.engines.transformers.loading import first_line
 from trtllm_mm_cache.errors import ConfigurationError
 
 
@@ -46,5 +47,4 @@ def load_processor(model_path: Path, config: PreTrainedConfig) -> ProcessorMixin
         arguments = [parts[name] for name in processor_class.get_attributes()]
         return without_video.from_args_and_dict(arguments, settings)
     except (OSError, ValueError, AttributeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigurationError(f"the model's processor cannot be loaded: {reason}") from error
+        raise ConfigurationError(f"the model's processor cannot be loaded: {first_line(error)}") from error

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from transformers import BaseImageProcessor
+from transformers import ProcessorMixin
 
 from trtllm_mm_cache.errors import InvalidRequestError
 
@@ -38,10 +38,26 @@ class RequestImageKwargs(BaseModel):
 _BOUNDED_BY_MODEL = ("max_patches", "pan_and_scan_max_num_crops")
 
 
+def configured_kwargs(processor: ProcessorMixin) -> dict[str, Any]:
+    """Return what holds for a request that asks for nothing: the bounds of what others may ask for.
+
+    The model's preprocessor_config.json comes before the defaults of its processor class.
+    """
+    configured = dict(processor.images_kwargs) if hasattr(processor, "images_kwargs") else {}
+    for name in RequestImageKwargs.model_fields:
+        value = getattr(processor.image_processor, name, None)
+        if value is not None:
+            configured[name] = value
+    configured["size"] = {
+        edge: pixels for edge, pixels in dict(configured["size"]).items() if pixels is not None
+    }
+    return configured
+
+
 def image_kwargs(
-    requested: Mapping[str, Any], allowed: tuple[str, ...], image_processor: BaseImageProcessor
+    requested: Mapping[str, Any], allowed: tuple[str, ...], configured: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return `requested` as arguments of `image_processor`; `allowed` names those the architecture has.
+    """Return `requested` as arguments of the image processor; `allowed` names those the architecture has.
 
     No request may cost more than the model's own configuration lets every request cost: sizes, tile
     and crop counts are bounded by the configured ones. Qwen's `min_pixels` and `max_pixels` become
@@ -62,13 +78,14 @@ def image_kwargs(
         raise InvalidRequestError(f"mm_processor_kwargs.{field}: {first['msg']}") from None
     kwargs = checked.model_dump(exclude_none=True)
     for name in _BOUNDED_BY_MODEL:
-        _check_bound(name, kwargs.get(name, 1), getattr(image_processor, name, None))
-    if kwargs.get("min_patches", 1) > kwargs.get("max_patches", getattr(image_processor, "max_patches", 1)):
+        if name in kwargs:
+            _check_bound(name, kwargs[name], configured[name])
+    if kwargs.get("min_patches", 1) > kwargs.get("max_patches", configured.get("max_patches", 1)):
         raise InvalidRequestError("mm_processor_kwargs.min_patches is larger than max_patches")
-    return _with_sizes(kwargs, image_processor)
+    return _with_sizes(kwargs, configured["size"])
 
 
-def _with_sizes(kwargs: dict[str, Any], image_processor: BaseImageProcessor) -> dict[str, Any]:
+def _with_sizes(kwargs: dict[str, Any], configured: Mapping[str, int]) -> dict[str, Any]:
     """Fold pixel limits into `size` and complete it from the configured one."""
     edges = dict(kwargs.pop("size", {}))
     for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
@@ -76,17 +93,16 @@ def _with_sizes(kwargs: dict[str, Any], image_processor: BaseImageProcessor) -> 
             edges[edge] = kwargs.pop(name)
     if not edges:
         return kwargs
-    configured = {name: value for name, value in dict(image_processor.size).items() if value is not None}
     for name, value in edges.items():
         if name not in configured:
             raise InvalidRequestError(f"mm_processor_kwargs.size.{name}: this model has no such edge")
         _check_bound(f"size.{name}", value, configured["longest_edge"])
-    size = configured | edges
+    size = {**configured, **edges}
     if size.get("shortest_edge", 0) > size["longest_edge"]:
         raise InvalidRequestError("mm_processor_kwargs: the smallest size is larger than the largest")
     return kwargs | {"size": size}
 
 
-def _check_bound(name: str, value: int, bound: int | None) -> None:
-    if bound is not None and value > bound:
+def _check_bound(name: str, value: int, bound: int) -> None:
+    if value > bound:
         raise InvalidRequestError(f"mm_processor_kwargs.{name} is {value}; this model allows at most {bound}")

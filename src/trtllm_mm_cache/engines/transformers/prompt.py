@@ -22,9 +22,13 @@ class PromptExpander:
         self._tokenizer = processor.tokenizer
         self._placeholder_id = self._tokenizer.convert_tokens_to_ids(processor.image_token)
         self._image_token_id = config.image_token_id
-        media_ids = {config.image_token_id, getattr(config, "video_token_id", None)}
-        self._reserved_ids = media_ids - {self._placeholder_id, None}
         self._atomic_ids = frozenset(self._tokenizer.added_tokens_decoder)
+        video_token = getattr(processor, "video_token", None)
+        media_ids = {
+            config.image_token_id,
+            video_token and self._tokenizer.convert_tokens_to_ids(video_token),
+        }
+        self._reserved_ids = (media_ids & self._atomic_ids) - {self._placeholder_id}
 
     def rows_of(self, placeholder: str) -> int:
         """Return how many image tokens the text holds; each takes one row of the embedding."""
