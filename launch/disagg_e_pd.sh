@@ -103,13 +103,26 @@ export DYN_DISCOVERY_BACKEND=${DYN_DISCOVERY_BACKEND:-file}
 export DYN_FILE_KV=${DYN_FILE_KV:-$run_dir/discovery}
 export DYN_REQUEST_PLANE=${DYN_REQUEST_PLANE:-tcp} DYN_EVENT_PLANE=${DYN_EVENT_PLANE:-zmq}
 export DYN_HTTP_PORT=${DYN_HTTP_PORT:-8000}
+# Dynamo's own log lines: warnings only, so that the workers' one line a request is readable.
+export DYN_LOG=${DYN_LOG:-warn} DYN_SDK_DISABLE_ANSI_LOGGING=${DYN_SDK_DISABLE_ANSI_LOGGING:-1}
 export PYTHONUNBUFFERED=1
 if [[ -n ${ENCODE_ENDPOINT:-} ]]; then export ENCODE_ENDPOINT; fi
 
 names=() pids=() logs=() ports=()
 
+# Dynamo reads DYN_SYSTEM_PORT as a signed 16-bit number, so the port must be below 32768.
 free_port() {
-    "$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+    "$python" - <<'PYTHON'
+import random, socket
+for port in random.sample(range(20000, 32768), 200):
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+    print(port)
+    break
+PYTHON
 }
 
 port_is_free() {

@@ -20,16 +20,30 @@ logger = logging.getLogger(__name__)
 # of 32 MB would refuse a handful of photographs.
 MAX_MESSAGE_BYTES = 512 * MB
 
+_LISTEN_ADDRESSES = (
+    "DYN_TCP_RPC_HOST",
+    "DYN_TCP_RESPONSE_STREAM_HOST",
+    "DYN_EVENT_PLANE_HOST",
+    "DYN_SYSTEM_HOST",
+)
+
 T = TypeVar("T")
 
 
 def connect(settings: RuntimeSettings) -> DistributedRuntime:
     """Join the deployment. Call once per process, from its event loop.
 
-    Dynamo reads its limits from the environment; what the operator set there stays.
+    Dynamo reads limits and addresses from the environment; what the operator set there stays. With
+    `file` discovery all processes are on this machine, and nothing listens beyond loopback.
     """
-    os.environ.setdefault("DYN_TCP_MAX_MESSAGE_SIZE", str(MAX_MESSAGE_BYTES))
-    os.environ.setdefault("DYN_HTTP_BODY_LIMIT_MB", str(MAX_MESSAGE_BYTES // MB))
+    defaults = {
+        "DYN_TCP_MAX_MESSAGE_SIZE": str(MAX_MESSAGE_BYTES),
+        "DYN_HTTP_BODY_LIMIT_MB": str(MAX_MESSAGE_BYTES // MB),
+    }
+    if settings.discovery_backend in ("file", "mem"):
+        defaults |= dict.fromkeys(_LISTEN_ADDRESSES, "127.0.0.1")
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
     return DistributedRuntime(
         asyncio.get_running_loop(),
         settings.discovery_backend,
