@@ -41,7 +41,7 @@ def connect(settings: RuntimeSettings) -> DistributedRuntime:
         "DYN_HTTP_BODY_LIMIT_MB": str(MAX_MESSAGE_BYTES // MB),
     }
     if settings.discovery_backend in ("file", "mem"):
-        defaults |= dict.fromkeys(_LISTEN_ADDRESSES, "127.0.0.1")
+        defaults |= dict.fromkeys(_LISTEN_ADDRESSES, "127.0.0.1") | {"UCX_NET_DEVICES": "lo"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     return DistributedRuntime(

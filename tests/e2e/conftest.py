@@ -1,0 +1,69 @@
+"""Stacks that several tests share, started once each, and the model's own answer as the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tools.tiny_models import make_tiny_model
+
+from tests.e2e.image_server import ImageServer, image_server
+from tests.e2e.stack import Stack, launched
+from tests.engines.contract import Case, chat_case, reference_inputs, reference_model, reference_processor
+
+Oracle = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the model that the stacks serve: the same architecture and seed as the launch script's own."""
+    return make_tiny_model("qwen2_vl", tmp_path_factory.mktemp("model") / "cpu-demo")
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Stack]:
+    """One encode worker and one PD worker with a cache."""
+    media = tmp_path_factory.mktemp("media")
+    with launched(
+        tmp_path_factory.mktemp("stack") / "run",
+        "--multimodal-embedding-cache-capacity-gb",
+        "0.125",
+        "--allow-private-addresses",
+        MODEL_PATH=str(model_dir),
+        ALLOWED_LOCAL_MEDIA_PATH=str(media),
+    ) as running:
+        yield running
+
+
+@pytest.fixture
+def images() -> Iterator[ImageServer]:
+    """An HTTP server for pictures."""
+    with image_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def oracle(model_dir: Path) -> Oracle:
+    """Return what the model itself answers, in this process: Hugging Face's generate(pixel_values)."""
+
+    def answer(images: Sequence[Image.Image], texts: Sequence[str], max_tokens: int = 8) -> str:
+        return generate_answer(chat_case(model_dir, list(images), texts), max_tokens)
+
+    return answer
+
+
+def generate_answer(case: Case, max_tokens: int) -> str:
+    """Return the greedy answer of the whole model to `case`."""
+    model = reference_model(case.model_dir)
+    inputs = reference_inputs(case)
+    with torch.inference_mode():
+        tokens = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+    prompt_tokens = inputs["input_ids"].shape[1]
+    return str(
+        reference_processor(case.model_dir).tokenizer.decode(
+            tokens[0][prompt_tokens:], skip_special_tokens=True
+        )
+    )
