@@ -1,0 +1,123 @@
+"""Prefill logits over cached embeddings are those of the whole model in one process, to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engines.conftest import Halves
+from tests.engines.contract import (
+    WITH_GRID,
+    assert_bit_equal,
+    assert_clearly_different,
+    assert_logits_are_the_models_own,
+    chat_case,
+    picture,
+    pictures,
+    reference_inputs,
+    reference_logits,
+    reference_model,
+)
+from trtllm_mm_cache.engines.base import EncodedImage, SamplingParams
+from trtllm_mm_cache.errors import EmbeddingMismatchError
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_logits_are_the_models_own(halves: Halves, count: int) -> None:
+    case = chat_case(halves.model_dir, pictures(count))
+    leases = halves.carry(case.items(halves.generator.variant(count)))
+    assert_logits_are_the_models_own(halves.generator, case, leases)
+
+
+def test_order_of_requests_does_not_matter(halves: Halves) -> None:
+    with_image, text_only = chat_case(halves.model_dir, pictures(1)), chat_case(halves.model_dir, [])
+    leases = halves.carry(with_image.items(halves.generator.variant(1)))
+    first = halves.generator.prefill_logits(with_image.request, leases)
+    text = halves.generator.prefill_logits(text_only.request, [])
+    assert_bit_equal(halves.generator.prefill_logits(with_image.request, leases), first)
+    assert_bit_equal(halves.generator.prefill_logits(text_only.request, []), text)
+
+
+def test_another_image_shows(halves: Halves) -> None:
+    case = chat_case(halves.model_dir, [picture(1, 120, 80)])
+    other = chat_case(halves.model_dir, [picture(5, 120, 80)])
+    leases = halves.carry(other.items(halves.generator.variant(1)))
+    assert_clearly_different(halves.generator.prefill_logits(case.request, leases), reference_logits(case))
+
+
+def test_swapped_images_show(halves: Halves) -> None:
+    case = chat_case(halves.model_dir, [picture(1, 120, 80), picture(5, 120, 80)])
+    first, second = halves.carry(case.items(halves.generator.variant(2)))
+    swapped = halves.generator.prefill_logits(case.request, [second, first])
+    assert_clearly_different(swapped, reference_logits(case))
+
+
+@pytest.mark.parametrize("architecture", WITH_GRID)
+def test_the_grid_decides_positions(architecture: str, halves_of: Callable[[str], Halves]) -> None:
+    halves = halves_of(architecture)
+    case = chat_case(halves.model_dir, [picture(1, 120, 80)])
+    encoded = halves.encode(case.items("")[0])
+    t, h, w = encoded.metadata["image_grid_thw"]
+    assert h != w
+
+    def logits(metadata: Mapping[str, Any]) -> torch.Tensor:
+        return halves.generator.prefill_logits(
+            case.request, [halves.lease(EncodedImage(encoded.tensor, metadata))]
+        )
+
+    with_grid = reference_logits(case)
+    transposed = {**encoded.metadata, "image_grid_thw": [t, w, h]}
+    assert_clearly_different(logits(transposed), with_grid)
+    for grid in (None, [t, h], [t, h, w + 2], [t, h, "w"]):
+        with pytest.raises(EmbeddingMismatchError, match="grid"):
+            logits({**encoded.metadata, "image_grid_thw": grid})
+
+
+def test_deepstack_levels_reach_the_decoder(halves_of: Callable[[str], Halves]) -> None:
+    halves = halves_of("qwen3_vl")
+    case = chat_case(halves.model_dir, [picture(1, 120, 80)])
+    encoded = halves.encode(case.items("")[0])
+    expected = reference_logits(case)
+    hidden = encoded.tensor.shape[1] // 3
+    for level in (1, 2):
+        tensor = encoded.tensor.clone()
+        tensor[:, level * hidden : (level + 1) * hidden] = 0
+        lease = halves.lease(EncodedImage(tensor, encoded.metadata))
+        assert_clearly_different(halves.generator.prefill_logits(case.request, [lease]), expected)
+
+
+def test_the_pd_side_never_runs_a_vision_tower(halves: Halves, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the tower broken the reference fails, and the PD side still gives its logits."""
+    case = chat_case(halves.model_dir, pictures(1))
+    leases = halves.carry(case.items(halves.generator.variant(1)))
+    expected = reference_logits(case)
+
+    def broken(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("a vision tower ran")
+
+    base_model = reference_model(case.model_dir).base_model
+    towers = [getattr(base_model, name, None) for name in ("visual", "vision_tower", "vision_model")]
+    for tower in filter(None, towers):
+        monkeypatch.setattr(type(tower), "forward", broken)
+    with pytest.raises(AssertionError, match="a vision tower ran"):
+        reference_logits(case)
+    assert_bit_equal(halves.generator.prefill_logits(case.request, leases), expected)
+
+
+async def test_greedy_answers_are_the_models_own(halves: Halves) -> None:
+    """Decoding goes on from the right positions, past the length of the sliding windows."""
+    case = chat_case(halves.model_dir, pictures(2))
+    leases = halves.carry(case.items(halves.generator.variant(2)))
+    request = replace(case.request, sampling=SamplingParams(max_tokens=40, ignore_eos=True))
+    answer = [
+        token async for delta in halves.generator.generate(request, leases) for token in delta.token_ids
+    ]
+    inputs = reference_inputs(case)
+    whole = reference_model(case.model_dir).generate(
+        **inputs, max_new_tokens=40, do_sample=False, eos_token_id=None
+    )
+    assert answer == whole[0, inputs["input_ids"].shape[1] :].tolist()
