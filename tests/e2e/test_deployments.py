@@ -1,0 +1,112 @@
+"""Other shapes of the stack: nothing retained, several PD workers, several encode workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.e2e.conftest import Oracle
+from tests.e2e.stack import Process, Stack, launched, new_picture, wait_until
+
+QUESTION = "What is this?"
+
+
+def test_capacity_zero_serves_and_retains_nothing(tmp_path: Path, model_dir: Path, oracle: Oracle) -> None:
+    with launched(tmp_path / "run", MODEL_PATH=str(model_dir)) as stack:
+        (pd,) = stack.workers("PD")
+        picture = new_picture()
+        expected = oracle([picture], ["", QUESTION])
+        assert [stack.ask(picture, QUESTION) for _ in range(2)] == [expected, expected]
+        assert pd.metric("trtllm_mm_cache_flights_total") == 2
+        assert pd.metric("dynamo_component_embedding_cache_hits_total") == 0
+        wait_until(
+            lambda: pd.metric("dynamo_component_embedding_cache_entries") == 0, 5, "an embedding was retained"
+        )
+        assert stack.encodes() == 1, "the second read comes from the encode worker's arena"
+
+
+def test_two_pd_workers_share_the_encode_workers_arena(
+    tmp_path: Path, model_dir: Path, oracle: Oracle
+) -> None:
+    capacity = ("--multimodal-embedding-cache-capacity-gb", "0.125")
+    with launched(tmp_path / "run", *capacity, MODEL_PATH=str(model_dir), PD_WORKERS="2") as stack:
+        picture = new_picture()
+        expected = oracle([picture], ["", QUESTION])
+        misses = "dynamo_component_embedding_cache_misses_total"
+
+        def both_have_seen_it() -> bool:
+            assert stack.ask(picture, QUESTION) == expected
+            return all(worker.metric(misses) == 1 for worker in stack.workers("PD"))
+
+        wait_until(both_have_seen_it, 30, "one PD worker got no request")
+        assert stack.encodes() == 1
+        delivered = "trtllm_mm_cache_embeddings_total"
+        assert stack.total("encode", delivered, origin="encoded") == 1
+        assert stack.total("encode", delivered, origin="cached") == 1
+
+
+@pytest.fixture(scope="module")
+def two_encoders(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Stack]:
+    """Two encode workers, and a PD worker that retains nothing, so that each request asks one of them."""
+    with launched(
+        tmp_path_factory.mktemp("stack") / "run", MODEL_PATH=str(model_dir), ENCODE_WORKERS="2"
+    ) as running:
+        yield running
+
+
+def served_by(stack: Stack) -> dict[str, float]:
+    """Return how many embeddings each live encode worker has delivered."""
+    metric = "trtllm_mm_cache_embeddings_total"
+    return {worker.name: worker.metric(metric) for worker in stack.workers("encode") if worker.alive()}
+
+
+def test_a_key_goes_to_the_same_encode_worker_and_to_the_other_when_that_is_gone(
+    two_encoders: Stack, oracle: Oracle
+) -> None:
+    stack = two_encoders
+    pictures = [new_picture() for _ in range(8)]
+    homes: list[str] = []
+    for picture in pictures:
+        before = served_by(stack)
+        for _ in range(2):
+            stack.ask(picture, QUESTION, max_tokens=1)
+        gained = {name: count - before[name] for name, count in served_by(stack).items()}
+        assert sorted(gained.values()) == [0, 2], "both requests for a picture must go to one worker"
+        homes.append(max(gained, key=lambda name: gained[name]))
+    assert len(set(homes)) == 2, f"eight keys should have spread over both workers: {homes}"
+
+    victim: Process = next(worker for worker in stack.workers("encode") if worker.name == homes[0])
+    os.kill(victim.pid, signal.SIGKILL)
+    wait_until(lambda: not victim.alive(), 10, "the encode worker did not end")
+    survivor = next(worker for worker in stack.workers("encode") if worker.name != victim.name)
+    before_death = survivor.metric("trtllm_mm_cache_encodes_total")
+    assert stack.ask(pictures[0], QUESTION) == oracle([pictures[0]], ["", QUESTION])
+    assert survivor.metric("trtllm_mm_cache_encodes_total") == before_death + 1
+    kept = homes.index(survivor.name)
+    assert stack.ask(pictures[kept], QUESTION, max_tokens=1)
+    assert survivor.metric("trtllm_mm_cache_encodes_total") == before_death + 1, "its own keys stay"
+
+
+def test_without_any_encode_worker_text_and_cached_pictures_go_on(
+    tmp_path: Path, model_dir: Path, oracle: Oracle
+) -> None:
+    capacity = ("--multimodal-embedding-cache-capacity-gb", "0.125")
+    with launched(tmp_path / "run", *capacity, MODEL_PATH=str(model_dir)) as stack:
+        cached = new_picture()
+        expected = oracle([cached], ["", QUESTION])
+        assert stack.ask(cached, QUESTION) == expected
+        (encoder,) = stack.workers("encode")
+        os.kill(encoder.pid, signal.SIGKILL)
+        wait_until(lambda: not encoder.alive(), 10, "the encode worker did not end")
+        for _ in range(3):
+            with pytest.raises(openai.InternalServerError) as refused:
+                stack.ask(new_picture(), QUESTION)
+            assert refused.value.status_code == 503
+            assert stack.ask(cached, QUESTION) == expected
+            assert stack.ask("Hello there!") == oracle([], ["Hello there!"])
+        assert "encode worker 1 has ended" in stack.log.read_text()
