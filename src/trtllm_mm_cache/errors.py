@@ -24,6 +24,7 @@
     ├── CacheError                   the cache core refuses
     │   ├── EntryTooLargeError           507  one entry larger than the arena
     │   ├── ArenaFullError               503  every byte that could be freed is leased (retryable)
+    │   ├── LoadAbortedError             503  the flight everybody waited for was stopped (retryable)
     │   └── IntegrityError               500  an invariant of the cache does not hold
     └── ConfigurationError           500  the operator's settings are at fault; raised at start
         └── SharedMemoryError            500  the shared-memory file system is too small
@@ -218,6 +219,14 @@ class ArenaFullError(CacheError):
     """Every byte that could make room is leased, reserved or quarantined."""
 
     code = "arena_full"
+    http_status = 503
+    retryable = True
+
+
+class LoadAbortedError(CacheError):
+    """The flight that the request waited for was stopped before it had an outcome."""
+
+    code = "load_aborted"
     http_status = 503
     retryable = True
 

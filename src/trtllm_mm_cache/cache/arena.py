@@ -8,8 +8,9 @@ hole is, and takes them back.
 from __future__ import annotations
 
 import logging
-from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from trtllm_mm_cache.cache.extents import ALIGNMENT, Extent, ExtentMap, ExtentStatistics, aligned
@@ -19,6 +20,7 @@ from trtllm_mm_cache.errors import IntegrityError
 logger = logging.getLogger(__name__)
 
 __all__ = ["ALIGNMENT", "Arena", "Extent", "ExtentStatistics"]
+
 
 
 class Arena:
@@ -36,8 +38,9 @@ class Arena:
         self._capacity = aligned(max(capacity_bytes, ALIGNMENT))
         self._storage: torch.UntypedStorage | None = create_shared_storage(self._capacity, prefault=prefault)
         self._base_address = self._storage.data_ptr()
-        self._bytes: torch.Tensor | None = torch.empty(0, dtype=torch.uint8).set_(self._storage)
-        self._array: Any = self._bytes.numpy()
+        whole = torch.empty(0, dtype=torch.uint8).set_(self._storage).numpy()
+        self._array: npt.NDArray[np.uint8] | None = whole
+        self._buffer: memoryview | None = whole.data
         self._map = ExtentMap(self._capacity)
         self._page_locked = _page_lock(self._base_address, self._capacity)
 
@@ -60,7 +63,7 @@ class Arena:
     def storage(self) -> torch.UntypedStorage:
         """The shared storage. Tensors set on it can be handed to other processes without a copy."""
         if self._storage is None:
-            raise IntegrityError("the arena is closed")
+            raise _closed()
         return self._storage
 
     @property
@@ -70,6 +73,8 @@ class Arena:
 
     def allocate(self, nbytes: int) -> Extent | None:
         """Take an extent of `nbytes` bytes, or return None when no hole is large enough. O(log n)."""
+        if self._storage is None:
+            raise _closed()
         return self._map.allocate(nbytes)
 
     def free(self, extent: Extent) -> None:
@@ -81,15 +86,21 @@ class Arena:
 
         It stays true only while the extent is allocated; whoever asks for it sees to that.
         """
-        if self._bytes is None:
-            raise IntegrityError("the arena is closed")
-        return self._bytes[extent.offset : extent.offset + extent.nbytes]
+        view = torch.empty(0, dtype=torch.uint8)
+        return view.set_(self.storage, extent.offset, (extent.nbytes,), (1,))
 
-    def array_view(self, extent: Extent) -> Any:
-        """Return the extent as a new numpy uint8 array `[nbytes]`, writable, not tracked."""
+    def buffer(self, extent: Extent) -> memoryview:
+        """Return the extent as a new memoryview of `nbytes` bytes, writable, not tracked."""
+        if self._buffer is None:
+            raise _closed()
+        return self._buffer[extent.offset : extent.offset + extent.nbytes]
+
+    def copy(self, source: Extent, target: Extent) -> None:
+        """Copy the bytes of one extent to another of the same size. Releases the GIL."""
         if self._array is None:
-            raise IntegrityError("the arena is closed")
-        return self._array[extent.offset : extent.offset + extent.nbytes]
+            raise _closed()
+        array, nbytes = self._array, source.nbytes
+        array[target.offset : target.offset + nbytes] = array[source.offset : source.offset + nbytes]
 
     def statistics(self) -> ExtentStatistics:
         """Return a snapshot of what is taken and how the free bytes lie."""
@@ -107,8 +118,12 @@ class Arena:
             torch.cuda.cudart().cudaHostUnregister(self._base_address)  # type: ignore[no-untyped-call]
             self._page_locked = False
         self._array = None
-        self._bytes = None
+        self._buffer = None
         self._storage = None
+
+
+def _closed() -> IntegrityError:
+    return IntegrityError("the arena is closed")
 
 
 def _page_lock(address: int, nbytes: int) -> bool:

@@ -95,11 +95,7 @@ class Entry:
         self.details = Details()
 
     def advance(self, event: str) -> None:
-        """Go to the next state. Raises `IntegrityError` when `TRANSITIONS` has no such step.
-
-        One look-up and one assignment, so that `quarantine` can run wherever it is called, even in a
-        finalizer that interrupts another operation of the cache.
-        """
+        """Go to the next state. Raises `IntegrityError` when `TRANSITIONS` has no such step."""
         following = TRANSITIONS.get((self.state, event))
         if following is None:
             raise IntegrityError(f"cannot {event} an extent that is {self.state.value} (owner: {self.owner})")

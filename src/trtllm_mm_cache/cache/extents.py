@@ -10,6 +10,7 @@ one of exactly its size, and large holes stay whole for large entries.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sortedcontainers import SortedList
@@ -97,12 +98,8 @@ class ExtentMap:
             return
         if self._extents.get(extent.offset) != extent:
             raise IntegrityError(f"the extent at {extent.offset} of {extent.nbytes} bytes is not allocated")
-        size = aligned(extent.nbytes)
-        start, end = extent.offset, extent.offset + size
-        del self._extents[start]
-        del self._extent_ends[end]
-        self._used -= extent.nbytes
-        self._taken -= size
+        self._remove_extent(extent)
+        start, end = extent.offset, extent.offset + aligned(extent.nbytes)
         before = self._hole_ends.get(start)
         if before is not None:
             self._remove_hole(before)
@@ -110,6 +107,29 @@ class ExtentMap:
         if end in self._hole_starts:
             end += self._remove_hole(end)
         self._add_hole(start, end - start)
+
+    def relocate(self, extents: Sequence[Extent], start: int, end: int) -> list[Extent] | None:
+        """Move `extents`, which with holes fill `start` to `end` exactly, so that a hole is left there.
+
+        Returns the new extents in the order of the old ones, all outside the window, or None, with
+        nothing changed, when the holes outside cannot take them. The caller copies the bytes, before
+        it allocates anything.
+        """
+        window_holes = self._take_holes(start, end)
+        places: dict[Extent, Extent] = {}
+        for old in sorted(extents, key=lambda extent: extent.nbytes, reverse=True):
+            new = self.allocate(old.nbytes)
+            if new is None:
+                for place in places.values():
+                    self.free(place)
+                for hole_start, size in window_holes:
+                    self._add_hole(hole_start, size)
+                return None
+            places[old] = new
+        for old in extents:
+            self._remove_extent(old)
+        self._add_hole(start, end - start)
+        return [places[old] for old in extents]
 
     @property
     def used_bytes(self) -> int:
@@ -120,6 +140,15 @@ class ExtentMap:
     def largest_hole_bytes(self) -> int:
         """Size of the largest extent that `allocate` would grant now."""
         return self._holes[-1][0] if self._holes else 0
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of all holes together."""
+        return self._capacity - self._taken
+
+    def largest_holes(self, count: int) -> list[tuple[int, int]]:
+        """Return start and end of the `count` largest holes, largest first."""
+        return [(start, start + size) for size, start in reversed(self._holes[-count:])]
 
     def extent_ending_at(self, offset: int) -> Extent | None:
         """Return the extent whose padded end is at `offset`."""
@@ -183,6 +212,26 @@ class ExtentMap:
             raise IntegrityError("the indexes of the holes disagree")
         if len(self._extents) != len(self._extent_ends):
             raise IntegrityError("the indexes of the extents disagree")
+
+    def _take_holes(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Remove the holes between `start` and `end`; return their starts and sizes."""
+        taken = []
+        offset = start
+        while offset < end:
+            if offset in self._hole_starts:
+                size = self._remove_hole(offset)
+                taken.append((offset, size))
+            else:
+                size = aligned(self._extents[offset].nbytes)
+            offset += size
+        return taken
+
+    def _remove_extent(self, extent: Extent) -> None:
+        size = aligned(extent.nbytes)
+        del self._extents[extent.offset]
+        del self._extent_ends[extent.offset + size]
+        self._used -= extent.nbytes
+        self._taken -= size
 
     def _add_hole(self, start: int, size: int) -> None:
         self._holes.add((size, start))

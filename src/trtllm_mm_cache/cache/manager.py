@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from trtllm_mm_cache.cache.arena import ALIGNMENT, Arena
+from trtllm_mm_cache.cache.audit import check_ledger, take_statistics
 from trtllm_mm_cache.cache.entry import (
     CachedEmbedding,
     CacheMutation,
@@ -24,6 +25,7 @@ from trtllm_mm_cache.cache.entry import (
 from trtllm_mm_cache.cache.lease import Lease
 from trtllm_mm_cache.cache.ledger import Ledger
 from trtllm_mm_cache.cache.reservation import Reservation
+from trtllm_mm_cache.cache.room import check_room, make_room
 from trtllm_mm_cache.cache.statistics import CacheStatistics
 from trtllm_mm_cache.errors import ArenaFullError
 
@@ -89,14 +91,14 @@ class MultimodalEmbeddingCacheManager:
         """Return a lease on the entry, or None. Counts a hit or a miss; a hit becomes most recently used."""
         ledger = self._ledger
         with ledger.guard:
-            ledger.settle_holds()
+            ledger.begin()
             entry = ledger.look_up(key)
             return None if entry is None else Lease(ledger, entry)
 
     def peek(self, key: str) -> bool:
         """Whether a look-up would hit. Counts nothing and changes no order."""
         with self._ledger.guard:
-            self._ledger.settle_holds()
+            self._ledger.begin()
             return key in self._ledger.visible
 
     def __contains__(self, key: str) -> bool:
@@ -110,14 +112,14 @@ class MultimodalEmbeddingCacheManager:
         """
         ledger = self._ledger
         with ledger.guard:
-            ledger.settle_holds()
-            ledger.make_room(nbytes)
-            return Reservation(ledger, ledger.reserve(key, nbytes, owner))
+            ledger.begin()
+            make_room(ledger, nbytes)
+            return Reservation(ledger, ledger.open_reservation(key, nbytes, owner))
 
     def drop(self, key: str) -> bool:
         """Make the entry invisible; holders keep it. False when there was none. Counts no eviction."""
         with self._ledger.guard:
-            self._ledger.settle_holds()
+            self._ledger.begin()
             entry = self._ledger.visible.get(key)
             if entry is None:
                 return False
@@ -127,7 +129,7 @@ class MultimodalEmbeddingCacheManager:
     def clear(self) -> int:
         """Drop every entry and return how many there were."""
         with self._ledger.guard:
-            self._ledger.settle_holds()
+            self._ledger.begin()
             entries = list(self._ledger.visible.values())
             for entry in entries:
                 self._ledger.withdraw(entry)
@@ -142,7 +144,7 @@ class MultimodalEmbeddingCacheManager:
         """
         ledger = self._ledger
         with ledger.guard:
-            ledger.settle_holds()
+            ledger.begin()
             entry = ledger.look_up(key)
             return None if entry is None else ledger.hand_out(entry)
 
@@ -167,15 +169,18 @@ class MultimodalEmbeddingCacheManager:
             return CacheMutation(False, [], [])
         ledger = self._ledger
         with ledger.guard:
-            ledger.settle_holds()
+            ledger.begin()
             try:
                 present, removed = self._clear_for(key, nbytes)
             except ArenaFullError as error:
                 logger.warning("embedding not cached: %s", error)
                 return CacheMutation(False, [], [])
-            reservation = Reservation(ledger, ledger.reserve(key, nbytes, "set"))
-        source = tensor.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
-        reservation.view.copy_(source)
+            reservation = Reservation(ledger, ledger.open_reservation(key, nbytes, "set"))
+        try:
+            reservation.view.copy_(tensor.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8))
+        except BaseException:
+            reservation.abandon()
+            raise
         lease, replaced = reservation.publish(tensor.dtype, tuple(tensor.shape), Details(*entry[1:]))
         lease.release()
         return CacheMutation(True, [] if present or replaced else [key], removed)
@@ -192,7 +197,7 @@ class MultimodalEmbeddingCacheManager:
             )
             return CacheReservation(False, [])
         with self._ledger.guard:
-            self._ledger.settle_holds()
+            self._ledger.begin()
             try:
                 _, removed = self._clear_for(key, size_bytes)
             except ArenaFullError as error:
@@ -202,15 +207,16 @@ class MultimodalEmbeddingCacheManager:
 
     def _clear_for(self, key: str, nbytes: int) -> tuple[bool, list[str]]:
         """Drop the entry under `key` and make room; say whether there was one, and what was evicted."""
+        check_room(self._ledger, nbytes)
         replaced = self._ledger.visible.get(key)
-        if replaced is not None and self._ledger.fits(nbytes):
+        if replaced is not None:
             self._ledger.withdraw(replaced)
-        return replaced is not None, self._ledger.make_room(nbytes)
+        return replaced is not None, make_room(self._ledger, nbytes)
 
     def keys(self) -> list[str]:
         """Return the keys, least recently used first."""
         with self._ledger.guard:
-            self._ledger.settle_holds()
+            self._ledger.begin()
             return list(self._ledger.visible)
 
     @property
@@ -234,17 +240,22 @@ class MultimodalEmbeddingCacheManager:
         """Return a consistent snapshot."""
         with self._ledger.guard:
             self._ledger.settle_holds()
-            return self._ledger.statistics(self._capacity)
+            return take_statistics(self._ledger, self._capacity)
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless extents are disjoint, all bytes accounted for and counters right."""
         with self._ledger.guard:
             self._ledger.settle_holds()
-            self._ledger.check_integrity()
+            check_ledger(self._ledger)
 
     def close(self) -> None:
-        """Give the arena back. Idempotent. Tensors handed out stay true; every later call is an error."""
-        self._ledger.arena.close()
+        """Drop every entry and give the arena back, once its last holder lets go. Idempotent.
+
+        Tensors handed out stay true, leases and reservations can still be ended. Look-ups and new
+        entries raise `IntegrityError` from now on.
+        """
+        with self._ledger.guard:
+            self._ledger.close()
 
 
 def _tensor_bytes(tensor: torch.Tensor) -> int:

@@ -101,8 +101,14 @@ class Reservation:
         self._finish("abandon")
 
     def quarantine(self) -> None:
-        """Keep the extent out of use until `settle`. Takes no lock; may be called from a finalizer."""
-        self._entry.advance("quarantine")
+        """Keep the extent out of use until `settle`. May be called anywhere, also from a finalizer."""
+        if self._ledger.guard.mine:
+            # A finalizer interrupted another operation of this thread. None of them is in the middle of
+            # this entry's step, and a quarantine that fails would let the extent be used again.
+            self._entry.advance("quarantine")
+            return
+        with self._ledger.guard:
+            self._entry.advance("quarantine")
 
     def settle(self) -> None:
         """Give a quarantined extent back: nothing can write to it any more."""

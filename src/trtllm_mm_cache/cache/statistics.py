@@ -12,8 +12,9 @@ class CacheStatistics:
     """A consistent snapshot. Sizes in bytes of tensors, without alignment padding.
 
     `entries`/`current_bytes` count what look-ups find, `leased_*` the part of it that somebody holds,
-    `withdrawn_*` what nobody finds any more but somebody still holds. Hits, misses, evictions and
-    `hit_bytes` count since the start. `forgotten` counts reservations that were garbage-collected open.
+    `withdrawn_*` what nobody finds any more but somebody still holds. Hits, misses, evictions, moves (of
+    entries, to make a hole) and their bytes count since the start, as does `forgotten`: reservations
+    that were garbage-collected open.
     """
 
     entries: int
@@ -21,9 +22,11 @@ class CacheStatistics:
     capacity_bytes: int
     hits: int
     misses: int
+    hit_bytes: int
     evictions: int
     evicted_bytes: int
-    hit_bytes: int
+    moves: int
+    moved_bytes: int
     leased_entries: int
     leased_bytes: int
     withdrawn_entries: int

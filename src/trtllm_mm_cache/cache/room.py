@@ -1,0 +1,122 @@
+"""Making room: what to evict and what to move so that an extent can be allocated.
+
+1. Least recently used entries that nobody holds go until the bytes fit: the entries an LRU cache without
+   fragmentation would evict, and no others.
+2. If the bytes fit but no hole does, the entries between some holes are moved elsewhere. That copies at
+   most as many bytes as the new entry has (or 1 MiB, which takes 0.1 ms).
+3. If that is not possible, one more is evicted and 2 is tried again; when such evictions have freed as
+   much as the new entry needs once more, entries in the way are evicted instead of moved.
+"""
+
+from __future__ import annotations
+
+from trtllm_mm_cache.cache.entry import Entry
+from trtllm_mm_cache.cache.extents import Extent, aligned
+from trtllm_mm_cache.cache.ledger import Ledger
+from trtllm_mm_cache.cache.windows import cheapest_windows
+from trtllm_mm_cache.errors import ArenaFullError, EntryTooLargeError, IntegrityError
+
+_FREE_MOVE_BYTES = 1024 * 1024
+
+
+def check_room(ledger: Ledger, nbytes: int) -> None:
+    """Raise `EntryTooLargeError` or `ArenaFullError` unless `make_room` can make room. Changes nothing."""
+    if nbytes > ledger.budget_bytes:
+        raise EntryTooLargeError(
+            f"an embedding of {nbytes} bytes is larger than the whole cache of {ledger.budget_bytes} bytes: "
+            "raise the cache capacity"
+        )
+    extents = ledger.arena.extents
+    held_bytes = extents.used_bytes - ledger.idle_bytes
+    if held_bytes + nbytes > ledger.budget_bytes or not _longest_run_takes(ledger, nbytes):
+        raise ArenaFullError(
+            f"no room for an embedding of {nbytes} bytes: {held_bytes} of {ledger.budget_bytes} bytes are "
+            "in use by running requests; retry, or raise the cache capacity"
+        )
+
+
+def make_room(ledger: Ledger, nbytes: int) -> list[str]:
+    """Evict and move until an extent of `nbytes` can be allocated; return the evicted keys in order.
+
+    Only what nobody holds is touched. Raises as `check_room` does, with nothing changed.
+    """
+    check_room(ledger, nbytes)
+    evicted: list[str] = []
+    extents = ledger.arena.extents
+    while extents.used_bytes + nbytes > ledger.budget_bytes:
+        evicted.append(_evict(ledger, _oldest_idle(ledger)))
+    before = ledger.counters.evicted_bytes
+    while extents.largest_hole_bytes < aligned(nbytes):
+        if _move_aside(ledger, nbytes):
+            continue
+        if ledger.counters.evicted_bytes - before >= nbytes and (keys := _evict_window(ledger, nbytes)):
+            evicted += keys
+            continue
+        evicted.append(_evict(ledger, _oldest_idle(ledger)))
+    return evicted
+
+
+def _longest_run_takes(ledger: Ledger, nbytes: int) -> bool:
+    """Whether some run of bytes between two extents that must stay is long enough."""
+    need, capacity = aligned(nbytes), ledger.arena.capacity_bytes
+    if ledger.arena.extents.largest_hole_bytes >= need:
+        return True
+    fixed = len(ledger.leased) + len(ledger.pending) + len(ledger.withdrawn)
+    unpinned = ledger.arena.extents.free_bytes + ledger.idle_bytes
+    # Even if they were spread as badly as possible, the longest run is at least the average one.
+    if unpinned >= need * (fixed + 1):
+        return True
+    held = [
+        entry.extent for entry in (*ledger.leased, *ledger.pending, *ledger.withdrawn) if entry.extent.nbytes
+    ]
+    end = 0
+    for extent in sorted(held, key=lambda extent: extent.offset):
+        if extent.offset - end >= need:
+            return True
+        end = extent.offset + aligned(extent.nbytes)
+    return capacity - end >= need
+
+
+def _oldest_idle(ledger: Ledger) -> Entry:
+    for entry in ledger.visible.values():
+        if not entry.holders:
+            return entry
+    raise IntegrityError("nothing is left to evict although there was room to make")
+
+
+def _evict(ledger: Ledger, entry: Entry) -> str:
+    ledger.withdraw(entry)
+    ledger.counters.evictions += 1
+    ledger.counters.evicted_bytes += entry.extent.nbytes
+    return entry.key
+
+
+def _move_aside(ledger: Ledger, nbytes: int) -> bool:
+    """Make a hole of `nbytes` bytes by moving entries; False, with nothing changed, where that fails."""
+    extents = ledger.arena.extents
+    if extents.free_bytes < aligned(nbytes):
+        return False
+    limit = max(nbytes, _FREE_MOVE_BYTES)
+    for window in cheapest_windows(extents, nbytes, lambda extent: _is_idle(ledger, extent)):
+        if window.nbytes > limit:
+            return False
+        places = extents.relocate(window.extents, window.start, window.end)
+        if places is not None:
+            for old, new in zip(window.extents, places, strict=True):
+                ledger.move(ledger.at[old.offset], new)
+            ledger.counters.moves += len(places)
+            ledger.counters.moved_bytes += window.nbytes
+            return True
+    return False
+
+
+def _evict_window(ledger: Ledger, nbytes: int) -> list[str]:
+    """Make a hole of `nbytes` bytes by evicting what is between some holes; none when all are blocked."""
+    for window in cheapest_windows(ledger.arena.extents, nbytes, lambda extent: _is_idle(ledger, extent)):
+        return [_evict(ledger, ledger.at[extent.offset]) for extent in window.extents]
+    return []
+
+
+def _is_idle(ledger: Ledger, extent: Extent) -> bool:
+    entry = ledger.at[extent.offset]
+    return not entry.holders and ledger.visible.get(entry.key) is entry
