@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tools.tiny_models import make_tiny_model
 
 from tests.engines.contract import ARCHITECTURES
-from tools.tiny_models import make_tiny_model
 from trtllm_mm_cache.cache.manager import CachedEmbedding, Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.engines.base import EncodedImage, EncodeItem
 from trtllm_mm_cache.engines.transformers import (
@@ -80,7 +80,10 @@ def halves_of(model_of: ModelFactory) -> Iterator[Callable[[str], Halves]]:
     def load(architecture: str) -> Halves:
         if architecture not in loaded:
             model_dir, args = model_of(architecture), TransformersEngineArgs(device="cpu")
-            encoder, generator = TransformersVisionEncoder(model_dir, args), TransformersGenerator(model_dir, args)
+            encoder, generator = (
+                TransformersVisionEncoder(model_dir, args),
+                TransformersGenerator(model_dir, args),
+            )
             loaded[architecture] = Halves(model_dir, encoder, generator)
         return loaded[architecture]
 

@@ -108,7 +108,9 @@ def test_every_image_mode_is_taken(halves: Halves, mode: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["qwen2_5_vl", "smolvlm"])
-@pytest.mark.parametrize("name", ["astronaut.png", "camera.png", "logo.png", "microaneurysms.png", "page.png"])
+@pytest.mark.parametrize(
+    "name", ["astronaut.png", "camera.png", "logo.png", "microaneurysms.png", "page.png"]
+)
 def test_real_pictures(halves_of: Callable[[str], Halves], architecture: str, name: str) -> None:
     """Photographs, a scan and a drawing; colour, grey and transparent; large and small."""
     halves = halves_of(architecture)

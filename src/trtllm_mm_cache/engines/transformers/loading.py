@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -111,19 +112,23 @@ def _load(
 ) -> PreTrainedModel:
     if args.torch_threads is not None:
         torch.set_num_threads(args.torch_threads)
-    with _quiet_loading():
-        model, report = model_class.from_pretrained(
-            model_path,
-            config=config,
-            dtype=args.resolved_dtype(),
-            attn_implementation=args.attn_implementation,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+    try:
+        with _quiet_loading():
+            model, report = model_class.from_pretrained(
+                model_path,
+                config=config,
+                dtype=args.resolved_dtype(),
+                attn_implementation=args.attn_implementation,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # else an error that does not name them; they are checked below
+            )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ConfigurationError(f"the model's weights cannot be read: {first_line(error)}") from error
     incomplete = [*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])]
     if incomplete:
         raise ConfigurationError(
-            f"the model's weights are incomplete: {_enumerate(incomplete)}; download the model again"
+            f"the model's weights do not fit its config.json: {_enumerate(incomplete)}; download it again"
         )
     model.eval().requires_grad_(False)
     return model.to(args.resolved_device())
