@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -41,6 +42,8 @@ def read_file_url(reference: str, allowed_folder: Path | None, max_bytes: int) -
     try:
         descriptor = _open_beneath(root, relative.split(os.sep))
     except OSError as error:
+        if error.errno in {errno.ENOTDIR, errno.ELOOP}:
+            raise MediaForbiddenError(_OUTSIDE) from error
         raise MediaFetchError("the file that the file: URL names cannot be opened") from error
     try:
         return _read(descriptor, max_bytes)

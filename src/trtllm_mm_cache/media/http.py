@@ -96,6 +96,9 @@ class HttpFetcher:
     async def _body(self, response: httpx2.Response) -> bytes:
         if response.status_code not in {200, 203}:
             raise MediaFetchError(f"the media server answered with status {response.status_code}")
+        declared = response.headers.get("content-length", "0")
+        if declared.isdecimal():
+            _check_size(int(declared), self._settings.max_file_size_bytes)
         body = bytearray()
         async for chunk in response.aiter_bytes():
             body += chunk
@@ -223,8 +226,8 @@ def _fault(url: httpx2.URL) -> str | None:
     """Say what rules `url` out by its form alone, before its address is looked at."""
     if url.scheme not in {"http", "https"}:
         return "has another scheme than http or https"
-    if not url.host:
-        return "has no host"
+    if not url.host or not 0 < (url.port or 1) < 65536:
+        return "has no host or no valid port"
     if url.userinfo:
         return "has credentials in it, which are never sent; use a signed URL"
     return None

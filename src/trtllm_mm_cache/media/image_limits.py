@@ -21,7 +21,7 @@ from trtllm_mm_cache.media.settings import MediaSettings
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 _HEADER_READS = 2048
-_HEADER_BYTES = 16 * 1024**2
+_HEADER_BYTES = 8 * 1024**2
 _DECODE_READS = 262_144
 _JPEG_SCANS = 64
 _JPEG_SEGMENTS = 4096
@@ -39,7 +39,7 @@ class BudgetedBytes(io.BytesIO):
     """A file in memory that a decoder may read from so many times, and then no more.
 
     Pillow's parsers do a read for each chunk, segment or run, so counting reads bounds their loops,
-    whatever the format. The budget for a header is 2048 reads and 16 MiB (a JPEG takes three reads
+    whatever the format. The budget for a header is 2048 reads and 8 MiB (a JPEG takes three reads
     for each 64 KiB of metadata); `allow_pixels` raises it to 262,144 reads in all, enough for a TIFF
     of 65,535 strips. With `whole` a single read may take everything, as WebP's does.
     """
@@ -96,7 +96,8 @@ def check_jpeg_scans(data: bytes) -> None:
 
     Encoders write some 10 scans where they write several, and a segment for each 64 KiB of metadata.
 
-    Walks from marker to marker (ITU-T T.81, annex B) up to the end of the image, not into what trails it. About 2 GB/s.
+    Walks from marker to marker (ITU-T T.81, annex B) up to the end of the image, not into what trails
+    it. About 2 GB/s.
     """
     segments, scans, position = 0, 0, 2
     while (found := _JPEG_MARKER.search(data, position)) is not None:

@@ -34,6 +34,7 @@ class MediaSource:
         self._settings = settings
         self._http = HttpFetcher(settings, resolver)
         self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="media")
+        self._closed = False
 
     async def fetch(self, reference: str) -> bytes:
         """Return the bytes that `reference` stands for, unchanged and not yet looked into.
@@ -43,6 +44,8 @@ class MediaSource:
         came back in time, `MediaTooLargeError` beyond `max_file_size_bytes`. No message repeats the
         reference or where it led.
         """
+        if self._closed:
+            raise MediaFetchError("the server is shutting down")
         scheme = reference[:8].partition(":")[0].lower()
         limit = self._settings.max_file_size_bytes
         if scheme == "data":
@@ -64,7 +67,8 @@ class MediaSource:
         raise MediaReferenceError("the media reference is none of data:, http:, https: and file: URLs")
 
     async def close(self) -> None:
-        """Close connections, free the HTTP cache, take no further fetches."""
+        """Close connections, free the HTTP cache, take no further fetches; those that run fail."""
+        self._closed = True
         await self._http.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+
+from tests.media.origin import Origin, serving
+from trtllm_mm_cache.errors import MmCacheError
+from trtllm_mm_cache.media import MediaSettings, MediaSource
+
+
+def check_politeness(error: MmCacheError) -> None:
+    """The message names no library, function, address or path."""
+    assert not re.search(r"PIL|Pillow|libjpeg|zlib|\b0x|/|struct|Traceback|BytesIO|Errno", str(error))
+
+
+Refused = Callable[[MediaSource, str, type[MmCacheError]], Awaitable[str]]
+
+
+def limited(**settings: object) -> MediaSource:
+    """A source with the given settings that may reach the origin on 127.0.0.1."""
+    return MediaSource(MediaSettings.model_validate({"allow_private_addresses": True, **settings}))
+
+
+@pytest.fixture
+async def origin() -> AsyncIterator[Origin]:
+    async with serving() as running:
+        yield running
+
+
+@pytest.fixture
+async def source() -> AsyncIterator[MediaSource]:
+    """A source that may reach the origin on 127.0.0.1."""
+    async with MediaSource(MediaSettings(allow_private_addresses=True)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def refused() -> Refused:
+    """Check that a fetch fails with the given error, in words that give nothing away; return them."""
+
+    async def check(source: MediaSource, reference: str, kind: type[MmCacheError]) -> str:
+        with pytest.raises(kind) as caught:
+            await source.fetch(reference)
+        assert type(caught.value) is kind
+        message = str(caught.value)
+        for secret in ("127.0.0.1", "169.254", "secret", "/", "localhost", "Errno", "0x"):
+            shown = message.replace("file:///path", "").replace("file://", "")
+            assert secret not in shown, f"{secret!r} is shown in {message!r}"
+        return message
+
+    return check

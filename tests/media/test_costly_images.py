@@ -1,0 +1,143 @@
+"""Images made to fill the memory or keep a decoder busy: each is refused, quickly and politely."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable
+
+import pytest
+
+from tests.media import pictures
+from tests.media.conftest import check_politeness
+from tests.media.pictures import (
+    SETTINGS,
+    gif_with,
+    jpeg_segment,
+    jpeg_with,
+    picture,
+    png,
+    png_chunk,
+    saved,
+)
+from trtllm_mm_cache.errors import InvalidImageError, MediaTooLargeError
+from trtllm_mm_cache.media import MediaSettings, decode_image, probe_image
+
+# In the service Pillow's warnings are dropped; here pytest would turn them into errors.
+pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
+
+Read = Callable[[bytes, MediaSettings], object]
+BOTH = pytest.mark.parametrize("read", [probe_image, decode_image])
+
+
+BOMBS = {
+    "png": pictures.png_bomb(30_000, 30_000),
+    "png, a long line": pictures.png_bomb(2**31 - 1, 1),
+    "png, both sides": pictures.png_bomb(2**31 - 1, 2**31 - 1),
+    "jpeg": pictures.jpeg_of_size(65_500, 65_500),
+    "gif": pictures.gif_of_size(65_535, 65_535),
+    "gif, frame": pictures.gif_of_size(65_535, 65_535, frame=True),
+    "gif, frame a little too large": pictures.gif_of_size(10_000, 10_000, frame=True),
+    "webp": pictures.webp_canvas(1 << 24, 1 << 24),
+    "webp, canvas for libwebp": pictures.webp_canvas(16_383, 16_383),
+    "webp lossless": pictures.webp_lossless_size(16_383, 16_383),
+    "bmp": pictures.bmp_of_size(40_000, 40_000),
+    "bmp, negative width": pictures.bmp_of_size(-5, 5),
+    "bmp, top down": pictures.bmp_of_size(40_000, -40_000),
+    "tiff": pictures.tiff_of_size(40_000, 40_000),
+    "tiff, lzw": pictures.tiff_of_size(100_000, 60_000, compression=5),
+    "tiff, 32 bit": pictures.tiff_of_size(2**32 - 1, 2**32 - 1),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", BOMBS)
+def test_decompression_bombs(name: str, read: Read) -> None:
+    with pytest.raises(MediaTooLargeError) as caught:
+        read(BOMBS[name], SETTINGS)
+    check_politeness(caught.value)
+
+
+def test_bombs_take_no_memory() -> None:
+    """All of them, in a process of its own, within what the process has before plus 64 MB."""
+    script = """
+import re
+import resource
+from tests.media import pictures
+from tests.media.test_costly_images import BOMBS
+from trtllm_mm_cache.errors import MmCacheError
+from trtllm_mm_cache.media import decode_image
+decode_image(pictures.saved(pictures.picture(size=(200, 200)), "JPEG"), pictures.SETTINGS)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for data in BOMBS.values():
+    try:
+        decode_image(data, pictures.SETTINGS)
+    except MmCacheError:
+        continue
+    raise SystemExit("a bomb was decoded")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 64 * 1024, "kilobytes"
+
+
+def test_the_pixel_limit_is_exact() -> None:
+    data = saved(picture(size=(100, 50)), "PNG")
+    assert probe_image(data, MediaSettings(max_image_pixels=5000, max_image_side=100))
+    with pytest.raises(MediaTooLargeError, match="100x50 pixels, more than the limit of 4999"):
+        probe_image(data, MediaSettings(max_image_pixels=4999))
+    with pytest.raises(MediaTooLargeError, match="limit of 99"):
+        probe_image(data, MediaSettings(max_image_side=99))
+
+
+MANY = 100_000
+EXIF_SEGMENT = jpeg_segment(0xE1, b"Exif\0\0II*\0\x08\0\0\0\0\0" + bytes(65_000))
+
+# Before they were bounded, each of these took seconds to hours at the 50 MB that a file may have.
+COSTLY = {
+    "png, empty chunks": png(8, 8, png_chunk(b"prIv") * MANY),
+    "png, text chunks": png(8, 8, png_chunk(b"tEXt", b"a\0b") * MANY),
+    "png, inflating text": png(8, 8, png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1_000_000))) * 900),
+    "png, inflating profiles": png(
+        8, 8, png_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1_000_000))) * 900
+    ),
+    "png, pixels in crumbs": png(
+        500, 500, *[png_chunk(b"IDAT", bytes((each,))) for each in zlib.compress(bytes(750_500), 0)[:MANY]]
+    ),
+    "jpeg, empty segments": jpeg_with(jpeg_segment(0xFE, b"") * MANY),
+    "jpeg, fill bytes": jpeg_with(b"\xff" * MANY),
+    "jpeg, exif over exif": jpeg_with(EXIF_SEGMENT * 600),
+    "jpeg, scans": pictures.jpeg_of_scans(5000),
+    "jpeg, empty segments between scans": pictures.jpeg_of_scans(0)[:-2] + jpeg_segment(0xFE, b"") * MANY,
+    "gif, comments in crumbs": gif_with(b"\x21\xfe" + b"\x01a" * MANY + b"\0"),
+    "gif, empty extensions": gif_with(b"\x21\xfe\x00" * MANY),
+    "bmp, runs of one": pictures.bmp_of_runs(2000, 2000),
+    "tiff, tags": pictures.tiff(*[(number, 3, 1, 1) for number in range(65_535)]),
+    "tiff, tags over the same bytes": pictures.tiff(
+        *[(number, 1, 5_000_000, 50_000) for number in range(40_000, 44_000)], body=bytes(6_000_000)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_files_that_keep_a_decoder_busy(name: str) -> None:
+    started = time.process_time()
+    with pytest.raises(InvalidImageError) as caught:
+        decode_image(COSTLY[name], SETTINGS)
+    assert time.process_time() - started < 2
+    check_politeness(caught.value)
+
+
+def test_a_jpeg_of_as_many_scans_as_encoders_write_is_fine() -> None:
+    assert decode_image(pictures.jpeg_of_scans(40), SETTINGS).size == (1000, 1000)
+
+
+def test_large_metadata_is_read_up_to_its_limit() -> None:
+    assert decode_image(jpeg_with(EXIF_SEGMENT * 100), SETTINGS).size == (16, 16)
+    with pytest.raises(InvalidImageError, match="metadata"):
+        probe_image(jpeg_with(EXIF_SEGMENT * 300), SETTINGS)

@@ -1,0 +1,128 @@
+"""http(s) references through the cache: what is asked for again, and how (RFC 9111)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from email.utils import formatdate
+
+import pytest
+
+from tests.media.conftest import Refused, limited
+from tests.media.origin import Asked, Origin, Resource, answer
+from trtllm_mm_cache.errors import MediaFetchError
+from trtllm_mm_cache.media import MediaSource
+
+BODY = bytes(range(256)) * 40
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Cache-Control": "max-age=60"},
+        {"Cache-Control": "private, max-age=60"},
+        {"Cache-Control": "public, MAX-AGE=60", "Vary": "Accept"},
+        {"Expires": formatdate(time.time() + 60, usegmt=True)},
+        {"Cache-Control": "max-age=60", "ETag": '"a"', "Date": "garbage"},
+    ],
+)
+async def test_a_fresh_response_is_not_asked_for_again(
+    origin: Origin, source: MediaSource, headers: dict[str, str]
+) -> None:
+    origin.routes["/a"] = Resource(BODY, headers)
+    assert [await source.fetch(origin.url("/a")) for _ in range(3)] == [BODY] * 3
+    assert len(origin.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "condition"),
+    [
+        ({"ETag": '"a"'}, ("if-none-match", '"a"')),
+        ({"ETag": 'W/"a"'}, ("if-none-match", 'W/"a"')),
+        # Ten years old: heuristic freshness would not ask again for a week.
+        (
+            {"Last-Modified": "Mon, 01 Jan 2015 00:00:00 GMT"},
+            ("if-modified-since", "Mon, 01 Jan 2015 00:00:00 GMT"),
+        ),
+        ({"ETag": '"a"', "Cache-Control": "max-age=60, no-cache"}, ("if-none-match", '"a"')),
+        (
+            {"ETag": '"a"', "Cache-Control": "max-age=60", "Date": formatdate(time.time() - 90, usegmt=True)},
+            ("if-none-match", '"a"'),
+        ),
+        ({"ETag": '"a"', "Cache-Control": "max-age=60", "Vary": "*"}, ("if-none-match", '"a"')),
+    ],
+)
+async def test_an_unchanged_url_costs_a_304(
+    origin: Origin, source: MediaSource, headers: dict[str, str], condition: tuple[str, str]
+) -> None:
+    resource = origin.routes["/a"] = Resource(BODY, headers)
+    assert [await source.fetch(origin.url("/a")) for _ in range(3)] == [BODY] * 3
+    assert len(origin.asked) == 3
+    assert resource.bodies_sent == 1
+    assert all(condition in asked.headers.items() for asked in origin.asked[1:])
+
+
+async def test_a_changed_url_gives_the_new_bytes(origin: Origin, source: MediaSource) -> None:
+    origin.routes["/a"] = Resource(BODY, {"ETag": '"a"'})
+    assert await source.fetch(origin.url("/a")) == BODY
+    changed = origin.routes["/a"] = Resource(BODY[::-1], {"ETag": '"b"'})
+    assert await source.fetch(origin.url("/a")) == BODY[::-1]
+    assert await source.fetch(origin.url("/a")) == BODY[::-1]
+    assert changed.bodies_sent == 1
+
+
+async def test_a_304_can_make_a_response_fresh_again(origin: Origin, source: MediaSource) -> None:
+    origin.routes["/a"] = Resource(BODY, {"ETag": '"a"', "Cache-Control": "no-cache"})
+    await source.fetch(origin.url("/a"))
+    origin.routes["/a"] = Resource(BODY, {"ETag": '"a"', "Cache-Control": "max-age=60"})
+    assert [await source.fetch(origin.url("/a")) for _ in range(3)] == [BODY] * 3
+    assert len(origin.asked) == 2
+
+
+async def test_a_response_without_a_date_grows_old(origin: Origin, source: MediaSource) -> None:
+    origin.routes["/a"] = Resource(BODY, {"ETag": '"a"', "Cache-Control": "max-age=1"})
+    deadline = time.monotonic() + 10
+    while len(origin.asked) < 2:
+        assert time.monotonic() < deadline, "one second of freshness never ends"
+        assert await source.fetch(origin.url("/a")) == BODY
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "headers", [{}, {"Cache-Control": "no-store", "ETag": '"a"'}, {"Cache-Control": "x=="}]
+)
+async def test_what_cannot_be_reused_is_fetched_whole_each_time(
+    origin: Origin, source: MediaSource, headers: dict[str, str]
+) -> None:
+    resource = origin.routes["/a"] = Resource(BODY, headers)
+    assert [await source.fetch(origin.url("/a")) for _ in range(2)] == [BODY] * 2
+    assert resource.bodies_sent == 2
+    assert "if-none-match" not in origin.asked[1].headers
+
+
+async def test_errors_are_not_remembered(origin: Origin, source: MediaSource, refused: Refused) -> None:
+    origin.routes["/a"] = Resource(b"gone", {"Cache-Control": "max-age=60"}, status="404 Not Found")
+    assert "404" in await refused(source, origin.url("/a"), MediaFetchError)
+    origin.routes["/a"] = Resource(BODY)
+    assert await source.fetch(origin.url("/a")) == BODY
+
+
+async def test_the_cache_can_be_switched_off(origin: Origin) -> None:
+    resource = origin.routes["/a"] = Resource(BODY, {"Cache-Control": "max-age=60", "ETag": '"a"'})
+    async with limited(http_cache_bytes=0) as source:
+        assert [await source.fetch(origin.url("/a")) for _ in range(2)] == [BODY] * 2
+    assert resource.bodies_sent == 2
+
+
+async def test_a_body_cut_short_is_neither_returned_nor_kept(
+    origin: Origin, source: MediaSource, refused: Refused
+) -> None:
+    async def cut(asked: Asked, writer: asyncio.StreamWriter) -> None:
+        answer(writer, "200 OK", {"Content-Length": str(len(BODY)), "Cache-Control": "max-age=60"}, BODY[:-1])
+        await writer.drain()
+        writer.close()
+
+    origin.routes["/a"] = cut
+    await refused(source, origin.url("/a"), MediaFetchError)
+    origin.routes["/a"] = Resource(BODY)
+    assert await source.fetch(origin.url("/a")) == BODY
