@@ -57,7 +57,6 @@ def _option(name: str, field: FieldInfo) -> Callable[..., Any]:
         name,
         type=_click_type(field),
         required=required,
-        default=None,
         envvar=env,
         show_envvar=env is not None,
         help=_help(field),

@@ -1,0 +1,93 @@
+"""Engine configuration files: every one in the repository loads, and a mistake in one is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from trtllm_mm_cache.config import EncodeSettings, PdSettings, load_engine_args
+from trtllm_mm_cache.engines.transformers import TransformersEngineArgs
+from trtllm_mm_cache.engines.trtllm import TrtllmEncoderArgs, TrtllmLlmArgs
+from trtllm_mm_cache.errors import ConfigurationError
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+FILES = sorted(CONFIGS.glob("*/*.yaml"))
+
+
+def schema_of(path: Path) -> type[BaseModel]:
+    if path.parent.name == "cpu-demo":
+        return TransformersEngineArgs
+    return TrtllmEncoderArgs if path.name == "encode.yaml" else TrtllmLlmArgs
+
+
+def test_each_model_has_a_folder_with_both_files() -> None:
+    folders = {folder.name: {file.name for file in folder.iterdir()} for folder in CONFIGS.iterdir()}
+    models = {"cpu-demo", "llava-v1.6-mistral-7b-hf", "qwen2.5-vl-7b-instruct", "qwen3-vl-2b-instruct"}
+    assert models <= folders.keys()
+    assert set(map(frozenset, folders.values())) == {frozenset({"encode.yaml", "pd.yaml"})}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_file_loads_and_every_key_arrives(path: Path) -> None:
+    args = load_engine_args(path, schema_of(path))
+    lines = [line for line in path.read_text().splitlines() if line and line[0] not in "# "]
+    assert {line.partition(":")[0] for line in lines} == args.model_fields_set
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_an_unknown_key_names_file_and_key(path: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / path.name
+    wrong.write_text(path.read_text() + "\nno_such_key: 1\n")
+    with pytest.raises(ConfigurationError) as caught:
+        load_engine_args(wrong, schema_of(path))
+    assert str(wrong) in str(caught.value)
+    assert "'no_such_key'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("torch_threads: many", "'torch_threads'"),
+        ("torch_threads: 1\ntorch_threads: 2", "'torch_threads' stands twice"),
+        ("- torch_threads", "must hold `key: value` lines, not a list"),
+        ("torch_threads: [1", "not valid YAML"),
+    ],
+)
+def test_a_broken_file_is_named(text: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "pd.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigurationError) as caught:
+        load_engine_args(path, TransformersEngineArgs)
+    assert says in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_says_which_flag_named_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="--extra-engine-args"):
+        load_engine_args(tmp_path / "none.yaml", TransformersEngineArgs)
+
+
+def test_nested_keys_are_checked_too(tmp_path: Path) -> None:
+    path = tmp_path / "pd.yaml"
+    path.write_text("kv_cache_config:\n  enable_blok_reuse: true\n")
+    with pytest.raises(ConfigurationError, match="enable_blok_reuse"):
+        load_engine_args(path, TrtllmLlmArgs)
+
+
+def test_only_given_keys_reach_the_engine(tmp_path: Path) -> None:
+    path = tmp_path / "pd.yaml"
+    path.write_text("max_batch_size: 4\nkv_cache_config:\n  enable_block_reuse: false\n")
+    given = load_engine_args(path, TrtllmLlmArgs).given()
+    assert given == {"max_batch_size": 4, "kv_cache_config": {"enable_block_reuse": False}}
+
+
+def test_the_served_name_defaults_to_the_models() -> None:
+    assert PdSettings(model_path="org/some-model").model_name == "some-model"
+    assert PdSettings(model_path="org/some-model", served_model_name="shown").model_name == "shown"
+
+
+def test_capacity_is_off_by_default_as_upstream_documents() -> None:
+    assert PdSettings(model_path="m").multimodal_embedding_cache_capacity_gb == 0
+    assert EncodeSettings(model_path="m").multimodal_embedding_cache_capacity_gb > 0

@@ -1,0 +1,328 @@
+"""The flow of a miss when the other side misbehaves, with real NIXL between two agents.
+
+The peer encode worker here stands on the same interface as the product's client of it; what it
+announces can be changed per call, what it exports is real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from tests.e2e.stack import data_url, new_picture, png
+from trtllm_mm_cache.cache.key import EmbeddingKey
+from trtllm_mm_cache.cache.manager import CachedEmbedding, Lease, MultimodalEmbeddingCacheManager
+from trtllm_mm_cache.errors import (
+    ArenaFullError,
+    ChecksumMismatchError,
+    EmbeddingMismatchError,
+    EncodeTimeoutError,
+    EncodeUnavailableError,
+    InvalidImageError,
+    MediaReferenceError,
+    MmCacheError,
+    TransferError,
+    UnsupportedMediaError,
+)
+from trtllm_mm_cache.media import MediaSettings, MediaSource
+from trtllm_mm_cache.transfer import Exporter, Reader, TransferAgent
+from trtllm_mm_cache.workers.protocol import EncodeReady, EncodeRequest
+from trtllm_mm_cache.workers.resolver import ImageResolver, ResolvedImages
+
+ROWS, WIDTH = 16, 64
+NBYTES = ROWS * WIDTH * 4
+
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def embedding_of(key: str) -> torch.Tensor:
+    """The embedding that the peer makes: every key has another one."""
+    return torch.full((ROWS, WIDTH), float(struct.unpack("<I", bytes.fromhex(key)[:4])[0]))
+
+
+@dataclass
+class PeerEncodeWorkers:
+    """Two encode workers in one, on the interface of `EncodeClient`; really exports over NIXL."""
+
+    exporter: Exporter
+    agent: TransferAgent
+    manager: MultimodalEmbeddingCacheManager
+    instances: list[int] = field(default_factory=lambda: [1, 2])
+    changes: list[Change | MmCacheError] = field(default_factory=list)
+    calls: list[int] = field(default_factory=list)
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def rank(self, key: EmbeddingKey) -> list[int]:
+        return sorted(self.instances)
+
+    async def encode(self, instance: int, request: EncodeRequest) -> EncodeReady:
+        self.calls.append(instance)
+        await self.gate.wait()
+        change = self.changes.pop(0) if self.changes else None
+        if isinstance(change, MmCacheError):
+            raise change
+        metadata = {"rows": ROWS}
+        self.manager.set(request.key, CachedEmbedding(embedding_of(request.key), metadata=metadata))
+        lease = self.manager.lease(request.key)
+        assert lease is not None
+        export = await self.exporter.export(lease)
+        answer = {
+            "peer": self.agent.metadata.to_wire(),
+            "token": export.token,
+            "address": export.address,
+            "nbytes": export.nbytes,
+            "checksum": export.checksum,
+            "dtype": "float32",
+            "shape": (ROWS, WIDTH),
+            "metadata": metadata,
+            "origin": "encoded",
+        }
+        return EncodeReady.model_validate(change(answer) if change else answer)
+
+
+@dataclass
+class Bench:
+    """A resolver with its cache, and the peer it talks to."""
+
+    peer: PeerEncodeWorkers
+    cache: MultimodalEmbeddingCacheManager
+    transit: MultimodalEmbeddingCacheManager
+    resolver: ImageResolver
+
+    async def resolve(self, references: Sequence[str]) -> ResolvedImages:
+        return await self.resolver.resolve(references, processor_kwargs={}, salt=None, variant="")
+
+    def held(self) -> tuple[int, int, int]:
+        statistics = [manager.statistics() for manager in (self.cache, self.transit)]
+        return (
+            sum(one.leased_bytes for one in statistics),
+            sum(one.reservations for one in statistics),
+            sum(one.quarantined for one in statistics),
+        )
+
+
+@pytest.fixture
+async def bench() -> AsyncIterator[Bench]:
+    exporting, reading = await TransferAgent.start(), await TransferAgent.start()
+    source = MultimodalEmbeddingCacheManager(64 * NBYTES)
+    cache = MultimodalEmbeddingCacheManager(4 * NBYTES)
+    transit = MultimodalEmbeddingCacheManager(0, transfer_bytes=2 * NBYTES)
+    await exporting.register(source.arena.base_address, source.arena.capacity_bytes)
+    for manager in (cache, transit):
+        await reading.register(manager.arena.base_address, manager.arena.capacity_bytes)
+    peer = PeerEncodeWorkers(Exporter(exporting, lease_timeout_s=30), exporting, source)
+    peer.gate.set()
+    settings = MediaSettings()
+    resolver = ImageResolver(
+        source=MediaSource(settings),
+        media_settings=settings,
+        cache=cache,
+        transit=transit,
+        client=peer,
+        reader=Reader(reading),
+        fingerprint="ab" * 32,
+        encode_timeout_s=5,
+        transfer_timeout_s=5,
+    )
+    bench = Bench(peer, cache, transit, resolver)
+    yield bench
+    await resolver.close()
+    assert bench.held() == (0, 0, 0)
+    for manager in (cache, transit):
+        manager.check_integrity()
+    await reading.close(deadline_s=5)
+    await exporting.close(deadline_s=0.1)  # exports whose READ a test has prevented are not waited for
+    for manager in (cache, transit, source):
+        manager.close()
+
+
+def picture() -> str:
+    return data_url(png(new_picture(32, 32)))
+
+
+def assert_holds(lease: Lease) -> None:
+    """The lease's view is the embedding that belongs to its key."""
+    assert torch.equal(lease.embedding.tensor, embedding_of(lease.key))
+
+
+async def test_a_miss_then_a_hit(bench: Bench) -> None:
+    reference = picture()
+    first = await bench.resolve([reference])
+    second = await bench.resolve([reference])
+    assert (first.hits, first.misses, second.hits, second.misses) == (0, 1, 1, 0)
+    assert_holds(second.leases[0])
+    assert second.leases[0].address == first.leases[0].address
+    assert second.leases[0].embedding.metadata == {"rows": ROWS}
+    assert bench.peer.calls == [1]
+    first.release()
+    second.release()
+
+
+async def test_leases_stand_in_prompt_order(bench: Bench) -> None:
+    references = [picture(), picture(), picture()]
+    alone = [await bench.resolve([reference]) for reference in references]
+    order = [2, 0, 2, 1, 0]
+    together = await bench.resolve([references[index] for index in order])
+    assert [lease.key for lease in together.leases] == [alone[index].leases[0].key for index in order]
+    for resolved in [*alone, together]:
+        resolved.release()
+
+
+async def test_one_content_under_two_references_is_one_call(bench: Bench) -> None:
+    body = png(new_picture(32, 32))
+    images = await bench.resolve([data_url(body), data_url(body).replace("image/png", "image/x-png")])
+    assert bench.peer.calls == [1]
+    assert images.leases[0].key == images.leases[1].key
+    images.release()
+
+
+async def test_many_requests_at_once_are_one_call(bench: Bench) -> None:
+    reference = picture()
+    bench.peer.gate.clear()
+    requests = [asyncio.create_task(bench.resolve([reference])) for _ in range(16)]
+    while bench.resolver.flights.statistics().waiters < 16:
+        await asyncio.sleep(0)
+    bench.peer.gate.set()
+    resolved = await asyncio.gather(*requests)
+    assert bench.peer.calls == [1]
+    for images in resolved:
+        assert_holds(images.leases[0])
+        images.release()
+
+
+async def test_a_cancelled_request_does_not_take_the_flight_from_another(bench: Bench) -> None:
+    reference = picture()
+    bench.peer.gate.clear()
+    first, second = (asyncio.create_task(bench.resolve([reference])) for _ in range(2))
+    while bench.resolver.flights.statistics().waiters < 2:
+        await asyncio.sleep(0)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    bench.peer.gate.set()
+    images = await second
+    assert_holds(images.leases[0])
+    images.release()
+
+
+async def test_the_last_one_leaving_ends_the_flight(bench: Bench) -> None:
+    bench.peer.gate.clear()
+    request = asyncio.create_task(bench.resolve([picture(), picture()]))
+    while len(bench.peer.calls) < 2:
+        await asyncio.sleep(0)
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    assert bench.resolver.flights.statistics().in_flight == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda answer: answer | {"checksum": answer["checksum"] ^ 1}, ChecksumMismatchError),
+        (lambda answer: answer | {"shape": (ROWS + 1, WIDTH)}, EmbeddingMismatchError),
+        (lambda answer: answer | {"dtype": "float16"}, EmbeddingMismatchError),
+        (lambda answer: answer | {"dtype": "complex"}, EmbeddingMismatchError),
+        (lambda answer: answer | {"peer": {**answer["peer"], "digest": "0" * 64}}, TransferError),
+        (lambda answer: answer | {"address": 4096}, TransferError),
+        (EncodeUnavailableError("gone"), EncodeUnavailableError),
+    ],
+    ids=["checksum", "shape", "dtype", "unknown-dtype", "metadata", "address", "gone"],
+)
+async def test_a_bad_answer_is_retried_once_on_the_other_worker_and_never_cached(
+    bench: Bench, change: Any, error: type[MmCacheError]
+) -> None:
+    bench.peer.changes = [change]
+    images = await bench.resolve([picture()])
+    assert_holds(images.leases[0])
+    assert bench.peer.calls == [1, 2]
+    assert bench.resolver.statistics().retries == 1
+    images.release()
+
+    bench.peer.calls.clear()
+    bench.peer.changes = [change, change]
+    reference = picture()
+    with pytest.raises(error, match="image 1"):
+        await bench.resolve([reference])
+    assert bench.peer.calls == [1, 2]
+    assert bench.held() == (0, 0, 0)
+    assert len(bench.cache.keys()) == 1, "only the first picture may be cached"
+    healed = await bench.resolve([reference])
+    assert_holds(healed.leases[0])
+    healed.release()
+
+
+async def test_a_clients_mistake_is_not_retried(bench: Bench) -> None:
+    bench.peer.changes = [InvalidImageError("truncated")]
+    with pytest.raises(InvalidImageError, match="image 1: truncated"):
+        await bench.resolve([picture()])
+    assert bench.peer.calls == [1]
+
+
+async def test_no_encode_worker_costs_only_misses(bench: Bench) -> None:
+    cached = picture()
+    (await bench.resolve([cached])).release()
+    bench.peer.instances = []
+    with pytest.raises(EncodeUnavailableError) as caught:
+        await bench.resolve([picture()])
+    assert caught.value.http_status == 503
+    (await bench.resolve([cached])).release()
+
+
+async def test_an_encode_worker_that_never_answers_meets_the_deadline(bench: Bench) -> None:
+    bench.resolver._encode_timeout_s = 0.05  # the setting's own value is five seconds in this bench
+    bench.peer.gate.clear()
+    with pytest.raises(EncodeTimeoutError):
+        await bench.resolve([picture()])
+
+
+async def test_a_cache_full_of_leased_entries_serves_uncached(bench: Bench) -> None:
+    held = [await bench.resolve([picture()]) for _ in range(4)]
+    extra = await bench.resolve([picture()])
+    assert_holds(extra.leases[0])
+    assert bench.resolver.statistics().uncached == 1
+    assert extra.leases[0].key not in bench.cache.keys()
+    another = await bench.resolve([picture()])
+    with pytest.raises(ArenaFullError):
+        await bench.resolve([picture()])
+    for images in [*held, extra, another]:
+        assert_holds(images.leases[0])
+        images.release()
+    again = await bench.resolve([picture()])
+    assert bench.resolver.statistics().uncached == 2
+    again.release()
+
+
+async def test_one_bad_reference_releases_the_good_ones_and_is_named(bench: Bench) -> None:
+    good = picture()
+    (await bench.resolve([good])).release()
+    with pytest.raises(MediaReferenceError, match="image 2"):
+        await bench.resolve([good, "gopher://x", picture()])
+    with pytest.raises(UnsupportedMediaError, match="image 1"):
+        await bench.resolve(["data:text/plain;base64,aGVsbG8=", good])
+    assert bench.held() == (0, 0, 0)
+
+
+async def test_salt_variant_and_kwargs_enter_the_key(bench: Bench) -> None:
+    reference = picture()
+
+    async def key(**changes: Any) -> str:
+        options: dict[str, Any] = {"processor_kwargs": {}, "salt": None, "variant": ""} | changes
+        images = await bench.resolver.resolve([reference], **options)
+        images.release()
+        return images.leases[0].key
+
+    keys = [
+        await key(),
+        await key(salt="tenant"),
+        await key(variant="multi"),
+        await key(processor_kwargs={"max_pixels": 9}),
+    ]
+    assert len(set(keys)) == 4
+    assert await key() == keys[0]
