@@ -34,7 +34,7 @@ from tests.engines.contract import (
 from trtllm_mm_cache.config import PdSettings
 from trtllm_mm_cache.media import MediaSettings, MediaSource
 from trtllm_mm_cache.workers.encode_client import EncodeClient
-from trtllm_mm_cache.workers.pd import CacheParts
+from trtllm_mm_cache.workers.memory import PdMemory
 from trtllm_mm_cache.workers.resolver import ImageResolver, ResolvedImages
 from trtllm_mm_cache.workers.runtime import connect
 
@@ -84,7 +84,7 @@ class PdSide:
     """What a PD worker has, for one architecture."""
 
     halves: Halves
-    parts: CacheParts
+    memory: PdMemory
     resolver: ImageResolver
 
     async def resolve(self, case: Case) -> ResolvedImages:
@@ -142,25 +142,25 @@ async def pd_side(
         await client.wait_for_instances()
     for following in ARCHITECTURES[position + 1 : position + 2]:
         encoders.start(following)
-    parts = await CacheParts.create(settings)
+    memory = await PdMemory.create(settings)
     media_settings = MediaSettings()
     resolver = ImageResolver(
         source=MediaSource(media_settings),
         media_settings=media_settings,
-        cache=parts.cache,
-        transit=parts.transit,
+        cache=memory.cache,
+        transit=memory.transit,
         client=EncodeClient(client),
-        reader=parts.reader,
+        reader=memory.reader,
         fingerprint=halves.generator.fingerprint,
         encode_timeout_s=30,
         transfer_timeout_s=10,
     )
-    yield PdSide(halves, parts, resolver)
+    yield PdSide(halves, memory, resolver)
     await resolver.close()
-    parts.cache.check_integrity()
-    statistics = parts.cache.statistics()
+    memory.cache.check_integrity()
+    statistics = memory.cache.statistics()
     assert (statistics.leased_bytes, statistics.reservations, statistics.quarantined) == (0, 0, 0)
-    await parts.close()
+    await memory.close()
     encoders.stop(architecture)
 
 

@@ -13,17 +13,16 @@ from typing import Any
 from dynamo.llm import ModelInput, ModelType, WorkerType, register_model
 from dynamo.runtime import Context, DistributedRuntime
 
-from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
-from trtllm_mm_cache.config import GB, MB, PdSettings
+from trtllm_mm_cache.config import MB, PdSettings
 from trtllm_mm_cache.engines.base import Generator, TokenDelta
 from trtllm_mm_cache.engines.registry import load_generator
 from trtllm_mm_cache.errors import MmCacheError
 from trtllm_mm_cache.media import MediaSettings, MediaSource
 from trtllm_mm_cache.observability.logs import configure_logging
 from trtllm_mm_cache.observability.metrics import Exposition, Reading, cache_readings
-from trtllm_mm_cache.transfer import Reader, TransferAgent
 from trtllm_mm_cache.workers.encode_client import EncodeClient
 from trtllm_mm_cache.workers.faults import as_dynamo_error
+from trtllm_mm_cache.workers.memory import PdMemory
 from trtllm_mm_cache.workers.model_files import local_model_path
 from trtllm_mm_cache.workers.request import PdRequest, parse_request
 from trtllm_mm_cache.workers.resolver import ImageResolver, ResolvedImages
@@ -38,8 +37,6 @@ from trtllm_mm_cache.workers.runtime import (
 
 logger = logging.getLogger(__name__)
 
-_CLOSE_DEADLINE_S = 5.0
-
 
 def run_pd_worker(settings: PdSettings) -> None:
     """Load the model, serve until SIGTERM or SIGINT, drain, return. Raises `ConfigurationError` at start."""
@@ -51,30 +48,39 @@ async def _serve(settings: PdSettings) -> None:
     runtime = connect(settings)
     drain_on_signals(runtime)
     model_path = await local_model_path(settings.model_path)
+    # Memory first: a host that cannot hold it says so before minutes of model loading.
+    memory = await PdMemory.create(settings)
+    try:
+        await _serve_model(runtime, memory, model_path, settings)
+    finally:
+        await memory.close()
+        logger.info("PD worker ended")
+
+
+async def _serve_model(
+    runtime: DistributedRuntime, memory: PdMemory, model_path: str, settings: PdSettings
+) -> None:
     generator = await asyncio.to_thread(
         load_generator, settings.engine, Path(model_path), settings.extra_engine_args
     )
-    parts = await CacheParts.create(settings)
     client = await runtime.endpoint(endpoint_path(settings.encode_endpoint)).client()
     media_settings = _media_settings(settings)
     resolver = ImageResolver(
         source=MediaSource(media_settings),
         media_settings=media_settings,
-        cache=parts.cache,
-        transit=parts.transit,
+        cache=memory.cache,
+        transit=memory.transit,
         client=EncodeClient(client),
-        reader=parts.reader,
+        reader=memory.reader,
         fingerprint=generator.fingerprint,
         encode_timeout_s=settings.encode_timeout_s,
         transfer_timeout_s=settings.transfer_timeout_s,
     )
-    worker = PdWorker(generator, resolver, parts, settings)
+    worker = PdWorker(generator, resolver, memory, settings)
     try:
         await _serve_endpoint(runtime, worker, model_path, settings)
     finally:
         await worker.close()
-        await parts.close()
-        logger.info("PD worker ended")
 
 
 async def _serve_endpoint(
@@ -111,56 +117,15 @@ def _media_settings(settings: PdSettings) -> MediaSettings:
     )
 
 
-class CacheParts:
-    """The PD worker's memory: the cache, the transit arena, and the NIXL reader that fills both.
-
-    With capacity 0 there is one arena only, and it retains nothing.
-    """
-
-    def __init__(
-        self,
-        cache: MultimodalEmbeddingCacheManager,
-        transit: MultimodalEmbeddingCacheManager,
-        agent: TransferAgent,
-        reader: Reader,
-    ) -> None:
-        self.cache = cache
-        self.transit = transit
-        self.reader = reader
-        self._agent = agent
-
-    @classmethod
-    async def create(cls, settings: PdSettings) -> CacheParts:
-        """Commit the memory and register it with NIXL. Raises `SharedMemoryError` when it does not fit."""
-        capacity = int(settings.multimodal_embedding_cache_capacity_gb * GB)
-        transit = await asyncio.to_thread(
-            MultimodalEmbeddingCacheManager, 0, transfer_bytes=int(settings.transfer_arena_mb * MB)
-        )
-        cache = (
-            await asyncio.to_thread(MultimodalEmbeddingCacheManager, capacity) if capacity > 0 else transit
-        )
-        agent = await TransferAgent.start()
-        for manager in {cache, transit}:
-            await agent.register(manager.arena.base_address, manager.arena.capacity_bytes)
-        return cls(cache, transit, agent, Reader(agent))
-
-    async def close(self) -> None:
-        """Close NIXL first, so that nothing is written into memory that is about to go."""
-        await self._agent.close(deadline_s=_CLOSE_DEADLINE_S)
-        self.cache.close()
-        if self.transit is not self.cache:
-            self.transit.close()
-
-
 class PdWorker:
     """Answers generation requests of Dynamo's frontend. For use from one event loop."""
 
     def __init__(
-        self, generator: Generator, resolver: ImageResolver, parts: CacheParts, settings: PdSettings
+        self, generator: Generator, resolver: ImageResolver, memory: PdMemory, settings: PdSettings
     ) -> None:
         self._generator = generator
         self._resolver = resolver
-        self._parts = parts
+        self._memory = memory
         self._max_images = settings.max_images_per_request
         self._requests = 0
         self._errors: Counter[str] = Counter()
@@ -185,7 +150,7 @@ class PdWorker:
 
     def readings(self) -> Iterable[Reading]:
         """Yield the metrics of this moment."""
-        yield from cache_readings(self._parts.cache.stats)
+        yield from cache_readings(self._memory.cache.stats)
         prefix = "trtllm_mm_cache"
         yield Reading(f"{prefix}_requests", "Requests taken.", "counter", self._requests)
         flights = self._resolver.flights.statistics()
@@ -195,14 +160,14 @@ class PdWorker:
         yield Reading(f"{prefix}_encode_retries", "Second attempts.", "counter", resolver.retries)
         yield Reading(f"{prefix}_uncached", "Embeddings served uncached.", "counter", resolver.uncached)
         yield Reading(f"{prefix}_read_bytes", "Bytes READ by NIXL.", "counter", resolver.bytes_read)
-        for name, manager in (("cache", self._parts.cache), ("transit", self._parts.transit)):
-            memory, labels = manager.statistics(), (("arena", name),)
-            yield Reading(f"{prefix}_leased_bytes", "Bytes held.", "gauge", memory.leased_bytes, labels)
+        for name, manager in (("cache", self._memory.cache), ("transit", self._memory.transit)):
+            held, labels = manager.statistics(), (("arena", name),)
+            yield Reading(f"{prefix}_leased_bytes", "Bytes held.", "gauge", held.leased_bytes, labels)
             yield Reading(
                 f"{prefix}_quarantined_bytes",
                 "Bytes a READ may still write to.",
                 "gauge",
-                memory.quarantined_bytes,
+                held.quarantined_bytes,
                 labels,
             )
         for code, count in self._errors.items():

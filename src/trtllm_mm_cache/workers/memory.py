@@ -1,0 +1,52 @@
+"""The PD worker's memory: the arenas that NIXL READs into, and the reader that fills them."""
+
+from __future__ import annotations
+
+import asyncio
+
+from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
+from trtllm_mm_cache.config import GB, MB, PdSettings
+from trtllm_mm_cache.transfer import Reader, TransferAgent
+
+_CLOSE_DEADLINE_S = 5.0
+
+
+class PdMemory:
+    """The PD worker's memory: the cache, the transit arena, and the NIXL reader that fills both.
+
+    With capacity 0 there is one arena only, and it retains nothing.
+    """
+
+    def __init__(
+        self,
+        cache: MultimodalEmbeddingCacheManager,
+        transit: MultimodalEmbeddingCacheManager,
+        agent: TransferAgent,
+        reader: Reader,
+    ) -> None:
+        self.cache = cache
+        self.transit = transit
+        self.reader = reader
+        self._agent = agent
+
+    @classmethod
+    async def create(cls, settings: PdSettings) -> PdMemory:
+        """Commit the memory and register it with NIXL. Raises `SharedMemoryError` when it does not fit."""
+        capacity = int(settings.multimodal_embedding_cache_capacity_gb * GB)
+        transit = await asyncio.to_thread(
+            MultimodalEmbeddingCacheManager, 0, transfer_bytes=int(settings.transfer_arena_mb * MB)
+        )
+        cache = (
+            await asyncio.to_thread(MultimodalEmbeddingCacheManager, capacity) if capacity > 0 else transit
+        )
+        agent = await TransferAgent.start()
+        for manager in {cache, transit}:
+            await agent.register(manager.arena.base_address, manager.arena.capacity_bytes)
+        return cls(cache, transit, agent, Reader(agent))
+
+    async def close(self) -> None:
+        """Close NIXL first, so that nothing is written into memory that is about to go."""
+        await self._agent.close(deadline_s=_CLOSE_DEADLINE_S)
+        self.cache.close()
+        if self.transit is not self.cache:
+            self.transit.close()
