@@ -1,47 +1,40 @@
-"""Loads the engine that the settings name; the only place that knows both by name."""
+"""Loads the engine that the settings name. Each engine's package has the two functions of `Engine`."""
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, cast
 
-from trtllm_mm_cache.config import EngineName, load_engine_args
+from trtllm_mm_cache.config import EngineName
 from trtllm_mm_cache.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from trtllm_mm_cache.engines.base import Generator, VisionEncoder
 
-_INSTALL = "install it with: pip install 'trtllm-mm-cache[{engine}]'"
 
+class Engine(Protocol):
+    """What the package of an engine offers. Both load a model: blocking, seconds to minutes.
 
-def load_vision_encoder(engine: EngineName, model_path: Path, args_file: Path | None) -> VisionEncoder:
-    """Load `model_path`'s vision tower. Blocking, seconds to minutes.
-
-    Raises `ConfigurationError` when the engine is not installed, the model is not one it serves,
-    or `args_file` holds a key it does not know.
+    Both raise `ConfigurationError` when the model is not one that the engine serves, or when
+    `args_file` holds a key that it does not know.
     """
+
+    def load_vision_encoder(self, model_path: Path, args_file: Path | None) -> VisionEncoder:
+        """Load the model's vision tower."""
+        ...
+
+    def load_generator(self, model_path: Path, args_file: Path | None) -> Generator:
+        """Load the model's language half."""
+        ...
+
+
+def load_engine(name: EngineName) -> Engine:
+    """Import the package of an engine; raises `ConfigurationError` when what it needs is not installed."""
     try:
-        if engine == "transformers":
-            from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, TransformersVisionEncoder
-
-            return TransformersVisionEncoder(model_path, load_engine_args(args_file, TransformersEngineArgs))
+        return cast(Engine, importlib.import_module(f"trtllm_mm_cache.engines.{name}"))
     except ModuleNotFoundError as error:
-        raise _not_installed(engine, error) from error
-    raise ConfigurationError(f"engine '{engine}' is not part of this release; use --engine transformers")
-
-
-def load_generator(engine: EngineName, model_path: Path, args_file: Path | None) -> Generator:
-    """Load `model_path`'s language model. Blocking, seconds to minutes. Raises as `load_vision_encoder`."""
-    try:
-        if engine == "transformers":
-            from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, TransformersGenerator
-
-            return TransformersGenerator(model_path, load_engine_args(args_file, TransformersEngineArgs))
-    except ModuleNotFoundError as error:
-        raise _not_installed(engine, error) from error
-    raise ConfigurationError(f"engine '{engine}' is not part of this release; use --engine transformers")
-
-
-def _not_installed(engine: EngineName, error: ModuleNotFoundError) -> ConfigurationError:
-    how = _INSTALL.format(engine=engine)
-    return ConfigurationError(f"engine '{engine}' needs {error.name}, which is not installed; {how}")
+        raise ConfigurationError(
+            f"engine '{name}' needs {error.name}, which is not installed; "
+            f"install it with: pip install 'trtllm-mm-cache[{name}]'"
+        ) from error

@@ -21,7 +21,7 @@ from trtllm_mm_cache.cache.flight import SingleFlight
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.config import GB, MB, EncodeSettings
 from trtllm_mm_cache.engines.base import EncodeItem, VisionEncoder
-from trtllm_mm_cache.engines.registry import load_vision_encoder
+from trtllm_mm_cache.engines.registry import load_engine
 from trtllm_mm_cache.errors import (
     ArenaFullError,
     EncodeFailedError,
@@ -59,8 +59,9 @@ async def _serve(settings: EncodeSettings) -> None:
     runtime = connect(settings)
     drain_on_signals(runtime)
     model_path = await local_model_path(settings.model_path)
+    engine = await asyncio.to_thread(load_engine, settings.engine)
     encoder = await asyncio.to_thread(
-        load_vision_encoder, settings.engine, Path(model_path), settings.extra_engine_args
+        engine.load_vision_encoder, Path(model_path), settings.extra_engine_args
     )
     capacity = int(settings.multimodal_embedding_cache_capacity_gb * GB)
     manager = await asyncio.to_thread(MultimodalEmbeddingCacheManager, capacity)

@@ -15,7 +15,7 @@ from dynamo.runtime import Context, DistributedRuntime
 
 from trtllm_mm_cache.config import MB, PdSettings
 from trtllm_mm_cache.engines.base import Generator, TokenDelta
-from trtllm_mm_cache.engines.registry import load_generator
+from trtllm_mm_cache.engines.registry import load_engine
 from trtllm_mm_cache.errors import MmCacheError
 from trtllm_mm_cache.media import MediaSettings, MediaSource
 from trtllm_mm_cache.observability.logs import configure_logging
@@ -60,9 +60,8 @@ async def _serve(settings: PdSettings) -> None:
 async def _serve_model(
     runtime: DistributedRuntime, memory: PdMemory, model_path: str, settings: PdSettings
 ) -> None:
-    generator = await asyncio.to_thread(
-        load_generator, settings.engine, Path(model_path), settings.extra_engine_args
-    )
+    engine = await asyncio.to_thread(load_engine, settings.engine)
+    generator = await asyncio.to_thread(engine.load_generator, Path(model_path), settings.extra_engine_args)
     client = await runtime.endpoint(endpoint_path(settings.encode_endpoint)).client()
     media_settings = _media_settings(settings)
     resolver = ImageResolver(
