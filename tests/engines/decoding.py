@@ -56,7 +56,7 @@ async def ask(halves: Halves, **sampling: Any) -> Answer:
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for a condition; fail after `DEADLINE_S`."""
     async with asyncio.timeout(DEADLINE_S):
-        while not condition():  # noqa: ASYNC110 - another thread makes it true, without an event
+        while not condition():
             await asyncio.sleep(0.001)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import Gemma3Config
 
 from .recipe import Recipe, chat_template, siglip_or_clip, text_config
-from .tokenizer import train_tokenizer
+from .tokenizer import byte_level, complete
 
 
 def gemma3() -> Recipe:
@@ -14,7 +14,8 @@ def gemma3() -> Recipe:
     The expansion of an image begins and ends with two newlines, and the tokenizer joins them with
     newlines of the text around, as Gemma's own does.
     """
-    tokenizer = train_tokenizer(
+    tokenizer = complete(
+        byte_level(merge_newlines=True),
         (
             "<pad>",
             "<eos>",
@@ -37,7 +38,6 @@ def gemma3() -> Recipe:
         bos="<bos>",
         eos="<end_of_turn>",
         pad="<pad>",
-        merge_newlines=True,
     )
     config = Gemma3Config(
         text_config=text_config(

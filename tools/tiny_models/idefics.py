@@ -7,14 +7,15 @@ from typing import Any
 from transformers import Idefics3Config, PreTrainedTokenizerFast, SmolVLMConfig
 
 from .recipe import Recipe, chat_template, siglip_or_clip, text_config
-from .tokenizer import train_tokenizer
+from .tokenizer import byte_level, complete
 
 _PROCESSOR = {"image_seq_len": 4}
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
     positions = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
-    return train_tokenizer(
+    return complete(
+        byte_level(),
         (
             "<|endoftext|>",
             "<|im_start|>",

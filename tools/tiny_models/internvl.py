@@ -5,12 +5,13 @@ from __future__ import annotations
 from transformers import InternVLConfig
 
 from .recipe import Recipe, chatml, siglip_or_clip, text_config
-from .tokenizer import train_tokenizer
+from .tokenizer import byte_level, complete
 
 
 def internvl() -> Recipe:
     """Return InternVL3: up to six tiles and a thumbnail, four tokens each, between two marker tokens."""
-    tokenizer = train_tokenizer(
+    tokenizer = complete(
+        byte_level(),
         (
             "<|endoftext|>",
             "<|im_start|>",

@@ -5,15 +5,16 @@ from __future__ import annotations
 from transformers import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig, PreTrainedTokenizerFast
 
 from .recipe import Recipe, chat_template, chatml, siglip_or_clip, text_config
-from .tokenizer import train_tokenizer
+from .tokenizer import byte_level, complete, sentencepiece
 
 _PINPOINTS = [[56, 112], [112, 56], [112, 112], [56, 168], [168, 56]]
 _CROP = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
 
 
-def _tokenizer(template: str) -> PreTrainedTokenizerFast:
+def _tokenizer(template: str, *, spaces: bool) -> PreTrainedTokenizerFast:
     """Return a tokenizer in Llama's manner: a beginning-of-sequence token before every text."""
-    return train_tokenizer(
+    return complete(
+        sentencepiece(space_before_every_text=spaces),
         ("<unk>", "<s>", "</s>", "<image>", "<pad>"),
         named_tokens={"image_token": "<image>"},
         chat_template=template,
@@ -25,7 +26,9 @@ def _tokenizer(template: str) -> PreTrainedTokenizerFast:
 
 def llava() -> Recipe:
     """Return LLaVA-1.5 with a CLIP tower, of which the last layer but one is used, without class token."""
-    tokenizer = _tokenizer(chat_template("", ": ", "<image>\n", " ", "ASSISTANT:"))
+    tokenizer = _tokenizer(
+        chat_template("", ": ", "<image>\n", " ", "ASSISTANT:"), space_before_every_text=True
+    )
     config = LlavaConfig(
         text_config={"model_type": "llama", **text_config(tokenizer)},
         vision_config=siglip_or_clip("clip_vision_model", projection_dim=32),
@@ -42,7 +45,9 @@ def llava() -> Recipe:
 
 def llava_next() -> Recipe:
     """Return LLaVA-1.6 on Mistral: an image becomes a thumbnail and up to four tiles."""
-    tokenizer = _tokenizer(chat_template("[", "] ", "<image>\n", " ", "[/INST]"))
+    tokenizer = _tokenizer(
+        chat_template("[", "] ", "<image>\n", " ", "[/INST]"), space_before_every_text=False
+    )
     config = LlavaNextConfig(
         text_config={"model_type": "mistral", "sliding_window": None, **text_config(tokenizer)},
         vision_config=siglip_or_clip("clip_vision_model", projection_dim=32),
@@ -65,7 +70,8 @@ def llava_next() -> Recipe:
 
 def llava_onevision() -> Recipe:
     """Return LLaVA-OneVision: tiles for a lone image, scaled down where they exceed two tiles' rows."""
-    tokenizer = train_tokenizer(
+    tokenizer = complete(
+        byte_level(),
         ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"),
         named_tokens={"image_token": "<image>", "video_token": "<video>"},
         chat_template=chatml("<image>\n"),

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 
 from .recipe import Recipe, chatml, text_config
-from .tokenizer import train_tokenizer
+from .tokenizer import byte_level, complete
 
 _SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -21,7 +21,8 @@ _SPECIAL_TOKENS = (
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    return train_tokenizer(
+    return complete(
+        byte_level(),
         _SPECIAL_TOKENS,
         named_tokens={},
         chat_template=chatml("<|vision_start|><|image_pad|><|vision_end|>"),

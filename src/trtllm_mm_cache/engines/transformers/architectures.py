@@ -67,6 +67,7 @@ def _idefics(model_type: str) -> Architecture:
         model_type,
         ("vision_model", "connector"),
         text_module="text_model",
+        features_as_tensor=True,
         request_kwargs=("size", "do_image_splitting"),
     )
 

@@ -79,7 +79,7 @@ def image_kwargs(
     kwargs = checked.model_dump(exclude_none=True)
     for name in _BOUNDED_BY_MODEL:
         if name in kwargs:
-            _check_bound(name, kwargs[name], configured[name])
+            _check_bound(name, kwargs[name], configured.get(name, 1))
     if kwargs.get("min_patches", 1) > kwargs.get("max_patches", configured.get("max_patches", 1)):
         raise InvalidRequestError("mm_processor_kwargs.min_patches is larger than max_patches")
     return _with_sizes(kwargs, configured["size"])
