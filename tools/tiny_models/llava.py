@@ -26,9 +26,7 @@ def _tokenizer(template: str, *, spaces: bool) -> PreTrainedTokenizerFast:
 
 def llava() -> Recipe:
     """Return LLaVA-1.5 with a CLIP tower, of which the last layer but one is used, without class token."""
-    tokenizer = _tokenizer(
-        chat_template("", ": ", "<image>\n", " ", "ASSISTANT:"), space_before_every_text=True
-    )
+    tokenizer = _tokenizer(chat_template("", ": ", "<image>\n", " ", "ASSISTANT:"), spaces=True)
     config = LlavaConfig(
         text_config={"model_type": "llama", **text_config(tokenizer)},
         vision_config=siglip_or_clip("clip_vision_model", projection_dim=32),
@@ -45,9 +43,7 @@ def llava() -> Recipe:
 
 def llava_next() -> Recipe:
     """Return LLaVA-1.6 on Mistral: an image becomes a thumbnail and up to four tiles."""
-    tokenizer = _tokenizer(
-        chat_template("[", "] ", "<image>\n", " ", "[/INST]"), space_before_every_text=False
-    )
+    tokenizer = _tokenizer(chat_template("[", "] ", "<image>\n", " ", "[/INST]"), spaces=False)
     config = LlavaNextConfig(
         text_config={"model_type": "mistral", "sliding_window": None, **text_config(tokenizer)},
         vision_config=siglip_or_clip("clip_vision_model", projection_dim=32),
