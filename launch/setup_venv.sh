@@ -34,5 +34,8 @@ target=$root${joined:+"[$joined]"}
 echo "making a virtual environment in $venv (about 2.5 GB, a few minutes the first time) ..."
 "$python" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${constraints[@]}" --editable "$target" "${dev[@]}"
+# One line for each package as it comes, so that minutes of downloading do not look like a hang.
+"$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off "${constraints[@]}" \
+    --editable "$target" "${dev[@]}" |
+    awk '/^Collecting /{print "  " $2; fflush()} /^Installing collected/{print "  installing ..."; fflush()}'
 echo "the virtual environment is ready"

@@ -23,7 +23,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model("qwen2_vl", tmp_path_factory.mktemp("model") / "cpu-demo")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Stack]:
     """One encode worker and one PD worker with a cache."""
     media = tmp_path_factory.mktemp("media")

@@ -155,7 +155,7 @@ def message(*parts: str | Image.Image) -> Any:
     for part in parts:
         if isinstance(part, Image.Image):
             content.append(image_part(data_url(png(part))))
-        elif part.startswith(("data:", "http://", "file:")):
+        elif part.startswith(("data:", "http://", "https://", "file:")):
             content.append(image_part(part))
         else:
             content.append({"type": "text", "text": part})
