@@ -24,8 +24,8 @@ class TransferAgent:
     """One NIXL agent on a thread of its own, through which everything that touches NIXL goes.
 
     Make it with `start`, `register` every region, hand it to the exporter or the reader, and `close` it
-    before the registered memory is unmapped. Methods are thread-safe; the awaitable ones belong to an event
-    loop, any one.
+    before the registered memory is unmapped. When a process forgets, the interpreter's exit ends it. Methods
+    are thread-safe; the awaitable ones belong to an event loop, any one.
     """
 
     def __init__(self) -> None:
@@ -110,9 +110,10 @@ class TransferAgent:
         self._thread.begin(settled, work)
 
     async def close(self, *, deadline_s: float) -> None:
-        """Take nothing new, wait at most `deadline_s` for what is under way, then destroy the agent.
+        """Take nothing new, wait at most `deadline_s` for what is under way, then end.
 
-        Afterwards no registered memory is read or written, and every future of `call` and `begin` is done.
+        Afterwards NIXL is not called any more. The extent of a READ that is still in flight then, because its
+        exporter is frozen or cut off, stays in quarantine for good: unmap it, but do not use it otherwise.
         Idempotent. Raises `TransferTimeoutError` when the thread is still inside a NIXL call 5 s later.
         """
         self._thread.end(deadline_s=deadline_s)

@@ -112,8 +112,10 @@ class Exporter:
                 held_bytes=sum(held.lease.nbytes for held in self._held.values()),
             )
 
+    # The agent thread calls these.
+
     def poll(self, nixl: Any) -> bool:
-        """Release what timed out. Called by the agent thread."""
+        """Release what timed out."""
         overdue = self._take_overdue()
         for held in overdue:
             logger.warning(
@@ -125,7 +127,7 @@ class Exporter:
         return bool(self._held) and time.monotonic() < self._expecting_until
 
     def on_notification(self, sender: str, message: bytes) -> None:
-        """Release what `sender` says it has READ. Called by the agent thread."""
+        """Release what `sender` says it has READ."""
         token = message.decode("ascii", errors="replace")
         with self._lock:
             held = self._held.get(token)
@@ -140,11 +142,12 @@ class Exporter:
         """Whether an export waits for its READ."""
         return bool(self._held)
 
-    def let_go(self) -> None:
-        """Called by the agent thread before the agent is destroyed; exports hold no NIXL handle."""
+    def let_go(self) -> bool:
+        """Allow the agent to be destroyed: a reader in the middle of a READ sees `PeerLostError`."""
+        return True
 
     def on_closed(self) -> None:
-        """Release every lease: with the agent gone nobody can READ. Called by the agent thread."""
+        """Release every lease: with the agent gone nobody can READ."""
         with self._lock:
             self._closed = True
             held, self._held = self._held, {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from trtllm_mm_cache.cache.manager import Reservation
 from trtllm_mm_cache.errors import ChecksumMismatchError, EmbeddingMismatchError, TransferTimeoutError
 from trtllm_mm_cache.transfer.agent import TransferAgent
 from trtllm_mm_cache.transfer.messages import Export, PeerMetadata
-from trtllm_mm_cache.transfer.reads import ReadRequest, ReadTable
+from trtllm_mm_cache.transfer.reads import Read, ReadTable
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +62,7 @@ class Reader:
 
         When it returns, the reservation is open and whole. When it raises (also `CancelledError`), the
         reservation is no longer the caller's: it is abandoned, or, while the READ has not settled, in
-        quarantine, from where it comes back when NIXL reports the READ's end, or at the agent's end; never by
-        time alone.
+        quarantine, from where it comes back when NIXL reports the READ's end; never by time alone.
 
         Raises `TransferTimeoutError` when the READ has not settled after `deadline_s`, `PeerLostError` when
         the exporter is gone, `ChecksumMismatchError` when other bytes arrived than were exported,
@@ -87,20 +85,22 @@ class Reader:
         nbytes: int,
         token: str,
         deadline_s: float,
-    ) -> Future[None]:
-        """Start a READ and return the future of its end, for callers that account for the memory themselves.
+    ) -> Read:
+        """Start a READ, for callers that account for the memory themselves: see `Read`.
 
-        Until that future is done, bytes may arrive at `local_address`, whatever happens to the caller.
-        Cancelling it works while the READ is queued, and its result says whether it did. It fails with the
-        errors of `read_into`, but not by the deadline once NIXL has begun: `deadline_s` then only says from
-        when on the READ is overdue.
+        Its `outcome` fails with the errors of `read_into` that are not about the checksum, but not by the
+        deadline once it is in flight. Raises `TransferError` when the agent is closed.
         """
-        request = ReadRequest(
-            peer, remote_address, local_address, nbytes, token, deadline=time.monotonic() + deadline_s
+        read = Read(
+            peer,
+            remote_address=remote_address,
+            local_address=local_address,
+            nbytes=nbytes,
+            token=token,
+            deadline=time.monotonic() + deadline_s,
         )
-        settled: Future[None] = Future()
-        self._agent.begin(settled, lambda nixl: self._table.post(nixl, request, settled))
-        return settled
+        self._agent.begin(read.outcome, lambda nixl: self._table.post(nixl, read))
+        return read
 
     def statistics(self) -> ReaderStatistics:
         """Return a snapshot."""
@@ -119,9 +119,9 @@ class Reader:
     async def _fill(
         self, reservation: Reservation, peer: PeerMetadata, export: Export, deadline_s: float
     ) -> None:
-        settled: Future[None] | None = None
+        read: Read | None = None
         try:
-            settled = self.begin(
+            read = self.begin(
                 peer,
                 remote_address=export.address,
                 local_address=reservation.address,
@@ -130,16 +130,16 @@ class Reader:
                 deadline_s=deadline_s,
             )
             async with asyncio.timeout(deadline_s):
-                await asyncio.shield(asyncio.wrap_future(settled))
+                await asyncio.shield(asyncio.wrap_future(read.outcome))
         except TimeoutError:
             self._timed_out += 1
-            _give_back(reservation, settled)
+            _give_back(reservation, read)
             raise TransferTimeoutError(
                 f"a READ of {export.nbytes} bytes had not settled after {deadline_s:g} s; "
                 "ask another encode worker"
             ) from None
         except BaseException:
-            _give_back(reservation, settled)
+            _give_back(reservation, read)
             raise
 
     async def _verify(self, reservation: Reservation, export: Export) -> None:
@@ -167,19 +167,21 @@ class Reader:
         """Whether a READ is in flight."""
         return self._table.is_busy()
 
-    def let_go(self) -> None:
-        """Drop NIXL's handles."""
-        self._table.let_go()
+    def let_go(self) -> bool:
+        """Allow the agent to be destroyed unless a READ is in flight."""
+        return self._table.let_go()
 
     def on_closed(self) -> None:
-        """Settle what the agent's end cut off."""
+        """Answer who waits for what the agent's end cut off."""
         self._table.on_closed()
 
 
-def _give_back(reservation: Reservation, settled: Future[None] | None) -> None:
+def _give_back(reservation: Reservation, read: Read | None) -> None:
     """Abandon the reservation, or quarantine it as long as bytes may still arrive."""
-    if settled is None or settled.done() or settled.cancel():
+    if read is not None:
+        read.outcome.cancel()  # if it is still queued, it never begins, and has settled
+    if read is None or read.settled.done():
         reservation.abandon()
         return
     reservation.quarantine()
-    settled.add_done_callback(lambda _: reservation.settle())
+    read.settled.add_done_callback(lambda _: reservation.settle())

@@ -1,9 +1,9 @@
 """The READs in flight and the peers they read from. Lives on the agent thread.
 
-What decides when memory is free again, all measured with NIXL 1.5 over TCP with a frozen peer: neither
-`release_xfer_handle` nor `remove_remote_agent` stops a READ. After either one, the bytes still arrived when
-the peer woke up. So a handle is released and a peer removed only when no READ of it is in flight, and a READ
-is settled only when NIXL reports its handle done or failed, or when the whole agent is destroyed.
+When memory is free again was measured with NIXL 1.5 and a frozen peer, over TCP: neither
+`release_xfer_handle` nor `remove_remote_agent` stops a READ; after either one the bytes still came when the
+peer woke up. So a READ has settled only when NIXL reports its handle done or failed, and until then its
+handle is not released, its peer is not removed, and the agent is not destroyed.
 """
 
 from __future__ import annotations
@@ -11,26 +11,54 @@ from __future__ import annotations
 import logging
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 from trtllm_mm_cache.errors import MmCacheError, PeerLostError, TransferError, TransferTimeoutError
 from trtllm_mm_cache.transfer.environment import NixlLibrary
 from trtllm_mm_cache.transfer.messages import PeerMetadata
+from trtllm_mm_cache.transfer.pump import never_destroy
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ReadRequest:
-    """One READ of `nbytes` bytes. Addresses lie in registered memory; `deadline` is on `time.monotonic()`."""
+class Read:
+    """One READ of `nbytes` bytes between registered memory here and there.
 
-    peer: PeerMetadata
-    remote_address: int
-    local_address: int
-    nbytes: int
-    token: str
-    deadline: float
+    `outcome` is what to tell the caller: None, or the error. Cancelling it works, and says so by its result,
+    until NIXL has the READ; then the READ never begins. `deadline`, on `time.monotonic()`, is when a READ
+    that is still queued fails, and from when on one in flight is overdue; it never ends one in flight.
+
+    `settled` gets its result, always None, when no byte can arrive at `local_address` any more. After the
+    agent's end it may never get it.
+    """
+
+    def __init__(
+        self,
+        peer: PeerMetadata,
+        *,
+        remote_address: int,
+        local_address: int,
+        nbytes: int,
+        token: str,
+        deadline: float,
+    ) -> None:
+        self.peer = peer
+        self.remote_address = remote_address
+        self.local_address = local_address
+        self.nbytes = nbytes
+        self.token = token
+        self.deadline = deadline
+        self.outcome: Future[None] = Future()
+        self.settled: Future[None] = Future()
+        self.handle: Any = None
+        self.posted = False
+        self.error: MmCacheError | None = None
+        self.forgotten_by_nixl = False
+        self.outcome.add_done_callback(self._settle_unless_posted)
+
+    def _settle_unless_posted(self, outcome: Future[None]) -> None:
+        if not self.posted:
+            self.settled.set_result(None)
 
 
 class _Peer:
@@ -41,19 +69,6 @@ class _Peer:
         self.digest = metadata.digest
         self.in_flight = 0
         self.lost = False
-
-
-class _Read:
-    """A READ that was handed to NIXL. Until it is settled, bytes may arrive at its local address."""
-
-    def __init__(self, peer: _Peer, request: ReadRequest, handle: Any, settled: Future[None]) -> None:
-        self.peer = peer
-        self.nbytes = request.nbytes
-        self.deadline = request.deadline
-        self.handle = handle
-        self.settled = settled
-        self.error: MmCacheError | None = None
-        self.forgotten_by_nixl = False
 
 
 class ReadTable:
@@ -67,41 +82,39 @@ class ReadTable:
         self._library = library
         self._max_peers = max_peers
         self._peers: dict[str, _Peer] = {}  # least recently used first
-        self._reads: list[_Read] = []
+        self._reads: list[Read] = []
         self.completed = 0
         self.completed_bytes = 0
         self.failed = 0
 
-    def post(self, nixl: Any, request: ReadRequest, settled: Future[None]) -> None:
-        """Start a READ; `poll` completes `settled`.
+    def post(self, nixl: Any, read: Read) -> None:
+        """Hand a READ to NIXL; `poll` completes its futures.
 
-        Raises, with nothing started: `TransferTimeoutError` when the deadline is over or an earlier READ from
-        this peer is overdue, `PeerLostError` when the peer cannot be reached, `TransferError` when a range
+        Raises, with nothing begun: `TransferTimeoutError` when its deadline is over or an earlier READ from
+        its peer is overdue, `PeerLostError` when the peer cannot be reached, `TransferError` when a range
         is not registered.
         """
-        if time.monotonic() >= request.deadline:
-            raise TransferTimeoutError(
-                "the READ's deadline passed before its turn came; other READs were ahead of it"
-            )
-        peer = self._connected(nixl, request.peer)
+        if time.monotonic() >= read.deadline:
+            raise TransferTimeoutError("the READ's deadline passed before its turn came: others were first")
+        peer = self._connected(nixl, read.peer)
         try:
-            handle = nixl.initialize_xfer(
+            read.handle = nixl.initialize_xfer(
                 "READ",
-                nixl.get_xfer_descs([(request.local_address, request.nbytes, 0)], "DRAM"),
-                nixl.get_xfer_descs([(request.remote_address, request.nbytes, 0)], "DRAM"),
+                nixl.get_xfer_descs([(read.local_address, read.nbytes, 0)], "DRAM"),
+                nixl.get_xfer_descs([(read.remote_address, read.nbytes, 0)], "DRAM"),
                 peer.name,
-                request.token.encode(),
+                read.token.encode(),
             )
         except self._library.errors as error:
             raise TransferError(
-                f"NIXL refuses a READ of {request.nbytes} bytes ({error}): "
+                f"NIXL refuses a READ of {read.nbytes} bytes ({error}): "
                 "the source or the target is not in registered memory"
             ) from error
-        read = _Read(peer, request, handle, settled)
+        read.posted = True
         peer.in_flight += 1
         self._reads.append(read)
         try:
-            nixl.transfer(handle)
+            nixl.transfer(read.handle)
         except self._library.errors as error:
             # Part of it may be under way: only the handle's state tells, and poll looks at it next.
             read.error = self._failure(error)
@@ -115,36 +128,38 @@ class ReadTable:
         return any(read.deadline > now for read in self._reads)
 
     def is_busy(self) -> bool:
-        """Whether a READ is in flight that NIXL can still tell the end of."""
+        """Whether a READ is in flight whose end NIXL can still report."""
         return any(not read.forgotten_by_nixl for read in self._reads)
 
-    def let_go(self) -> None:
-        """Drop every handle, because the agent is about to be destroyed. Settles nothing."""
+    def let_go(self) -> bool:
+        """Return whether no READ is in flight; the handles of those that are must outlive everything."""
         for read in self._reads:
-            self._release(read)
-        self._peers.clear()
+            never_destroy(read.handle)
+        return not self._reads
 
     def on_closed(self) -> None:
-        """Settle what was in flight when the agent was destroyed."""
-        reads, self._reads = self._reads, []
-        for read in reads:
-            self.failed += 1
-            read.settled.set_exception(
-                TransferError("the NIXL agent was closed while this READ was in flight")
-            )
+        """Tell whoever waits for a READ in flight that nothing will be known of it."""
+        for read in self._reads:
+            if not read.outcome.done():
+                read.outcome.set_exception(
+                    TransferError(
+                        "the NIXL agent was closed while this READ was in flight; transfers are over"
+                    )
+                )
 
     def counts(self) -> tuple[int, int, int]:
         """Return READs in flight, those of them past their deadline, and connected peers. Thread-safe."""
         reads, now = tuple(self._reads), time.monotonic()
         return len(reads), sum(read.deadline <= now for read in reads), len(self._peers)
 
-    def _has_ended(self, nixl: Any, read: _Read) -> bool:
+    def _has_ended(self, nixl: Any, read: Read) -> bool:
         try:
             state = nixl.check_xfer_state(read.handle)
         except self._library.not_found:
-            # NIXL has lost the peer's metadata. UCX has not lost the READ: only the agent's end is safe.
+            # NIXL has lost the peer's metadata. UCX has not lost the READ.
             logger.exception("NIXL forgot a peer with a READ in flight; its extent stays quarantined")
-            read.forgotten_by_nixl = read.peer.lost = True
+            read.forgotten_by_nixl = True
+            self._peers[read.peer.agent_name].lost = True
             return False
         except self._library.errors as error:
             read.error = read.error or self._failure(error)
@@ -155,30 +170,30 @@ class ReadTable:
             read.error = read.error or TransferError(f"NIXL reports a READ of {read.nbytes} bytes as failed")
         return True
 
-    def _settle(self, nixl: Any, read: _Read) -> None:
+    def _settle(self, nixl: Any, read: Read) -> None:
         self._reads.remove(read)
-        self._release(read)
-        read.peer.in_flight -= 1
-        if read.error is None:
-            self.completed += 1
-            self.completed_bytes += read.nbytes
-            read.settled.set_result(None)
-            return
-        self.failed += 1
-        # A failed READ costs the connection: the next one starts afresh.
-        read.peer.lost = True
-        if read.peer.in_flight == 0:
-            self._forget(nixl, read.peer)
-        read.settled.set_exception(read.error)
-
-    def _release(self, read: _Read) -> None:
         try:
             read.handle.release()
         except self._library.errors:
             logger.warning(
                 "NIXL did not release a READ's handle; it is released with the agent", exc_info=True
             )
-        read.handle = None
+        peer = self._peers[read.peer.agent_name]
+        peer.in_flight -= 1
+        if read.error is None:
+            self.completed += 1
+            self.completed_bytes += read.nbytes
+        else:
+            self.failed += 1
+            # A failed READ costs the connection: the next one starts afresh.
+            peer.lost = True
+            if peer.in_flight == 0:
+                self._forget(nixl, peer)
+        read.settled.set_result(None)  # first, so that the caller finds it so
+        if read.error is None:
+            read.outcome.set_result(None)
+        else:
+            read.outcome.set_exception(read.error)
 
     def _failure(self, error: Exception) -> MmCacheError:
         if isinstance(error, self._library.disconnected):
@@ -196,7 +211,7 @@ class ReadTable:
         if peer.lost:
             raise PeerLostError("the connection to the encode worker was lost; ask another one")
         now = time.monotonic()
-        if any(read.peer is peer and read.deadline <= now for read in self._reads):
+        if any(read.peer.agent_name == peer.name and read.deadline <= now for read in self._reads):
             # Each further READ would only tie up another extent.
             raise TransferTimeoutError("an earlier READ from this encode worker is overdue; ask another one")
         return peer

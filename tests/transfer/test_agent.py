@@ -1,0 +1,157 @@
+"""The NIXL agent's own contract, its environment and its import."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from tests.transfer.conftest import PdSide
+from trtllm_mm_cache.errors import ConfigurationError, TransferError, TransferTimeoutError
+from trtllm_mm_cache.transfer import TransferAgent
+from trtllm_mm_cache.transfer.environment import load_nixl, prepare_environment
+
+SOURCES = Path(__file__).parents[2] / "src"
+
+
+async def test_metadata_needs_a_region_and_is_final_once_read(pd_side: PdSide) -> None:
+    agent = await TransferAgent.start()
+    try:
+        with pytest.raises(ConfigurationError, match="no memory is registered"):
+            _ = agent.metadata
+        arena = pd_side.manager.arena
+        half = arena.capacity_bytes // 2
+        await agent.register(arena.base_address, half)
+        for address, nbytes in [
+            (arena.base_address, 64),
+            (arena.base_address + half - 1, 64),
+            (arena.base_address - 64, arena.capacity_bytes),
+        ]:
+            with pytest.raises(ConfigurationError, match="overlaps"):
+                await agent.register(address, nbytes)
+        with pytest.raises(ConfigurationError, match="empty"):
+            await agent.register(arena.base_address + half, 0)
+        await agent.register(arena.base_address + half, 64)
+        assert agent.metadata == agent.metadata
+        assert agent.metadata.agent_name == agent.name
+        with pytest.raises(ConfigurationError, match="metadata"):
+            await agent.register(arena.base_address + half + 64, 64)
+    finally:
+        await agent.close(deadline_s=1)
+
+
+async def test_close_is_idempotent_and_refuses_what_comes_later() -> None:
+    agent = await TransferAgent.start()
+    assert agent.is_alive
+    await asyncio.gather(agent.close(deadline_s=1), agent.close(deadline_s=1))
+    await agent.close(deadline_s=1)
+    assert not agent.is_alive
+    with pytest.raises(TransferError, match="closed"):
+        agent.call(lambda nixl: None)
+    assert not [thread for thread in threading.enumerate() if thread.name == "nixl-agent"]
+
+
+async def test_work_can_be_cancelled_until_it_starts_and_its_error_is_the_callers(pd_side: PdSide) -> None:
+    gate = threading.Event()
+    blocker = pd_side.agent.call(lambda nixl: gate.wait(10))
+    queued: Future[int] = pd_side.agent.call(lambda nixl: 1)
+    failing = pd_side.agent.call(lambda nixl: 1 // 0)
+    assert queued.cancel()
+    gate.set()
+    assert await asyncio.wrap_future(blocker) is True
+    with pytest.raises(ZeroDivisionError):
+        await asyncio.wrap_future(failing)
+    assert pd_side.agent.is_alive
+
+
+async def test_a_read_whose_deadline_passes_in_the_queue_is_never_begun(pd_side: PdSide) -> None:
+    gate = threading.Event()
+    blocker = pd_side.agent.call(lambda nixl: gate.wait(10))
+    read = pd_side.reader.begin(
+        pd_side.agent.metadata, remote_address=1, local_address=1, nbytes=1, token="t", deadline_s=0.01
+    )
+    await asyncio.sleep(0.02)
+    gate.set()
+    await asyncio.wrap_future(blocker)
+    with pytest.raises(TransferTimeoutError, match="before its turn"):
+        await asyncio.wrap_future(read.outcome)
+    assert read.settled.done()
+    pd_side.assert_nothing_leaked()
+
+
+async def test_an_idle_agent_costs_little_cpu(pd_side: PdSide) -> None:
+    def thread_seconds(_: object) -> float:
+        usage = resource.getrusage(resource.RUSAGE_THREAD)
+        return usage.ru_utime + usage.ru_stime
+
+    began, before = time.monotonic(), await asyncio.wrap_future(pd_side.agent.call(thread_seconds))
+    await asyncio.sleep(1)
+    used = await asyncio.wrap_future(pd_side.agent.call(thread_seconds)) - before
+    assert used < 0.1 * (time.monotonic() - began)
+
+
+def test_settings_win_over_the_environment_which_wins_over_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UCX_TCP_TX_SEG_SIZE", "32k")
+    monkeypatch.setenv("UCX_TLS", "all")
+    monkeypatch.delenv("UCX_TCP_RX_SEG_SIZE", raising=False)
+    monkeypatch.delenv("NIXL_LOG_LEVEL", raising=False)
+    prepare_environment({"UCX_TLS": "tcp"})
+    assert os.environ["UCX_TCP_TX_SEG_SIZE"] == "32k"
+    assert os.environ["UCX_TLS"] == "tcp"
+    assert os.environ["UCX_TCP_RX_SEG_SIZE"] == "64k"
+    assert os.environ["NIXL_LOG_LEVEL"] == "WARN"
+    with pytest.raises(ConfigurationError, match="'PATH'"):
+        prepare_environment({"PATH": "anything"})
+
+
+def test_the_flavour_follows_the_loaded_torch() -> None:
+    # A process of its own, because NIXL loads in one flavour only: what is loaded stays in use.
+    done = run_python(
+        "import torch",
+        "from trtllm_mm_cache.transfer.environment import load_nixl",
+        "torch.version.cuda = '12.8'",
+        "print(load_nixl().module.__name__)",
+        "torch.version.cuda = '13.0'",
+        "print(load_nixl().module.__name__)",
+    )
+    assert (done.stdout, done.stderr) == ("nixl_cu12\nnixl_cu12\n", "")
+
+
+async def test_without_cuda_the_newest_flavour_is_taken(pd_side: PdSide) -> None:
+    assert pd_side.agent.library.module.__name__ == "nixl_cu13"
+
+
+def test_without_nixl_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("nixl_cu12", "nixl_cu13"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigurationError, match=r"nixl_cu13.*nixl_cu12.*install"):
+        load_nixl()
+
+
+def test_a_process_that_forgets_to_close_still_exits_in_order() -> None:
+    done = run_python(
+        "import asyncio",
+        "from trtllm_mm_cache.transfer import TransferAgent",
+        "agent = asyncio.run(TransferAgent.start())",
+        "print(agent.is_alive)",
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+
+
+def run_python(*lines: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        env={**os.environ, "PYTHONPATH": str(SOURCES)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
