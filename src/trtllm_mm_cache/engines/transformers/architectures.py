@@ -1,18 +1,16 @@
 """The architectures that this engine serves, and what sets each apart.
 
-Whether an image's features depend on the prompt around it, read from each processor and model of
+Whether an image's features depend on the prompt around it, as read from each processor and model of
 transformers 5.23:
 
-| model_type       | features of one image depend on                                                  |
-|------------------|----------------------------------------------------------------------------------|
-| qwen2_vl, qwen2_5_vl, qwen3_vl | the image alone; patches of other images never attend to it        |
-| llava            | the image alone; every image is resized to one fixed square                       |
-| llava_next       | the image alone; padding to the tile count of its neighbours is cut off again     |
-| llava_onevision  | whether it is alone: one image is tiled, several are each padded to one square, as
-|                  | `apply_chat_template` hands them over                                             |
-| internvl         | the image alone; tiles are counted per image                                      |
-| smolvlm, idefics3 | the image alone; all tiles have one size, padding to a neighbour's count is dropped |
-| gemma3           | the image alone, its crops included                                               |
+qwen2_vl, qwen2_5_vl, qwen3_vl   no: patches of different images never attend to each other
+llava                            no: every image is resized to one square
+llava_next                       no: padding to the tile count of its neighbours is cut off again
+llava_onevision                  yes: an image alone in its prompt is tiled, several are each padded to
+                                 one square (as `apply_chat_template` hands them over)
+internvl                         no: tiles are counted for each image
+smolvlm, idefics3                no: all tiles have one size, padding to a neighbour's count is dropped
+gemma3                           no: crops are cut from the image alone
 """
 
 from __future__ import annotations

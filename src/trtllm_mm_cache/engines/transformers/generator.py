@@ -82,7 +82,8 @@ class TransformersGenerator:
         Raises `InvalidRequestError` for sampling values and for a prompt that fills the context.
 
         Closing the iterator, or cancelling the task that reads it, stops the computation at its next
-        token and returns when it has stopped; a prefill that runs is not interrupted.
+        token and returns when it has stopped, at most one forward pass later. A second cancellation
+        does not wait for that; the computation's views keep the embeddings in place until it ends.
         """
         prepared = await asyncio.to_thread(self._prepare, request, leases)
         stream = TokenStream()

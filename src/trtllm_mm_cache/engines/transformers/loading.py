@@ -11,7 +11,13 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from trtllm_mm_cache.engines.fingerprint import model_fingerprint
@@ -68,7 +74,7 @@ def load_vision_half(
 
     Its `get_image_features` is ready to use. Raises `ConfigurationError` when weights are missing.
     """
-    base_class = type(_on_meta_device(AutoModel, config))
+    base_class = MODEL_MAPPING[type(config)]
     absent = {architecture.text_module: AbsentModule("the language model", "PD")}
     return _load(_without(base_class, "", absent), model_path, config, args)
 
@@ -80,14 +86,9 @@ def load_text_half(
 
     Raises `ConfigurationError` when weights are missing.
     """
-    full_class = type(_on_meta_device(AutoModelForImageTextToText, config))
+    full_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     absent = {name: AbsentModule("the vision tower", "encode") for name in architecture.vision_modules}
     return _load(_without(full_class, "model", absent), model_path, config, args)
-
-
-def _on_meta_device(auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
-    with torch.device("meta"):
-        return auto_class.from_config(config)
 
 
 def _without(model_class: type[Any], owner: str, absent: dict[str, AbsentModule]) -> type[Any]:
