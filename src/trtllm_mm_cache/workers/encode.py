@@ -12,6 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from trtllm_mm_cache.workers.runtime import (
     endpoint_path,
     until_stopped,
 )
+from trtllm_mm_cache.workers.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -182,13 +184,9 @@ class EncodeWorker:
         prepared = await loop.run_in_executor(self._threads, self._prepare, request)
         result = await self._batcher.submit(prepared)
         logger.debug("encoded %s… in %.3f s", request.key[:12], result.encode_seconds)
-        storing = loop.run_in_executor(self._threads, self._store, request.key, result)
-        try:
-            return await asyncio.shield(storing)
-        except asyncio.CancelledError:
-            # The thread cannot be stopped; the lease it makes has no taker any more.
-            storing.add_done_callback(_release_lease)
-            raise
+        return await in_thread(
+            partial(self._store, request.key, result), undo=Lease.release, executor=self._threads
+        )
 
     def _prepare(self, request: EncodeRequest) -> Any:
         image = decode_image(request.media, self._media_settings)
@@ -234,8 +232,3 @@ class EncodeWorker:
             metadata=dict(embedding.metadata or {}),
             origin=origin,
         )
-
-
-def _release_lease(storing: asyncio.Future[Lease]) -> None:
-    if not storing.cancelled() and storing.exception() is None:
-        storing.result().release()

@@ -21,6 +21,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,11 +42,13 @@ from trtllm_mm_cache.media import MediaSettings, MediaSource, probe_image
 from trtllm_mm_cache.transfer import Export, PeerMetadata, Reader
 from trtllm_mm_cache.workers.encode_client import EncodeClient
 from trtllm_mm_cache.workers.protocol import EncodeReady, EncodeRequest
+from trtllm_mm_cache.workers.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 2
 _HASH_OFF_LOOP_BYTES = 64 * 1024
+_UNCACHED = "resolver (uncached)"
 
 
 @dataclass(frozen=True)
@@ -262,7 +265,9 @@ class ImageResolver:
     async def _read_and_commit(self, key: str, ready: EncodeReady) -> Lease:
         dtype = _dtype(ready.dtype)
         peer = PeerMetadata.from_wire(ready.peer)
-        reservation = self._reserve(key, ready.nbytes)
+        # In a thread: making room may move other entries, which copies megabytes.
+        reservation = await in_thread(partial(self._reserve, key, ready.nbytes), undo=Reservation.abandon)
+        self._uncached += reservation.owner == _UNCACHED
         export = Export(ready.token, ready.address, ready.nbytes, ready.checksum)
         await self._reader.read_into(reservation, peer, export, deadline_s=self._transfer_timeout_s)
         self._bytes_read += ready.nbytes
@@ -279,9 +284,7 @@ class ImageResolver:
         except (ArenaFullError, EntryTooLargeError):
             if self._transit is self._cache:
                 raise
-            reservation = self._transit.reserve(key, nbytes, owner="resolver (uncached)")
-            self._uncached += 1
-            return reservation
+            return self._transit.reserve(key, nbytes, owner=_UNCACHED)
 
     @staticmethod
     def _in_prompt_order(

@@ -1,0 +1,31 @@
+"""Work in a thread that owns something when it is done, under cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+async def in_thread(
+    work: Callable[[], T], *, undo: Callable[[T], None], executor: Executor | None = None
+) -> T:
+    """Run `work` in a thread of `executor` (default: the loop's own) and return its result.
+
+    A thread cannot be cancelled: when the caller is, `undo` is called with the result as soon as
+    there is one, on the event loop, so that a lease or reservation nobody takes is given back.
+    """
+    future = asyncio.get_running_loop().run_in_executor(executor, work)
+
+    def give_back(done: asyncio.Future[T]) -> None:
+        if not done.cancelled() and done.exception() is None:
+            undo(done.result())
+
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        future.add_done_callback(give_back)
+        raise
