@@ -12,10 +12,10 @@ from transformers import PreTrainedConfig, ProcessorMixin
 
 from trtllm_mm_cache.cache.manager import Lease
 from trtllm_mm_cache.engines.base import GenerationRequest, SamplingParams
+from trtllm_mm_cache.engines.sampling_rules import check_sampling
 from trtllm_mm_cache.engines.transformers.architectures import Architecture
 from trtllm_mm_cache.engines.transformers.features import FeatureLayout
 from trtllm_mm_cache.engines.transformers.prompt import PromptExpander
-from trtllm_mm_cache.engines.transformers.sampling import check_sampling
 from trtllm_mm_cache.errors import EmbeddingMismatchError, InvalidRequestError, PlaceholderMismatchError
 
 
