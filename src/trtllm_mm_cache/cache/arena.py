@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 __all__ = ["ALIGNMENT", "Arena", "Extent", "ExtentStatistics"]
 
 
-
 class Arena:
     """`capacity_bytes` bytes of file-system shared memory, cut into extents that start at multiples of 64.
 

@@ -128,12 +128,13 @@ class SingleFlight(Generic[V]):
     async def close(self, *, timeout_s: float = 10.0) -> None:
         """Cancel every load, wait for their end, at most `timeout_s` seconds, and refuse newcomers.
 
-        Who still waits gets `LoadAbortedError`. Idempotent. Loads that ignore their cancellation are
+        Who still waits gets `LoadAbortedError` at once. Idempotent. Loads that ignore their cancellation are
         logged and left behind; their values are discarded when they come.
         """
         self._closed = True
         for key, flight in list(self._flights.items()):
             self._cancel(key, flight)
+            _fail(flight, LoadAbortedError("this worker is shutting down; retry on another"))
         if not self._tasks:
             return
         _, running = await asyncio.wait(list(self._tasks), timeout=timeout_s)
@@ -167,9 +168,7 @@ class SingleFlight(Generic[V]):
             self._failed += 1
         elif not task.cancelled():
             logger.warning("a cancelled load failed while it cleaned up", exc_info=error)
-        for waiter in flight.waiters:
-            if not waiter.done():
-                waiter.set_exception(error)
+        _fail(flight, error)
 
     def _cancel_if_deserted(self, key: str, flight: _Flight[V]) -> None:
         if not flight.waiters and not flight.task.done():
@@ -181,6 +180,12 @@ class SingleFlight(Generic[V]):
             del self._flights[key]
             self._cancelled += 1
             flight.task.cancel()
+
+
+def _fail(flight: _Flight[V], error: BaseException) -> None:
+    for waiter in flight.waiters:
+        if not waiter.done():
+            waiter.set_exception(error)
 
 
 def _distribute(flight: _Flight[V], value: V) -> None:

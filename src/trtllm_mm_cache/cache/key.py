@@ -83,9 +83,11 @@ def canonical_json(value: Mapping[str, Any]) -> bytes:
     Raises `InvalidRequestError` for NaN, infinities, keys that are no strings, lone surrogates and
     values JSON does not have: two of those could compare unequal and still be written alike.
     """
-    _refuse_other_keys(value)
     try:
-        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        _refuse_other_keys(value)
+        text = json.dumps(
+            dict(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        )
         return text.encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequestError(f"mm_processor_kwargs cannot be written as JSON: {error}") from error

@@ -65,9 +65,9 @@ class MultimodalEmbeddingCacheManager:
         self._capacity = capacity_bytes
         budget = capacity_bytes if capacity_bytes > 0 else transfer_bytes
         padding = _SMALL_PADDING_BYTES if budget < _SMALL_CAPACITY_BYTES else 0
-        self._ledger = Ledger(
-            Arena(budget + padding, prefault=prefault), budget_bytes=budget, retain=capacity_bytes > 0
-        )
+        # Without a transfer arena, capacity 0 is Dynamo's: it retains, but only tensors of 0 bytes.
+        retain = capacity_bytes > 0 or transfer_bytes <= 0
+        self._ledger = Ledger(Arena(budget + padding, prefault=prefault), budget_bytes=budget, retain=retain)
         logger.info("embedding cache: capacity %d bytes, arena %d bytes", capacity_bytes, budget + padding)
 
     @property
@@ -173,7 +173,7 @@ class MultimodalEmbeddingCacheManager:
             try:
                 present, removed = self._clear_for(key, nbytes)
             except ArenaFullError as error:
-                logger.warning("embedding not cached: %s", error)
+                logger.warning("embedding not cached: %s", error.message)
                 return CacheMutation(False, [], [])
             reservation = Reservation(ledger, ledger.open_reservation(key, nbytes, "set"))
         try:
@@ -201,7 +201,7 @@ class MultimodalEmbeddingCacheManager:
             try:
                 _, removed = self._clear_for(key, size_bytes)
             except ArenaFullError as error:
-                logger.warning("no room made: %s", error)
+                logger.warning("no room made: %s", error.message)
                 return CacheReservation(False, [])
             return CacheReservation(True, removed)
 
