@@ -21,6 +21,7 @@
     │   ├── PeerLostError                503  the exporting process is gone
     │   ├── ChecksumMismatchError        502  bytes differ from what was exported
     │   └── EmbeddingMismatchError       502  size, shape, dtype, rows or width disagree
+    ├── GenerationError              500  the engine failed on a request that it had accepted
     ├── CacheError                   the cache core refuses
     │   ├── EntryTooLargeError           507  one entry larger than the arena
     │   ├── ArenaFullError               503  every byte that could be freed is leased (retryable)
@@ -200,6 +201,12 @@ class EmbeddingMismatchError(TransferError):
     """Size, shape, dtype, row count or hidden width disagree with what was announced or expected."""
 
     code = "embedding_mismatch"
+
+
+class GenerationError(MmCacheError):
+    """The engine failed on a request that it had accepted."""
+
+    code = "generation_error"
 
 
 class CacheError(MmCacheError):

@@ -17,8 +17,11 @@ class _Args(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def given(self) -> dict[str, Any]:
-        """Return the arguments to pass to the engine: those that were given, as plain values."""
-        return self.model_dump(exclude_unset=True)
+        """Return the arguments to pass to the engine: those that were given, as plain values.
+
+        `backend` stays here: it is checked, and it is the classes' own default in every release.
+        """
+        return self.model_dump(exclude_unset=True, exclude={"backend"})
 
 
 class KvCacheConfig(_Args):
@@ -37,6 +40,13 @@ class CudaGraphConfig(_Args):
     enable_padding: bool = Field(False, description="Round batch sizes up to captured ones.")
     max_batch_size: int | None = Field(None, gt=0, description="Largest batch to capture.")
     batch_sizes: list[int] | None = Field(None, description="Batch sizes to capture.")
+
+
+class MoeConfig(_Args):
+    """`moe_config`: how mixture-of-experts layers run."""
+
+    backend: str = Field("CUTLASS", description="Kernels; DEEPGEMM for FP8 blocks on Blackwell GPUs.")
+    max_num_tokens: int | None = Field(None, gt=0, description="Most tokens in one call of the kernels.")
 
 
 class _CommonArgs(_Args):
@@ -65,4 +75,4 @@ class TrtllmLlmArgs(_CommonArgs):
     disable_overlap_scheduler: bool = Field(False, description="Do not overlap scheduling with compute.")
     kv_cache_config: KvCacheConfig | None = Field(None, description="The KV cache.")
     cuda_graph_config: CudaGraphConfig | None = Field(None, description="CUDA graphs.")
-    quantization: str | None = Field(None, description="Quantization of the weights, where not in the model.")
+    moe_config: MoeConfig | None = Field(None, description="Kernels of mixture-of-experts layers.")

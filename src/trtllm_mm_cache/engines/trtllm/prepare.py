@@ -1,0 +1,120 @@
+"""A request and its leases to the arguments of `LLM.generate_async`, with every check of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trtllm_mm_cache.cache.key import EmbeddingKey
+from trtllm_mm_cache.cache.manager import Lease
+from trtllm_mm_cache.engines.base import GenerationRequest
+from trtllm_mm_cache.engines.trtllm.handles import PositionBuffer, PositionBufferPool, cpu_handle
+from trtllm_mm_cache.engines.trtllm.layout import ModelLayout
+from trtllm_mm_cache.engines.trtllm.mrope import mrope_positions
+from trtllm_mm_cache.engines.trtllm.prompt import PromptReader
+from trtllm_mm_cache.engines.trtllm.sampling import engine_sampling
+from trtllm_mm_cache.engines.trtllm.support import Architecture
+from trtllm_mm_cache.errors import InvalidRequestError, PlaceholderMismatchError
+
+REQUEST_TYPE = "context_and_generation"
+"""Prefill and decode in one engine, on embeddings that were made elsewhere."""
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedRequest:
+    """`arguments` go to `LLM.generate_async` as they are, once.
+
+    `leases` (clones) and `positions` are what the handles in it point into: they are to be given back when
+    the engine has finished with the request, and not before.
+    """
+
+    arguments: dict[str, Any]
+    prompt_tokens: int
+    leases: tuple[Lease, ...] = ()
+    positions: PositionBuffer | None = None
+
+
+@dataclass(frozen=True)
+class RequestPreparer:
+    """Thread-safe. `sampling_params` and `disaggregated_params` are TensorRT-LLM's classes.
+
+    `context` is the longest prompt with its answer in tokens, `openers` the number of engine processes.
+    """
+
+    sampling_params: Callable[..., Any]
+    disaggregated_params: Callable[..., Any]
+    architecture: Architecture
+    layout: ModelLayout
+    reader: PromptReader
+    buffers: PositionBufferPool
+    context: int
+    openers: int
+
+    def __call__(self, request: GenerationRequest, leases: Sequence[Lease]) -> PreparedRequest:
+        """Check the request and describe it to the engine. No byte of an embedding is copied.
+
+        Raises `InvalidRequestError`, `PlaceholderMismatchError` or `EmbeddingMismatchError`.
+        """
+        if not leases:
+            inputs = {"prompt_token_ids": list(request.token_ids)}
+            return PreparedRequest(
+                self._arguments(request, inputs, len(request.token_ids)), len(request.token_ids)
+            )
+        limit = self.architecture.max_images
+        if limit is not None and len(leases) > limit:
+            raise PlaceholderMismatchError(
+                f"{len(leases)} images in one prompt: TensorRT-LLM takes {limit} for this model"
+            )
+        prompt = self.reader.read(request, len(leases))
+        rows = 0
+        for index, lease in enumerate(leases):
+            self.layout.check(lease.embedding, index)
+            rows += lease.embedding.tensor.shape[0]
+        prompt_tokens = len(prompt.token_ids) - len(leases) + rows
+        arguments = self._arguments(request, {"prompt": prompt.text}, prompt_tokens)
+        handed, positions = self._handles(prompt.token_ids, leases)
+        return PreparedRequest(
+            arguments | {"disaggregated_params": handed},
+            prompt_tokens,
+            tuple(lease.clone() for lease in leases),
+            positions,
+        )
+
+    def _arguments(
+        self, request: GenerationRequest, inputs: dict[str, Any], prompt_tokens: int
+    ) -> dict[str, Any]:
+        room = self.context - prompt_tokens
+        if room < 1:
+            raise InvalidRequestError(
+                f"the prompt has {prompt_tokens} tokens with its images expanded; the context of "
+                f"{self.context} tokens has no room left for an answer"
+            )
+        return {
+            "inputs": inputs,
+            "sampling_params": self.sampling_params(**engine_sampling(request.sampling, room)),
+            "streaming": True,
+            "cache_salt": request.cache_salt,
+        }
+
+    def _handles(self, token_ids: list[int], leases: Sequence[Lease]) -> tuple[Any, PositionBuffer | None]:
+        """Return a new `DisaggregatedParams`, which serves one request only, and what it points into.
+
+        The hashes are the embeddings' keys, so KV blocks are shared among equal contents and no others.
+        """
+        fields: dict[str, Any] = {
+            "request_type": REQUEST_TYPE,
+            "multimodal_hashes": [list(EmbeddingKey.from_hex(lease.key).int32s) for lease in leases],
+        }
+        positions: PositionBuffer | None = None
+        if self.architecture.has_mrope:
+            grids = [self.layout.grid_of(lease.embedding, index) for index, lease in enumerate(leases)]
+            computed = mrope_positions(token_ids, self.layout.image_token_id, grids, self.layout.merge_size)
+            positions = self.buffers.take(computed)
+            position_ids, delta = positions.write(computed)
+            fields["mrope_position_ids_handle"] = cpu_handle(position_ids, openers=self.openers)
+            fields["mrope_position_deltas_handle"] = cpu_handle(delta, openers=self.openers)
+        fields["multimodal_embedding_handles"] = [
+            cpu_handle(lease.shared_tensor, openers=self.openers) for lease in leases
+        ]
+        return self.disaggregated_params(**fields), positions

@@ -1,0 +1,62 @@
+"""Sampling parameters to TensorRT-LLM's `SamplingParams`, one by one.
+
+The names and meanings were read in `tensorrt_llm/sampling_params.py` (1.3). Greedy decoding is
+`top_k=1`, which is greedy in every release; for drawing `top_p` is always given, since older releases
+take its absence for greedy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trtllm_mm_cache.engines.base import SamplingParams
+from trtllm_mm_cache.engines.sampling_rules import check_sampling
+from trtllm_mm_cache.errors import InvalidRequestError
+
+GREEDY_BELOW = 1e-5
+"""A lower temperature would overflow the logits; it means greedy."""
+
+
+def engine_sampling(sampling: SamplingParams, room: int) -> dict[str, Any]:
+    """Return the keyword arguments of TensorRT-LLM's `SamplingParams`; `room` bounds the answer's tokens.
+
+    The engine does not detokenise, the frontend does, and tokens of a stop string are emitted, as the
+    frontend trims them. Raises `InvalidRequestError` for a value or a combination the engine cannot serve.
+    """
+    check_sampling(sampling)
+    if sampling.ignore_eos and (sampling.stop or sampling.stop_token_ids):
+        # The executor request then gets an empty list of stop words, whatever else was asked for.
+        raise InvalidRequestError(
+            "ignore_eos together with stop or stop_token_ids: TensorRT-LLM ignores the latter then; "
+            "leave one out"
+        )
+    if sampling.seed is not None and sampling.seed < 0:
+        raise InvalidRequestError("seed must not be negative with TensorRT-LLM")
+    wanted = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
+    arguments: dict[str, Any] = {
+        "max_tokens": wanted,
+        "detokenize": False,
+        "include_stop_str_in_output": True,
+        "ignore_eos": sampling.ignore_eos,
+    }
+    if sampling.min_tokens:
+        arguments["min_tokens"] = min(sampling.min_tokens, wanted)
+    if sampling.stop:
+        arguments["stop"] = list(sampling.stop)
+    if sampling.stop_token_ids:
+        arguments["stop_token_ids"] = list(sampling.stop_token_ids)
+    return arguments | _choice(sampling)
+
+
+def _choice(sampling: SamplingParams) -> dict[str, Any]:
+    if sampling.temperature is None or sampling.temperature < GREEDY_BELOW:
+        return {"top_k": 1}
+    choice: dict[str, Any] = {
+        "temperature": sampling.temperature,
+        "top_p": 1.0 if sampling.top_p is None else sampling.top_p,
+    }
+    if sampling.top_k is not None and sampling.top_k > 0:
+        choice["top_k"] = sampling.top_k
+    if sampling.seed is not None:
+        choice["seed"] = sampling.seed
+    return choice
