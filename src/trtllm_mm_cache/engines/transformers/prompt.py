@@ -40,22 +40,16 @@ class PromptExpander:
         """Return the prompt with its i-th placeholder replaced by the tokens of `placeholders[i]`.
 
         `token_ids` is the prompt as the frontend tokenised it and decides what the prompt is;
-        `prompt_text` serves only if it gives these tokens. Without it the text is decoded from the
-        tokens, and where no text gives the tokens (a client sent ids that no tokenizer would), the
-        expansion is put between them.
+        `prompt_text` serves only if it gives these tokens, and then the processor's own text is
+        tokenised. Without it the expansion is put between the tokens, and the plain text that touches
+        it is tokenised again together with it.
         Raises `PlaceholderMismatchError` when the prompt has another number of placeholders, which is
         also what a placeholder typed by the user comes to.
         """
         self._check(token_ids, len(placeholders))
         if not placeholders:
             return list(token_ids)
-        expanded = self._expand_text(list(token_ids), prompt_text, placeholders)
-        wanted = sum(self.rows_of(placeholder) for placeholder in placeholders)
-        if expanded.count(self._image_token_id) != wanted:
-            raise PlaceholderMismatchError(
-                "the prompt holds image tokens of its own: remove them from the messages' text"
-            )
-        return expanded
+        return self._expand_text(list(token_ids), prompt_text, placeholders)
 
     def _check(self, token_ids: Sequence[int], images: int) -> None:
         found = sum(token == self._placeholder_id for token in token_ids)
@@ -74,12 +68,12 @@ class PromptExpander:
     def _expand_text(
         self, token_ids: list[int], prompt_text: str | None, placeholders: Sequence[str]
     ) -> list[int]:
-        for text in (prompt_text, self._decode(token_ids)):
-            if text is None:
-                continue
+        if prompt_text is not None:
             for special in (False, True):
-                if self._encode(text, special) == token_ids:
-                    (expanded,), _ = self._processor.get_text_with_replacements([text], list(placeholders))
+                if self._encode(prompt_text, special) == token_ids:
+                    (expanded,), _ = self._processor.get_text_with_replacements(
+                        [prompt_text], list(placeholders)
+                    )
                     return self._encode(expanded, special)
         return self._splice(token_ids, placeholders)
 
