@@ -141,6 +141,13 @@ def test_a_process_that_forgets_to_close_still_exits_in_order() -> None:
         "import asyncio",
         "from trtllm_mm_cache.transfer import TransferAgent",
         "agent = asyncio.run(TransferAgent.start())",
+        "def stay_in_nixl(nixl):",
+        "    for _ in range(200):",
+        "        nixl.get_new_notifs()",
+        "    if agent.is_alive:",
+        "        agent.call(stay_in_nixl)",
+        "agent.call(stay_in_nixl)",
+        "agent.call(stay_in_nixl)",
         "print(agent.is_alive)",
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")

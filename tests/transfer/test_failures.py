@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import time
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 
 from tests.transfer.conftest import MB, PdSide, PdSideMaker, RemoteMaker, until
 from tests.transfer.remote import RemoteExporter
+from trtllm_mm_cache.cache.arena import Arena
 from trtllm_mm_cache.errors import ArenaFullError, PeerLostError, TransferError, TransferTimeoutError
-from trtllm_mm_cache.transfer import Export
+from trtllm_mm_cache.transfer import Export, Reader, TransferAgent
 
 NBYTES = 40 * MB  # more than half of the PD side's arena, so that two do not fit
 
@@ -71,13 +73,15 @@ async def test_an_exporter_killed_in_the_middle_of_a_read_is_lost(
     exporter = await make_exporter_process().start_agent(transports="tcp")
     if connected:
         await read(tcp_side, exporter, await exporter.export("a", 1000))
-    export = await exporter.export("b", NBYTES)
+    exports = [await exporter.export(key, 16 * MB) for key in ("b", "c")]
     exporter.freeze()
-    task = await begin_read(tcp_side, exporter, export)
+    tasks = [asyncio.create_task(read(tcp_side, exporter, export)) for export in exports]
+    await until(lambda: tcp_side.reader.statistics().in_flight == 2)
     exporter.kill()
     async with asyncio.timeout(10):
-        with pytest.raises(PeerLostError):
-            await task
+        for task in tasks:
+            with pytest.raises(PeerLostError):
+                await task
     tcp_side.assert_nothing_leaked()
     assert tcp_side.reader.statistics().peers == 0
 
@@ -190,6 +194,32 @@ async def test_closing_leaves_a_read_in_flight_alone_and_harms_neither_side(
     with pytest.raises(TransferError, match="closed"):
         await read(tcp_side, tcp_exporter, Export(export.token, export.address, 1000, 0))
     assert tcp_side.manager.statistics().reservations == 0
+
+
+async def test_an_agent_that_nobody_refers_to_still_harms_no_exporter(
+    monkeypatch: pytest.MonkeyPatch, tcp_exporter: RemoteExporter
+) -> None:
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    arena = Arena(NBYTES)
+    export = await tcp_exporter.export("a", NBYTES)
+
+    async def close_in_the_middle_of_a_read() -> None:
+        agent = await TransferAgent.start()
+        await agent.register(arena.base_address, NBYTES)
+        reader = Reader(agent)
+        ranges = {"remote_address": export.address, "local_address": arena.base_address}
+        connected = reader.begin(tcp_exporter.peer, **ranges, nbytes=1000, token="a", deadline_s=10)
+        await asyncio.wrap_future(connected.outcome)
+        tcp_exporter.freeze()
+        reader.begin(tcp_exporter.peer, **ranges, nbytes=NBYTES, token=export.token, deadline_s=10)
+        await until(lambda: reader.statistics().in_flight == 1)
+        await agent.close(deadline_s=0)
+
+    await close_in_the_middle_of_a_read()
+    gc.collect()
+    tcp_exporter.thaw()
+    assert (await tcp_exporter.do("statistics"))["held"] == 1
+    arena.close()
 
 
 async def test_closing_waits_for_the_exports_that_are_about_to_be_read(

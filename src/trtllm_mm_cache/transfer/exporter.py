@@ -142,9 +142,8 @@ class Exporter:
         """Whether an export waits for its READ."""
         return bool(self._held)
 
-    def let_go(self) -> bool:
-        """Allow the agent to be destroyed: a reader in the middle of a READ sees `PeerLostError`."""
-        return True
+    def let_go(self) -> None:
+        """Let the agent be destroyed: a reader in the middle of a READ then sees `PeerLostError`."""
 
     def on_closed(self) -> None:
         """Release every lease: with the agent gone nobody can READ."""

@@ -8,7 +8,6 @@ from must keep polling or READs hang. It also makes the calls that copy (a READ 
 from __future__ import annotations
 
 import atexit
-import ctypes
 import logging
 import queue
 import threading
@@ -45,8 +44,8 @@ class Side(Protocol):
         """Whether something is under way that an orderly end should wait for."""
         ...
 
-    def let_go(self) -> bool:
-        """Prepare for the agent's end; return False when a READ in flight forbids to destroy it."""
+    def let_go(self) -> None:
+        """See to it that the NIXL agent can be destroyed, or is not: it will be when nothing refers to it."""
         ...
 
     def on_closed(self) -> None:
@@ -166,14 +165,8 @@ class AgentThread:
     def _finish(self) -> None:
         self.end(deadline_s=0)
         atexit.unregister(self._end_at_exit)
-        may_destroy = True
         for side in self._sides:
-            may_destroy &= side.let_go()
-        if not may_destroy:
-            # To destroy the agent would be to disconnect in the middle of a READ. Over TCP, UCX then aborts
-            # the exporter: 24 of 24 times when it was frozen meanwhile, 7 of 72 while it was serving. So the
-            # agent stays as it is, without progress, until the process ends.
-            never_destroy(self._nixl)
+            side.let_go()
         self._nixl = None
         while not self._commands.empty():
             settled, _ = self._commands.get()
@@ -190,17 +183,12 @@ class AgentThread:
             raise TransferError("the NIXL agent of this process is closed; transfers are over")
 
     def _end_at_exit(self) -> None:
-        """End before the interpreter goes: a thread inside NIXL then would crash the process."""
+        """End before the interpreter goes: a thread inside NIXL would then abort the process."""
         self.end(deadline_s=0)
         try:
             self.ended.result(timeout=_EXIT_DEADLINE_S)
         except TimeoutError:
             logger.warning("the NIXL agent did not end in time at exit")
-
-
-def never_destroy(thing: object) -> None:
-    """Keep `thing` from its destructor, also at the interpreter's end."""
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def _create_agent(library: NixlLibrary, name: str) -> Any:

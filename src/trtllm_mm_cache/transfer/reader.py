@@ -167,9 +167,9 @@ class Reader:
         """Whether a READ is in flight."""
         return self._table.is_busy()
 
-    def let_go(self) -> bool:
-        """Allow the agent to be destroyed unless a READ is in flight."""
-        return self._table.let_go()
+    def let_go(self) -> None:
+        """Let the agent be destroyed unless a READ is in flight."""
+        self._table.let_go()
 
     def on_closed(self) -> None:
         """Answer who waits for what the agent's end cut off."""
