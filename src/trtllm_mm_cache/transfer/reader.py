@@ -184,4 +184,5 @@ def _give_back(reservation: Reservation, read: Read | None) -> None:
         reservation.abandon()
         return
     reservation.quarantine()
+    logger.warning("a READ of %d bytes is given up and not settled: its extent is in quarantine", read.nbytes)
     read.settled.add_done_callback(lambda _: reservation.settle())

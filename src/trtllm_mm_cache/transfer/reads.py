@@ -194,6 +194,8 @@ class ReadTable:
             if peer.in_flight == 0:
                 self._forget(nixl, peer)
         read.settled.set_result(None)  # first, so that the caller finds it so
+        if read.outcome.done():
+            return
         if read.error is None:
             read.outcome.set_result(None)
         else:
