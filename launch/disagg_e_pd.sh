@@ -207,7 +207,7 @@ check_alive() {
     done
 }
 
-began=$SECONDS
+began=$SECONDS next_word=$((SECONDS + 5))
 for i in "${!pids[@]}"; do
     case ${names[i]} in
         encode*) pattern='encode worker ready' ;;
@@ -217,7 +217,10 @@ for i in "${!pids[@]}"; do
     until ready "$pattern" "${logs[i]}"; do
         check_alive
         ((SECONDS - began < ${READY_TIMEOUT_S:-900})) || failed "${names[i]} was not ready after ${READY_TIMEOUT_S:-900} s" "${logs[i]}"
-        ((SECONDS % 10)) || say "waiting for ${names[i]} ($((SECONDS - began)) s)"
+        if ((SECONDS >= next_word)); then
+            say "waiting for ${names[i]} ($((SECONDS - began)) s)"
+            next_word=$((SECONDS + 10))
+        fi
         sleep 0.5
     done
     say "${names[i]} is ready"

@@ -69,9 +69,16 @@ def _print_stream(stream: Iterator[Any]) -> float | None:
         for choice in chunk.choices:
             if choice.delta.content:
                 first = first or time.perf_counter()
-                print(choice.delta.content, end="", flush=True)
+                print(_printable(choice.delta.content), end="", flush=True)
     print()
     return first
+
+
+def _printable(text: str) -> str:
+    """Replace control characters: what a model says must not be able to steer the terminal."""
+    return "".join(
+        each if each.isprintable() or each in "\n\t" else "\N{REPLACEMENT CHARACTER}" for each in text
+    )
 
 
 def _first_model(client: openai.OpenAI) -> str:
