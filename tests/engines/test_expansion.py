@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from tests.engines.contract import (
     Case,
     assert_logits_are_the_models_own,
     chat_case,
+    picture,
     pictures,
     reference_inputs,
     reference_model,
@@ -27,16 +31,21 @@ NEIGHBOURS = ("", "\n", "\n\n\n", " ", "word", " \n", "\n ")
 """Texts whose edges could merge with the edges of an expansion."""
 
 
-def expanded(halves: Halves, case: Case) -> list[int]:
+@functools.cache
+def expander_of(model_dir: Path) -> PromptExpander:
+    return PromptExpander(reference_processor(model_dir), reference_model(model_dir).config)
+
+
+def placeholders_of(halves: Halves, case: Case) -> list[str]:
+    """Return the texts that the encode side gives with the images."""
+    items = case.items(halves.generator.variant(len(case.images)))
+    return [halves.encode(item).metadata["placeholder"] for item in items]
+
+
+def expanded(case: Case, placeholders: list[str]) -> list[int]:
     """Return the prompt as the PD side expands it."""
-    processor = reference_processor(case.model_dir)
-    expander = PromptExpander(processor, reference_model(case.model_dir).config)
-    placeholders = [
-        halves.encode(item).metadata["placeholder"]
-        for item in case.items(halves.generator.variant(len(case.images)))
-    ]
     request = case.request
-    return expander.expand(request.token_ids, request.prompt_text, placeholders)
+    return expander_of(case.model_dir).expand(request.token_ids, request.prompt_text, placeholders)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -48,15 +57,17 @@ def test_expansion_is_the_processors(
     case = chat_case(
         halves.model_dir, pictures(count), add_special_tokens=add_special_tokens, with_text=with_text
     )
-    assert expanded(halves, case) == reference_inputs(case)["input_ids"][0].tolist()
+    assert expanded(case, placeholders_of(halves, case)) == reference_inputs(case)["input_ids"][0].tolist()
 
 
 @pytest.mark.parametrize("with_text", [False, True])
 def test_expansion_is_the_processors_whatever_stands_beside_it(halves: Halves, with_text: bool) -> None:
-    for before in NEIGHBOURS:
-        for after in NEIGHBOURS:
-            case = chat_case(halves.model_dir, pictures(1), [before, after], with_text=with_text)
-            assert expanded(halves, case) == reference_inputs(case)["input_ids"][0].tolist(), (before, after)
+    image = picture(3, 30, 30)
+    placeholders = placeholders_of(halves, chat_case(halves.model_dir, [image]))
+    for before, after in itertools.product(NEIGHBOURS, NEIGHBOURS):
+        case = chat_case(halves.model_dir, [image], [before, after], with_text=with_text)
+        expected = reference_inputs(case)["input_ids"][0].tolist()
+        assert expanded(case, placeholders) == expected, (before, after)
 
 
 @pytest.mark.parametrize(
@@ -76,8 +87,9 @@ def test_processor_kwargs_reach_the_expansion_and_the_features(
     halves = halves_of(architecture)
     case = chat_case(halves.model_dir, pictures(1), processor_kwargs=kwargs)
     plain = replace(case, processor_kwargs={})
-    assert expanded(halves, case) == reference_inputs(case)["input_ids"][0].tolist()
-    assert expanded(halves, case) != expanded(halves, plain)
+    tokens = expanded(case, placeholders_of(halves, case))
+    assert tokens == reference_inputs(case)["input_ids"][0].tolist()
+    assert tokens != expanded(plain, placeholders_of(halves, plain))
     assert_logits_are_the_models_own(halves.generator, case, halves.carry(case.items("")))
 
 
@@ -86,7 +98,7 @@ def test_gemma_joins_newlines_across_the_edge(halves_of: Callable[[str], Halves]
     halves = halves_of("gemma3")
     case = chat_case(halves.model_dir, pictures(1), ["\n", "\n"])
     tokenizer = reference_processor(halves.model_dir).tokenizer
-    placeholder = halves.encode(case.items("")[0]).metadata["placeholder"]
+    (placeholder,) = placeholders_of(halves, case)
     by_ids: list[int] = []
     for token in case.request.token_ids:
         inserted = tokenizer(placeholder, add_special_tokens=False)["input_ids"]
@@ -108,9 +120,10 @@ def test_tokens_that_no_tokenizer_makes_are_kept(
     assert split != joined
     request = case.request
     tail = tokenizer.convert_tokens_to_ids(["<eos>" if architecture == "gemma3" else "</s>"]) + split
-    expander = PromptExpander(reference_processor(halves.model_dir), reference_model(case.model_dir).config)
-    placeholder = halves.encode(case.items("")[0]).metadata["placeholder"]
-    assert expander.expand((*request.token_ids, *tail), None, [placeholder]) == canonical + tail
+    tokens = expander_of(case.model_dir).expand(
+        (*request.token_ids, *tail), None, placeholders_of(halves, case)
+    )
+    assert tokens == canonical + tail
 
 
 def test_a_typed_placeholder_is_refused(halves: Halves) -> None:
