@@ -34,6 +34,7 @@ from trtllm_mm_cache.media import MediaSettings, decode_image
 from trtllm_mm_cache.observability.logs import configure_logging
 from trtllm_mm_cache.observability.metrics import Exposition, Reading, cache_readings
 from trtllm_mm_cache.transfer import Exporter, PeerMetadata, TransferAgent
+from trtllm_mm_cache.transfer.checksum import checksum
 from trtllm_mm_cache.workers.batcher import BatchedImage, MicroBatcher
 from trtllm_mm_cache.workers.model_files import local_model_path
 from trtllm_mm_cache.workers.protocol import EncodeFault, EncodeReady, EncodeRequest, parse
@@ -49,6 +50,7 @@ from trtllm_mm_cache.workers.threads import in_thread
 logger = logging.getLogger(__name__)
 
 _CLOSE_DEADLINE_S = 5.0
+_CHECKSUM = "xxh3_64"
 
 
 def run_encode_worker(settings: EncodeSettings) -> None:
@@ -195,10 +197,10 @@ class EncodeWorker:
     def _store(self, key: str, result: BatchedImage) -> Lease:
         """Copy the tower's output into the arena. Runs in a thread: a copy of megabytes.
 
-        What the encode cost is kept with the entry, so that a later hit knows what it saved.
+        What the encode cost is kept with the entry, so that a later hit knows what it saved, and so is
+        the checksum: taken here, while the bytes are in the processor's cache, it serves every export.
         """
         tensor = result.image.tensor.detach().contiguous()
-        metadata = {**result.image.metadata, "encode_seconds": result.encode_seconds}
         nbytes = tensor.numel() * tensor.element_size()
         try:
             reservation = self._manager.reserve(key, nbytes, owner="encode worker")
@@ -209,6 +211,11 @@ class EncodeWorker:
             ) from error
         try:
             reservation.view.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            metadata = {
+                **result.image.metadata,
+                "encode_seconds": result.encode_seconds,
+                _CHECKSUM: checksum(reservation.address, nbytes),
+            }
             return reservation.commit(dtype=tensor.dtype, shape=tuple(tensor.shape), metadata=metadata)
         except BaseException:
             reservation.abandon()
@@ -220,7 +227,8 @@ class EncodeWorker:
         if len(shape) != 2:
             lease.release()
             raise EncodeFailedError(f"the engine made an embedding of {len(shape)} dimensions instead of 2")
-        export = await self._exporter.export(lease)
+        metadata = dict(embedding.metadata or {})
+        export = await self._exporter.export(lease, checksum=metadata.pop(_CHECKSUM))
         return EncodeReady(
             peer=self._peer,
             token=export.token,
@@ -229,6 +237,6 @@ class EncodeWorker:
             checksum=export.checksum,
             dtype=dtype,
             shape=(shape[0], shape[1]),
-            metadata=dict(embedding.metadata or {}),
+            metadata=metadata,
             origin=origin,
         )
