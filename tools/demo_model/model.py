@@ -1,0 +1,111 @@
+"""The demo model's architecture and directory: Qwen2-VL at 2.7 million parameters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+
+PATCH = 14
+MERGE = 2
+IMAGE_PROCESSOR: Mapping[str, Any] = {
+    "processor_class": "Qwen2VLProcessor",
+    "image_processor_type": "Qwen2VLImageProcessor",
+    # Other pictures are scaled to what the model was trained on: 56 x 56 to 84 x 84 pixels.
+    "size": {"shortest_edge": 4 * (PATCH * MERGE) ** 2, "longest_edge": 9 * (PATCH * MERGE) ** 2},
+    "patch_size": PATCH,
+    "temporal_patch_size": 2,
+    "merge_size": MERGE,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+
+
+def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
+    """Return the architecture for `tokenizer`.
+
+    A large `rope_theta` as in the released models would hide columns from the decoder: mRoPE gives the width
+    the lowest frequencies, and at 1e6 neighbouring image tokens differ by less than 0.001 radian.
+    At 10 they differ by 0.1 to 0.3 radian, enough to tell left from right.
+    """
+    token_id = tokenizer.convert_tokens_to_ids
+    return Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [2, 7, 7]},
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "depth": 4,
+            "embed_dim": 160,
+            "num_heads": 4,
+            "hidden_size": 128,
+            "mlp_ratio": 4,
+            "patch_size": PATCH,
+            "spatial_merge_size": MERGE,
+        },
+        tie_word_embeddings=True,
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+    )
+
+
+def new_model(config: Qwen2VLConfig, seed: int) -> Qwen2VLForConditionalGeneration:
+    """Return an untrained model in float32 whose weights follow from `seed`.
+
+    Matrices keep the variance of what they multiply; those that write into the residual stream start
+    smaller. Hugging Face's 0.02 is made for widths of thousands and starts far slower here.
+    """
+    torch.manual_seed(seed)
+    model = Qwen2VLForConditionalGeneration(config).float()
+    residual = ("attn.proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2:
+            deviation = 0.09 if "embed_tokens" in name else parameter[0].numel() ** -0.5
+            nn.init.normal_(parameter, std=deviation * (0.35 if name.endswith(residual) else 1.0))
+    return model
+
+
+def save_model(
+    model: Qwen2VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, directory: Path
+) -> None:
+    """Write a directory that transformers and Dynamo's frontend load; weights as float16.
+
+    `model` stays as it is.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    stored = Qwen2VLForConditionalGeneration(model.config).to(torch.float16)
+    stored.load_state_dict(model.state_dict())
+    stored.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
+    )
+    stored.save_pretrained(directory)
+    # Dynamo's frontend reads the chat template from tokenizer_config.json.
+    tokenizer.save_pretrained(directory, save_jinja_files=False)
+    _write_json(directory / "preprocessor_config.json", IMAGE_PROCESSOR)
+    _write_json(directory / "processor_config.json", {"processor_class": "Qwen2VLProcessor"})
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
