@@ -63,22 +63,10 @@ class TransformersVisionEncoder:
         Images whose inputs have the same shape share one run. A run that fails is repeated image by
         image, so that only those at fault get an error.
         """
-        results: dict[int, EncodedImage | MmCacheError] = {}
+        tensors: dict[int, torch.Tensor | None] = {}
         for group in self._groups(batch):
-            features = self._try([batch[index] for index in group])
-            if features is None and len(group) > 1:
-                singles = [self._try([batch[index]]) for index in group]
-                features = [single[0] if single else None for single in singles]
-            for position, index in enumerate(group):
-                tensor = features[position] if features else None
-                results[index] = (
-                    EncodedImage(tensor, self._metadata(batch[index]))
-                    if tensor is not None
-                    else EncodeFailedError(
-                        "the vision tower failed on this image; see the encode worker's log"
-                    )
-                )
-        return [results[index] for index in range(len(batch))]
+            tensors.update(zip(group, self._run_or_log([batch[index] for index in group]), strict=True))
+        return [self._result(image, tensors[index]) for index, image in enumerate(batch)]
 
     def close(self) -> None:
         """Free the model."""
@@ -96,11 +84,13 @@ class TransformersVisionEncoder:
                 f"the model cannot encode a plain image, its files do not fit each other: {first_line(error)}"
             ) from error
 
-    def _metadata(self, image: ProcessedImage) -> dict[str, Any]:
+    def _result(self, image: ProcessedImage, tensor: torch.Tensor | None) -> EncodedImage | MmCacheError:
+        if tensor is None:
+            return EncodeFailedError("the vision tower failed on this image; see the encode worker's log")
         metadata: dict[str, Any] = {"placeholder": image.placeholder}
         if image.grid is not None:
             metadata["image_grid_thw"] = image.grid
-        return metadata
+        return EncodedImage(tensor, metadata)
 
     def _groups(self, batch: Sequence[ProcessedImage]) -> list[list[int]]:
         """Return indices of `batch` whose inputs can be concatenated along their first dimension."""
@@ -110,13 +100,15 @@ class TransformersVisionEncoder:
             groups[shapes].append(index)
         return list(groups.values())
 
-    def _try(self, images: list[ProcessedImage]) -> list[torch.Tensor | None] | None:
-        """Return one embedding for each image, or None after logging why the run failed."""
+    def _run_or_log(self, images: list[ProcessedImage]) -> list[torch.Tensor | None]:
+        """Return one embedding for each image, None where the log says why there is none."""
         try:
             return list(self._run(images))
         except Exception:
             logger.exception("the vision tower failed on a batch of %d images", len(images))
-            return None
+        if len(images) == 1:
+            return [None]
+        return [tensor for image in images for tensor in self._run_or_log([image])]
 
     @torch.no_grad()
     def _run(self, images: list[ProcessedImage]) -> list[torch.Tensor]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, ProcessorMixin
 
 from trtllm_mm_cache.engines.base import EncodeItem
 from trtllm_mm_cache.engines.transformers.architectures import MULTI_IMAGE, Architecture
+from trtllm_mm_cache.engines.transformers.loading import first_line
 from trtllm_mm_cache.engines.transformers.processor_kwargs import configured_kwargs, image_kwargs
 from trtllm_mm_cache.errors import InvalidImageError
 
@@ -64,7 +65,7 @@ class ImagePreprocessor:
                 return_tensors="pt",
             )
         except (ValueError, TypeError, OSError, ArithmeticError, LookupError) as error:
-            raise InvalidImageError(f"the model's image processor refuses this image: {error}") from error
+            raise InvalidImageError(f"the model cannot take this image: {first_line(error)}") from error
         return self._processed(output, alone=len(images) == 1)
 
     def _processed(self, output: Mapping[str, Any], *, alone: bool) -> ProcessedImage:
