@@ -92,7 +92,7 @@ def test_excess_eviction_is_bounded_when_moving_is_impossible() -> None:
 
 def _zipf_trace(seed: int, *, objects: int, length: int) -> tuple[list[int], list[int]]:
     print(f"trace seed {seed}")
-    source = random.Random(seed)  # noqa: S311
+    source = random.Random(seed)
     sizes = [round(2 ** source.uniform(12, 20)) for _ in range(objects)]
     weights = [1 / (rank + 1) ** 0.8 for rank in range(objects)]
     return sizes, source.choices(range(objects), weights, k=length)

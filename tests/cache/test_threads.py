@@ -36,7 +36,7 @@ def _payload(key: int, nbytes: int) -> torch.Tensor:
 
 
 def _work(manager: MultimodalEmbeddingCacheManager, seed: int, barrier: threading.Barrier) -> int:
-    source = random.Random(seed)  # noqa: S311
+    source = random.Random(seed)
     kept: list[tuple[int, torch.Tensor]] = []
     seen = 0
     barrier.wait(timeout=10)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import Enum
+from enum import StrEnum
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +54,7 @@ class Details(NamedTuple):
     metadata: Mapping[str, Any] | None = None
 
 
-class EntryState(Enum):
+class EntryState(StrEnum):
     """Where an extent stands between being granted and being given back."""
 
     RESERVED = "reserved"  # someone is writing into it

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterator
 from typing import Any
 
 from trtllm_mm_cache.cache.entry import Entry
@@ -31,7 +30,7 @@ class Hold(weakref.ref[Any]):
 
 
 class HoldRegistry:
-    """The holds in force. `add`, `end` and `drain` need the manager's lock; `let_go` needs none."""
+    """The holds in force. `add`, `end` and `next_ended` need the manager's lock; `let_go` needs none."""
 
     def __init__(self) -> None:
         self._live: dict[int, Hold] = {}
@@ -47,7 +46,7 @@ class HoldRegistry:
         return hold
 
     def let_go(self, hold: Hold) -> None:
-        """End `hold` at the next `drain`. Any thread, at any moment; more than once does no harm."""
+        """End `hold` when the next operation begins. Any thread, any moment; twice does no harm."""
         self._let_go.append(hold)
 
     def end(self, hold: Hold) -> bool:
@@ -57,12 +56,13 @@ class HoldRegistry:
         hold.entry.holders -= 1
         return True
 
-    def drain(self) -> Iterator[Hold]:
-        """End every hold that was let go since the last time and yield it."""
+    def next_ended(self) -> Hold | None:
+        """End the first hold that was let go and return it, or return None when there is none left."""
         while self._let_go:
             hold = self._let_go.popleft()
             if self.end(hold):
-                yield hold
+                return hold
+        return None
 
     def counted(self) -> dict[int, int]:
         """Return the number of holds in force for each `id(entry)`, for integrity checks."""

@@ -89,6 +89,8 @@ class Lease:
             self._released = True
             self._embedding = None
             self._ledger.let_go(self._hold)
+            # Another thread may have been inside `embedding` when the flag was set; now none can be.
+            self._embedding = None
 
     def _check_held(self) -> None:
         if self._released:

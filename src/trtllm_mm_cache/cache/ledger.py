@@ -104,14 +104,14 @@ class Ledger:
     def end(self, hold: Hold) -> None:
         """End `hold` at once."""
         if self.holds.end(hold):
-            self._after_hold(hold.entry)
+            self.after_hold(hold.entry)
 
     def settle_holds(self) -> None:
         """Account for everything that was let go or garbage-collected since the last operation."""
-        for hold in self.holds.drain():
+        while (hold := self.holds.next_ended()) is not None:
             if hold.by_reservation:
                 self._report_forgotten(hold.entry)
-            self._after_hold(hold.entry)
+            self.after_hold(hold.entry)
 
     def _report_forgotten(self, entry: Entry) -> None:
         self.counters.forgotten += 1
@@ -124,7 +124,8 @@ class Ledger:
         logger.error("a reservation of %d bytes by %s was neither committed nor abandoned", size, owner)
         self.close_reservation(entry, "abandon")
 
-    def _after_hold(self, entry: Entry) -> None:
+    def after_hold(self, entry: Entry) -> None:
+        """Do what is due when nobody holds `entry` any more; nothing while somebody does."""
         if entry.holders:
             return
         if entry.state is EntryState.VISIBLE:
@@ -155,9 +156,9 @@ class Ledger:
         self.withdrawn.add(entry)
 
     def publish(self, entry: Entry, dtype: torch.dtype, shape: tuple[int, ...], details: Details) -> bool:
-        """Make a reserved entry, which its reservation still holds, visible.
+        """Make a reserved entry visible; return whether it replaced another of the same key.
 
-        Returns whether it replaced another of the same key.
+        The caller still holds it, and calls `end` or `after_hold` when it has put its lease in place.
         """
         entry.advance("commit")
         self.pending.discard(entry)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from trtllm_mm_cache.cache.arena import ALIGNMENT, Arena
+from trtllm_mm_cache.cache.arena import ALIGNMENT, Arena, Extent
 from trtllm_mm_cache.cache.audit import check_ledger, take_statistics
 from trtllm_mm_cache.cache.entry import (
     CachedEmbedding,
@@ -25,7 +25,7 @@ from trtllm_mm_cache.cache.entry import (
 from trtllm_mm_cache.cache.lease import Lease
 from trtllm_mm_cache.cache.ledger import Ledger
 from trtllm_mm_cache.cache.reservation import Reservation
-from trtllm_mm_cache.cache.room import check_room, make_room
+from trtllm_mm_cache.cache.room import make_room
 from trtllm_mm_cache.cache.statistics import CacheStatistics
 from trtllm_mm_cache.errors import ArenaFullError
 
@@ -170,19 +170,23 @@ class MultimodalEmbeddingCacheManager:
         ledger = self._ledger
         with ledger.guard:
             ledger.begin()
+            present = ledger.visible.get(key)
             try:
-                present, removed = self._clear_for(key, nbytes)
+                removed = make_room(ledger, nbytes, instead_of=present)
             except ArenaFullError as error:
                 logger.warning("embedding not cached: %s", error.message)
                 return CacheMutation(False, [], [])
-            reservation = Reservation(ledger, ledger.open_reservation(key, nbytes, "set"))
+            written = ledger.open_reservation(key, nbytes, "set")
         try:
-            reservation.view.copy_(tensor.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8))
+            _copy_into(self.arena, written.extent, tensor)
         except BaseException:
-            reservation.abandon()
+            with ledger.guard:
+                ledger.close_reservation(written, "abandon")
+                ledger.after_hold(written)
             raise
-        lease, replaced = reservation.publish(tensor.dtype, tuple(tensor.shape), Details(*entry[1:]))
-        lease.release()
+        with ledger.guard:
+            replaced = ledger.publish(written, tensor.dtype, tuple(tensor.shape), Details(*entry[1:]))
+            ledger.after_hold(written)
         return CacheMutation(True, [] if present or replaced else [key], removed)
 
     def make_room_for(self, key: str, size_bytes: int) -> CacheReservation:
@@ -199,19 +203,11 @@ class MultimodalEmbeddingCacheManager:
         with self._ledger.guard:
             self._ledger.begin()
             try:
-                _, removed = self._clear_for(key, size_bytes)
+                present = self._ledger.visible.get(key)
+                return CacheReservation(True, make_room(self._ledger, size_bytes, instead_of=present))
             except ArenaFullError as error:
                 logger.warning("no room made: %s", error.message)
                 return CacheReservation(False, [])
-            return CacheReservation(True, removed)
-
-    def _clear_for(self, key: str, nbytes: int) -> tuple[bool, list[str]]:
-        """Drop the entry under `key` and make room; say whether there was one, and what was evicted."""
-        check_room(self._ledger, nbytes)
-        replaced = self._ledger.visible.get(key)
-        if replaced is not None:
-            self._ledger.withdraw(replaced)
-        return replaced is not None, make_room(self._ledger, nbytes)
 
     def keys(self) -> list[str]:
         """Return the keys, least recently used first."""
@@ -262,3 +258,8 @@ def _tensor_bytes(tensor: torch.Tensor) -> int:
     if not tensor.is_contiguous():
         raise AssertionError("the tensor must be contiguous")
     return tensor.element_size() * math.prod(tensor.shape)
+
+
+def _copy_into(arena: Arena, extent: Extent, tensor: torch.Tensor) -> None:
+    if extent.nbytes:
+        torch.frombuffer(arena.buffer(extent), dtype=tensor.dtype).copy_(tensor.reshape(-1))

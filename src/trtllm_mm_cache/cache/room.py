@@ -19,28 +19,15 @@ from trtllm_mm_cache.errors import ArenaFullError, EntryTooLargeError, Integrity
 _FREE_MOVE_BYTES = 1024 * 1024
 
 
-def check_room(ledger: Ledger, nbytes: int) -> None:
-    """Raise `EntryTooLargeError` or `ArenaFullError` unless `make_room` can make room. Changes nothing."""
-    if nbytes > ledger.budget_bytes:
-        raise EntryTooLargeError(
-            f"an embedding of {nbytes} bytes is larger than the whole cache of {ledger.budget_bytes} bytes: "
-            "raise the cache capacity"
-        )
-    extents = ledger.arena.extents
-    held_bytes = extents.used_bytes - ledger.idle_bytes
-    if held_bytes + nbytes > ledger.budget_bytes or not _longest_run_takes(ledger, nbytes):
-        raise ArenaFullError(
-            f"no room for an embedding of {nbytes} bytes: {held_bytes} of {ledger.budget_bytes} bytes are "
-            "in use by running requests; retry, or raise the cache capacity"
-        )
-
-
-def make_room(ledger: Ledger, nbytes: int) -> list[str]:
+def make_room(ledger: Ledger, nbytes: int, *, instead_of: Entry | None = None) -> list[str]:
     """Evict and move until an extent of `nbytes` can be allocated; return the evicted keys in order.
 
-    Only what nobody holds is touched. Raises as `check_room` does, with nothing changed.
+    Drops `instead_of` first, which counts as no eviction. Apart from that only what nobody holds is
+    touched. Raises `EntryTooLargeError` or `ArenaFullError` with nothing changed.
     """
-    check_room(ledger, nbytes)
+    _check_room(ledger, nbytes)
+    if instead_of is not None:
+        ledger.withdraw(instead_of)
     evicted: list[str] = []
     extents = ledger.arena.extents
     while extents.used_bytes + nbytes > ledger.budget_bytes:
@@ -56,15 +43,29 @@ def make_room(ledger: Ledger, nbytes: int) -> list[str]:
     return evicted
 
 
+def _check_room(ledger: Ledger, nbytes: int) -> None:
+    """Raise unless everything that nobody holds, evicted, would leave a hole of `nbytes` bytes."""
+    if nbytes > ledger.budget_bytes:
+        raise EntryTooLargeError(
+            f"an embedding of {nbytes} bytes is larger than the whole cache of {ledger.budget_bytes} bytes: "
+            "raise the cache capacity"
+        )
+    extents = ledger.arena.extents
+    held_bytes = extents.used_bytes - ledger.idle_bytes
+    if held_bytes + nbytes > ledger.budget_bytes or not _longest_run_takes(ledger, nbytes):
+        raise ArenaFullError(
+            f"no room for an embedding of {nbytes} bytes: {held_bytes} of {ledger.budget_bytes} bytes are "
+            "in use by running requests; retry, or raise the cache capacity"
+        )
+
+
 def _longest_run_takes(ledger: Ledger, nbytes: int) -> bool:
     """Whether some run of bytes between two extents that must stay is long enough."""
     need, capacity = aligned(nbytes), ledger.arena.capacity_bytes
-    if ledger.arena.extents.largest_hole_bytes >= need:
-        return True
     fixed = len(ledger.leased) + len(ledger.pending) + len(ledger.withdrawn)
     unpinned = ledger.arena.extents.free_bytes + ledger.idle_bytes
-    # Even if they were spread as badly as possible, the longest run is at least the average one.
-    if unpinned >= need * (fixed + 1):
+    # However badly they lie, the longest run is at least as long as the average one.
+    if unpinned >= need * (fixed + 1) or ledger.arena.extents.largest_hole_bytes >= need:
         return True
     held = [
         entry.extent for entry in (*ledger.leased, *ledger.pending, *ledger.withdrawn) if entry.extent.nbytes
