@@ -85,8 +85,9 @@ def embedding_dtype_name(config: Any, dtype: str) -> str:
     if dtype != "auto":
         return dtype
     text = getattr(config, "text_config", None)
-    for part in (text, config):
-        for name in ("dtype", "torch_dtype"):
+    # transformers 4 says torch_dtype; 5 says dtype, and warns of the other.
+    for name in ("dtype", "torch_dtype"):
+        for part in (text, config):
             value = getattr(part, name, None)
             if value is not None:
                 return str(value).removeprefix("torch.")

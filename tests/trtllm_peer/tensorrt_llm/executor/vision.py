@@ -1,0 +1,73 @@
+"""The vision half: real features by this project's transformers engine, exported as handles.
+
+What it exports it keeps until the importer has opened and dropped it, which it sees in the reference
+count that torch keeps in front of the shared bytes; a CUDA tensor's exporter does likewise.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+
+from tensorrt_llm._torch.shared_tensor import SharedTensorContainer
+from trtllm_mm_cache.engines.base import EncodedImage, EncodeItem
+from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, TransformersVisionEncoder
+
+_HEADER_BYTES = 64
+
+
+class VisionTower:
+    def __init__(self, model: Path) -> None:
+        self._encoder = TransformersVisionEncoder(model, TransformersEngineArgs(device="cpu"))
+        self._exported: list[torch.Tensor] = []
+
+    def encode(self, request: dict[str, Any], send: Any, aborted: Any) -> None:
+        del aborted
+        self._exported = [tensor for tensor in self._exported if not self._dropped(tensor)]
+        items = [EncodeItem(image) for image in request["images"]]
+        results = self._encoder.encode([self._encoder.preprocess(item) for item in items])
+        images = [result for result in results if isinstance(result, EncodedImage)]
+        if len(images) != len(items):
+            raise RuntimeError("an image could not be encoded")
+        encoded: dict[str, Any] = {
+            "multimodal_embedding_handles": [self._export(image.tensor) for image in images],
+            "multimodal_hashes": [self._hash(image.tensor) for image in images],
+        }
+        grids = [image.metadata["image_grid_thw"] for image in images if "image_grid_thw" in image.metadata]
+        if grids:
+            ids, deltas = self._positions(request["token_ids"], images, grids)
+            encoded["mrope_position_ids_handle"] = self._export(ids)
+            encoded["mrope_position_deltas_handle"] = self._export(deltas)
+        send({"final": True, "finish_reason": "stop", "encoded": encoded})
+
+    def _export(self, tensor: torch.Tensor) -> dict[str, Any]:
+        handle = SharedTensorContainer.from_tensor(tensor).dump_to_dict()
+        self._exported.append(tensor)
+        return handle
+
+    @staticmethod
+    def _dropped(tensor: torch.Tensor) -> bool:
+        return ctypes.c_int.from_address(tensor.untyped_storage().data_ptr() - _HEADER_BYTES).value <= 1
+
+    @staticmethod
+    def _hash(tensor: torch.Tensor) -> list[int]:
+        digest = blake3(tensor.view(torch.uint8).numpy()).digest()
+        return [int.from_bytes(digest[start : start + 4], "big", signed=True) for start in range(0, 32, 4)]
+
+    def _positions(
+        self, token_ids: list[int], images: list[EncodedImage], grids: list[list[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the engine's own preprocessing: by Hugging Face's `get_rope_index` on the expanded prompt."""
+        model = self._encoder._model
+        image_token = model.config.image_token_id
+        rows = iter(image.tensor.shape[0] for image in images)
+        expanded = [token for one in token_ids for token in [one] * (next(rows) if one == image_token else 1)]
+        ids = torch.tensor([expanded])
+        positions, deltas = model.get_rope_index(
+            ids, mm_token_type_ids=(ids == image_token).int(), image_grid_thw=torch.tensor(grids)
+        )
+        return positions.clone(), deltas.to(torch.int32).clone()
