@@ -28,8 +28,11 @@ from trtllm_mm_cache.cache.manager import (
 )
 from trtllm_mm_cache.errors import ArenaFullError, EmbeddingMismatchError, EntryTooLargeError
 
-KEYS = st.sampled_from("abcdef")
-SIZES = st.one_of(st.integers(0, 2100), st.sampled_from([64, 512, 1024, 2048]))
+KEYS = st.sampled_from("abcdefghijkl")
+# In thousandths of the capacity, with some bytes more: mostly small enough that several fit.
+SIZES = st.tuples(
+    st.one_of(st.integers(0, 1001), st.integers(0, 350), st.sampled_from([60, 125, 250])), st.integers(0, 70)
+)
 
 
 @dataclass(eq=False)
@@ -67,7 +70,8 @@ class CacheMachine(RuleBasedStateMachine):
     held = Bundle("held")
     open = Bundle("open")
 
-    @initialize(capacity=st.sampled_from([2048, 4096, 1024 * 1024]), transfer=st.booleans())
+    # From 1 MiB on the region has no slack: there holes run short and entries move.
+    @initialize(capacity=st.sampled_from([2048, 1024 * 1024]), transfer=st.sampled_from([False] * 3 + [True]))
     def start(self, capacity: int, transfer: bool) -> None:
         if transfer:
             self.manager = MultimodalEmbeddingCacheManager(0, transfer_bytes=capacity)
@@ -99,14 +103,18 @@ class CacheMachine(RuleBasedStateMachine):
         generator = torch.Generator().manual_seed(self.serial)
         return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=generator)
 
+    def nbytes(self, size: tuple[int, int]) -> int:
+        return 0 if size == (0, 0) else self.budget * size[0] // 1000 + size[1]
+
     def keep(self, held: Held) -> Held:
         self.alive.append(held)
         return held
 
     # -- reservations
 
-    @rule(target=open, key=KEYS, nbytes=SIZES)
-    def reserve(self, key: str, nbytes: int) -> object:
+    @rule(target=open, key=KEYS, size=SIZES)
+    def reserve(self, key: str, size: tuple[int, int]) -> object:
+        nbytes = self.nbytes(size)
         before = self.manager.statistics()
         keys = self.manager.keys()
         try:
@@ -199,9 +207,12 @@ class CacheMachine(RuleBasedStateMachine):
     # -- the other face
 
     @precondition(lambda self: not self.transfer)
-    @rule(key=KEYS, nbytes=SIZES)
-    def set(self, key: str, nbytes: int) -> None:
-        content = self.content(nbytes)
+    @rule(calls=st.dictionaries(KEYS, SIZES, min_size=1, max_size=10))
+    def set(self, calls: dict[str, tuple[int, int]]) -> None:
+        for key, size in calls.items():
+            self.set_one(key, self.content(self.nbytes(size)))
+
+    def set_one(self, key: str, content: torch.Tensor) -> None:
         keys = self.manager.keys()
         stored, added, removed = self.manager.set_with_delta(key, CachedEmbedding(content))
         assert set(self.manager.keys()) == (set(keys) | set(added)) - set(removed)
@@ -212,10 +223,11 @@ class CacheMachine(RuleBasedStateMachine):
         else:
             assert self.manager.keys() == keys
 
-    @rule(key=KEYS, nbytes=SIZES)
-    def make_room(self, key: str, nbytes: int) -> None:
+    @precondition(lambda self: not self.transfer)
+    @rule(key=KEYS, size=SIZES)
+    def make_room(self, key: str, size: tuple[int, int]) -> None:
         keys = self.manager.keys()
-        admitted, removed = self.manager.make_room_for(key, nbytes)
+        admitted, removed = self.manager.make_room_for(key, self.nbytes(size))
         gone = {*removed, key} if admitted else set()
         assert self.manager.keys() == [name for name in keys if name not in gone]
 
