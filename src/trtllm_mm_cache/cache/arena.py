@@ -126,7 +126,10 @@ def _closed() -> IntegrityError:
 
 
 def _page_lock(address: int, nbytes: int) -> bool:
-    """Register the region with CUDA where there is CUDA. A refusal costs speed, nothing else."""
+    """Register the region with CUDA where there is CUDA. A refusal costs speed, nothing else.
+
+    The call as PyTorch documents it; it has not run yet, for want of a CUDA device in development.
+    """
     if not torch.cuda.is_available():
         return False
     status = torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)  # type: ignore[no-untyped-call]

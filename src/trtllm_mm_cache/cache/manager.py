@@ -107,7 +107,8 @@ class MultimodalEmbeddingCacheManager:
     def reserve(self, key: str, nbytes: int, *, owner: str) -> Reservation:
         """Return room for an entry of `nbytes` bytes, evicting what nobody holds; `owner` is for the log.
 
-        An entry under the same key stays visible until the commit. Raises at once `EntryTooLargeError`
+        An entry under the same key stays visible until the commit. Does not wait for room, but may copy
+        up to `nbytes` bytes (1 MiB at least) of other entries to make a hole. Raises at once `EntryTooLargeError`
         when the cache is smaller than that, `ArenaFullError` when what is held leaves no room.
         """
         ledger = self._ledger
