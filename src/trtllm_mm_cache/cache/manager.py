@@ -108,8 +108,9 @@ class MultimodalEmbeddingCacheManager:
         """Return room for an entry of `nbytes` bytes, evicting what nobody holds; `owner` is for the log.
 
         An entry under the same key stays visible until the commit. Does not wait for room, but may copy
-        up to `nbytes` bytes (1 MiB at least) of other entries to make a hole. Raises at once `EntryTooLargeError`
-        when the cache is smaller than that, `ArenaFullError` when what is held leaves no room.
+        up to `nbytes` bytes (1 MiB at least) of other entries to make a hole. Raises at once
+        `EntryTooLargeError` when the cache is smaller than that, `ArenaFullError` when what is held
+        leaves no room.
         """
         ledger = self._ledger
         with ledger.guard:
