@@ -166,23 +166,21 @@ class _BoundedStream(httpx2.AsyncByteStream):
 def _with_cache_policy(status: int, headers: httpx2.Headers) -> httpx2.Headers:
     """Say in the headers what this cache adds to RFC 9111, before the cache reads them.
 
-    - Only images are kept: errors and redirects are not.
     - No heuristic freshness: a response that does not say how long it is fresh is asked for again
       each time, with its validators, so that a changed image is never served from yesterday.
     - A missing or future Date becomes the time of receipt (RFC 9110, section 6.6.1), without which
       the response would never grow old.
+
+    Errors and redirects are not kept, because nobody reads their bodies to the end.
     """
     if not _lies_in_the_past(headers.get("date", "")):
         headers["date"] = formatdate(usegmt=True)
     if status == 304:
         return headers
     control = headers.get("cache-control", "")
-    if status not in {200, 203}:
-        addition = "no-store"
-    elif "max-age" in control.lower() or "expires" in headers:
+    if "max-age" in control.lower() or "expires" in headers:
         return headers
-    else:
-        addition = "no-cache" if "etag" in headers or "last-modified" in headers else "no-store"
+    addition = "no-cache" if "etag" in headers or "last-modified" in headers else "no-store"
     headers["cache-control"] = f"{control}, {addition}" if control else addition
     return headers
 

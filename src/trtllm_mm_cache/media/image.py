@@ -93,7 +93,8 @@ class ImageInfo:
 def probe_image(data: bytes, settings: MediaSettings) -> ImageInfo:
     """Read an image's header and check it against the limits, without decoding pixels.
 
-    Blocking, but brief; thread-safe. Raises `UnsupportedMediaError` for anything but the accepted
+    Blocking: microseconds for honest files, up to about half a second for hostile ones, so servers run
+    it in a thread as well; thread-safe. Raises `UnsupportedMediaError` for anything but the accepted
     formats, `MediaTooLargeError` beyond the pixel limits, `InvalidImageError` for a broken header.
     What lies behind the header can still be broken: only `decode_image` tells.
     """

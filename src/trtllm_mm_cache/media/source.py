@@ -33,7 +33,9 @@ class MediaSource:
     def __init__(self, settings: MediaSettings, *, resolver: Resolver | None = None) -> None:
         self._settings = settings
         self._http = HttpFetcher(settings, resolver)
-        self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="media")
+        # Apart from each other: a file system that hangs must not hold up data: URLs.
+        self._decoders = ThreadPoolExecutor(max_workers=4, thread_name_prefix="media-data")
+        self._readers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="media-file")
         self._closed = False
 
     async def fetch(self, reference: str) -> bytes:
@@ -54,14 +56,14 @@ class MediaSource:
                 raise MediaTooLargeError(f"the data: URL carries more than the limit of {limit} bytes")
             if len(reference) <= _INLINE_CHARACTERS:
                 return decode_data_url(reference, limit)
-            return await self._in_thread(lambda: decode_data_url(reference, limit))
+            return await _run_in(self._decoders, lambda: decode_data_url(reference, limit))
         if scheme in {"http", "https"}:
             return await self._http.fetch(reference)
         if scheme == "file":
             folder = self._settings.allowed_local_media_path
             try:
                 async with asyncio.timeout(_FILE_TIMEOUT):
-                    return await self._in_thread(lambda: read_file_url(reference, folder, limit))
+                    return await _run_in(self._readers, lambda: read_file_url(reference, folder, limit))
             except TimeoutError as error:
                 raise MediaFetchError("the file could not be read in time") from error
         raise MediaReferenceError("the media reference is none of data:, http:, https: and file: URLs")
@@ -70,7 +72,8 @@ class MediaSource:
         """Close connections, free the HTTP cache, take no further fetches; those that run fail."""
         self._closed = True
         await self._http.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._decoders, self._readers):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     async def __aenter__(self) -> Self:
         return self
@@ -80,5 +83,6 @@ class MediaSource:
     ) -> None:
         await self.close()
 
-    async def _in_thread(self, work: Callable[[], bytes]) -> bytes:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+async def _run_in(threads: ThreadPoolExecutor, work: Callable[[], bytes]) -> bytes:
+    return await asyncio.get_running_loop().run_in_executor(threads, work)
