@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from tests.engines.conftest import Halves
 from tests.engines.contract import (
     WITH_GRID,
+    Case,
     assert_bit_equal,
     assert_clearly_different,
     assert_logits_are_the_models_own,
@@ -22,6 +23,7 @@ from tests.engines.contract import (
     reference_logits,
     reference_model,
 )
+from trtllm_mm_cache.cache.manager import Lease
 from trtllm_mm_cache.engines.base import EncodedImage, SamplingParams
 from trtllm_mm_cache.errors import EmbeddingMismatchError
 
@@ -108,16 +110,26 @@ def test_the_pd_side_never_runs_a_vision_tower(halves: Halves, monkeypatch: pyte
     assert_bit_equal(halves.generator.prefill_logits(case.request, leases), expected)
 
 
-async def test_greedy_answers_are_the_models_own(halves: Halves) -> None:
-    """Decoding goes on from the right positions, past the length of the sliding windows."""
-    case = chat_case(halves.model_dir, pictures(2))
-    leases = halves.carry(case.items(halves.generator.variant(2)))
+async def answer(halves: Halves, case: Case, leases: Sequence[Lease]) -> list[int]:
+    """Return 40 greedy tokens: more than the sliding windows of the tiny models are long."""
     request = replace(case.request, sampling=SamplingParams(max_tokens=40, ignore_eos=True))
-    answer = [
-        token async for delta in halves.generator.generate(request, leases) for token in delta.token_ids
-    ]
-    inputs = reference_inputs(case)
-    whole = reference_model(case.model_dir).generate(
-        **inputs, max_new_tokens=40, do_sample=False, eos_token_id=None
-    )
-    assert answer == whole[0, inputs["input_ids"].shape[1] :].tolist()
+    stream = halves.generator.generate(request, leases)
+    return [token async for delta in stream for token in delta.token_ids]
+
+
+def reference_answer(case: Case) -> list[int]:
+    """Return what the whole model answers when it has answered nothing before."""
+    model, inputs = reference_model(case.model_dir), reference_inputs(case)
+    if hasattr(model.base_model, "rope_deltas"):
+        model.base_model.rope_deltas = None
+    tokens = model.generate(**inputs, max_new_tokens=40, do_sample=False, eos_token_id=None)
+    return tokens[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+async def test_answers_are_the_models_own_whatever_was_asked_before(halves: Halves) -> None:
+    """Decoding goes on from the right positions: Qwen's models keep offsets from one call to the next."""
+    with_images, text_only = chat_case(halves.model_dir, pictures(2)), chat_case(halves.model_dir, [])
+    leases = halves.carry(with_images.items(halves.generator.variant(2)))
+    for _ in range(2):
+        assert await answer(halves, with_images, leases) == reference_answer(with_images)
+        assert await answer(halves, text_only, []) == reference_answer(text_only)

@@ -75,6 +75,7 @@ async def test_a_request_that_leaves_the_queue_is_never_computed(small: Halves) 
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
+        assert computed.value < LONG, "leaving the queue waited for the request in front"
         await running.aclose()
         stopped_at = computed.value
         assert len((await behind).tokens) == 2

@@ -132,7 +132,6 @@ class TransformersGenerator:
         eos_token_ids = () if sampling.ignore_eos else self._eos_token_ids
         stop_token_ids = [*eos_token_ids, *sampling.stop_token_ids]
         end = AnswerEnd(sampling, stop_token_ids, self._tokenizer, prepared.prompt_tokens, stream)
-        self._forget_last_request()
         self._model.generate(
             **prepared.inputs,
             generation_config=GenerationConfig(
@@ -148,7 +147,6 @@ class TransformersGenerator:
         return end.reason
 
     def _first_logits(self, prepared: PreparedRequest) -> torch.Tensor:
-        self._forget_last_request()
         output = self._model.generate(
             **prepared.inputs,
             generation_config=GenerationConfig(
@@ -157,11 +155,6 @@ class TransformersGenerator:
         )
         logits: torch.Tensor = output.logits[0][0]
         return logits.float().cpu()
-
-    def _forget_last_request(self) -> None:
-        """Drop the position offsets that Qwen's models keep from one call to the next."""
-        if hasattr(self._model.base_model, "rope_deltas"):
-            self._model.base_model.rope_deltas = None
 
 
 def _as_tuple(token_ids: int | list[int] | None) -> tuple[int, ...]:

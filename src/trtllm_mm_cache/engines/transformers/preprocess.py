@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, ProcessorMixin
 from trtllm_mm_cache.engines.base import EncodeItem
 from trtllm_mm_cache.engines.transformers.architectures import MULTI_IMAGE, Architecture
 from trtllm_mm_cache.engines.transformers.loading import first_line
-from trtllm_mm_cache.engines.transformers.processor_kwargs import configured_kwargs, image_kwargs
+from trtllm_mm_cache.engines.transformers.processor_kwargs import configured_bounds, image_kwargs
 from trtllm_mm_cache.errors import InvalidImageError
 
 
@@ -40,7 +40,7 @@ class ImagePreprocessor:
     ) -> None:
         self._processor = processor
         self._architecture = architecture
-        self._configured = configured_kwargs(processor)
+        self._bounds = configured_bounds(processor)
         self._image_token = processor.tokenizer.convert_ids_to_tokens(config.image_token_id)
 
     def __call__(self, item: EncodeItem) -> ProcessedImage:
@@ -48,7 +48,7 @@ class ImagePreprocessor:
 
         Raises `InvalidRequestError` for the item's kwargs, `InvalidImageError` for its image.
         """
-        kwargs = image_kwargs(item.processor_kwargs, self._architecture.request_kwargs, self._configured)
+        kwargs = image_kwargs(item.processor_kwargs, self._architecture.request_kwargs, self._bounds)
         if item.image.mode != "RGB":
             # Some released configurations leave this open, and then only RGB images pass.
             kwargs["do_convert_rgb"] = True

@@ -38,24 +38,22 @@ class RequestImageKwargs(BaseModel):
 _BOUNDED_BY_MODEL = ("max_patches", "pan_and_scan_max_num_crops")
 
 
-def configured_kwargs(processor: ProcessorMixin) -> dict[str, Any]:
-    """Return what holds for a request that asks for nothing: the bounds of what others may ask for.
+def configured_bounds(processor: ProcessorMixin) -> dict[str, Any]:
+    """Return the size and counts of a request that asks for nothing: the most that others may ask for.
 
     The model's preprocessor_config.json comes before the defaults of its processor class.
     """
-    configured = dict(processor.images_kwargs) if hasattr(processor, "images_kwargs") else {}
-    for name in RequestImageKwargs.model_fields:
-        value = getattr(processor.image_processor, name, None)
-        if value is not None:
-            configured[name] = value
-    configured["size"] = {
-        edge: pixels for edge, pixels in dict(configured["size"]).items() if pixels is not None
+    defaults = getattr(processor, "images_kwargs", {})
+    image_processor = processor.image_processor
+    size = {edge: pixels for edge, pixels in dict(image_processor.size).items() if pixels is not None}
+    counts = {
+        name: getattr(image_processor, name, None) or defaults.get(name, 1) for name in _BOUNDED_BY_MODEL
     }
-    return configured
+    return {"size": size, **counts}
 
 
 def image_kwargs(
-    requested: Mapping[str, Any], allowed: tuple[str, ...], configured: Mapping[str, Any]
+    requested: Mapping[str, Any], allowed: tuple[str, ...], bounds: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return `requested` as arguments of the image processor; `allowed` names those the architecture has.
 
@@ -78,11 +76,10 @@ def image_kwargs(
         raise InvalidRequestError(f"mm_processor_kwargs.{field}: {first['msg']}") from None
     kwargs = checked.model_dump(exclude_none=True)
     for name in _BOUNDED_BY_MODEL:
-        if name in kwargs:
-            _check_bound(name, kwargs[name], configured.get(name, 1))
-    if kwargs.get("min_patches", 1) > kwargs.get("max_patches", configured.get("max_patches", 1)):
+        _check_bound(name, kwargs.get(name, 1), bounds[name])
+    if kwargs.get("min_patches", 1) > kwargs.get("max_patches", bounds["max_patches"]):
         raise InvalidRequestError("mm_processor_kwargs.min_patches is larger than max_patches")
-    return _with_sizes(kwargs, configured["size"])
+    return _with_sizes(kwargs, bounds["size"])
 
 
 def _with_sizes(kwargs: dict[str, Any], configured: Mapping[str, int]) -> dict[str, Any]:
