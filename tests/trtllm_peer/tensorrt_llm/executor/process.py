@@ -30,11 +30,19 @@ class ExecutorProcess:
         self._results: dict[int, RequestOutput] = {}
         self._guard = threading.Lock()
         self._next_id = 0
-        ready = self._connection.recv() if self._connection.poll(120) else "it said nothing for 120 seconds"
+        self._reader = threading.Thread(target=self._read, name="executor responses", daemon=True)
+
+    def wait_until_ready(self) -> None:
+        """Wait for the model; raises `RuntimeError` with the other side's reason."""
+        try:
+            ready = (
+                self._connection.recv() if self._connection.poll(120) else "it said nothing for 120 seconds"
+            )
+        except EOFError:
+            ready = "it ended"
         if ready != "ready":
             self.shutdown()
             raise RuntimeError(f"the executor did not start: {ready}")
-        self._reader = threading.Thread(target=self._read, name="executor responses", daemon=True)
         self._reader.start()
 
     def submit(self, request: dict[str, Any], prompt_token_ids: list[int]) -> RequestOutput:
@@ -58,7 +66,7 @@ class ExecutorProcess:
             except (OSError, subprocess.TimeoutExpired):
                 self.process.kill()
                 self.process.wait()
-        if getattr(self, "_reader", None) is not None:
+        if self._reader.ident is not None:
             self._reader.join()
         self._connection.close()
 

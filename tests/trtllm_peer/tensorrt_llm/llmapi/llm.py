@@ -59,9 +59,10 @@ class LLM:
             raise RuntimeError(f"Only 1 GPUs are available, but {tensor_parallel_size} are required.")
         self._chunked_prefill = kwargs.get("enable_chunked_prefill", False)
         self._max_num_tokens = kwargs.get("max_num_tokens") or 8192
+        self._executor: ExecutorProcess | None = ExecutorProcess("language", str(model))
         self.input_processor = create_input_processor(model)
         self._used: list[Any] = []
-        self._executor: ExecutorProcess | None = ExecutorProcess("language", str(model))
+        self._executor.wait_until_ready()
 
     @property
     def tokenizer(self) -> Any:

@@ -25,8 +25,9 @@ class MultimodalEncoder:
     ) -> None:
         del trust_remote_code, tensor_parallel_size, dtype
         check_arguments(kwargs)
-        self.input_processor = create_input_processor(model)
         self._executor: ExecutorProcess | None = ExecutorProcess("vision", str(model))
+        self.input_processor = create_input_processor(model)
+        self._executor.wait_until_ready()
 
     def generate(self, inputs: Any, use_tqdm: bool = True) -> RequestOutput | list[RequestOutput]:
         """Encode one input or a list of them; raises what fails."""
