@@ -71,7 +71,7 @@ async def test_a_request_that_leaves_the_queue_is_never_computed(small: Halves) 
         await anext(running)
         waiting = asyncio.create_task(ask(small, max_tokens=LONG))
         behind = asyncio.create_task(ask(small, max_tokens=2))
-        await asyncio.sleep(0)
+        await until(lambda: computed.value >= 60)  # by then both are in the queue
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
