@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.stack import REPOSITORY, free_port, launched, wait_until
+from tests.e2e.stack import REPOSITORY, Process, free_port, launched, wait_until
 
 SCRIPT = str(REPOSITORY / "launch/disagg_e_pd.sh")
 
@@ -34,22 +34,22 @@ def run_to_the_end(tmp_path: Path, *arguments: str, **environment: str) -> subpr
     )
 
 
-def shared_memory_files() -> set[str]:
-    """Return the names of the arenas in shared memory."""
+def shared_memory_of(processes: list[Process]) -> set[str]:
+    """Return the names of the arenas in shared memory that these processes made: torch_<pid>_..."""
     folder = Path("/dev/shm")  # noqa: S108 - where the arenas are, not a temporary file
-    return {path.name for path in folder.iterdir() if path.name.startswith("torch_")}
+    pids = {str(process.pid) for process in processes}
+    return {path.name for path in folder.glob("torch_*") if path.name.split("_")[1] in pids}
 
 
 def test_ctrl_c_stops_every_process_and_removes_the_shared_memory(tmp_path: Path, model_dir: Path) -> None:
-    before = shared_memory_files()
     with launched(tmp_path / "run", MODEL_PATH=str(model_dir)) as stack:
         processes = stack.processes
         assert len(processes) == 3
         assert all(process.alive() for process in processes)
-        assert shared_memory_files() - before
+        assert shared_memory_of(processes)
         assert stack.stop() == 130
         assert not any(process.alive() for process in processes)
-    wait_until(lambda: not shared_memory_files() - before, 10, "shared memory was left behind")
+    wait_until(lambda: not shared_memory_of(processes), 10, "shared memory was left behind")
     text = (tmp_path / "run" / "launch.log").read_text()
     assert "curl -s http://127.0.0.1:" in text
     assert "ask --url http://127.0.0.1:" in text

@@ -22,7 +22,7 @@ BODY = bytes(range(256)) * 40
         {"Cache-Control": "max-age=60"},
         {"Cache-Control": "private, max-age=60"},
         {"Cache-Control": "public, MAX-AGE=60", "Vary": "Accept"},
-        {"Expires": formatdate(time.time() + 60, usegmt=True)},
+        {"Expires": formatdate(time.time() + 86_400, usegmt=True)},
         {"Cache-Control": "max-age=60", "ETag": '"a"', "Date": "garbage"},
     ],
 )
