@@ -134,12 +134,17 @@ class PdSettings(EngineSettings):
         description="Host memory for cached embeddings in GB, committed in full at start. "
         "0: nothing is retained.",
     )
+    multimodal_embedding_cache_require_salt: bool = Field(
+        False,
+        description="Let only requests that carry a `cache_salt` share embeddings, each with those of the "
+        "same salt. Requests without one are served past the cache and share nothing.",
+    )
     transfer_arena_mb: float = Field(
         128,
         ge=1,
         le=65536,
         description="Host memory in MB for embeddings in transit that are not cached: all of them with "
-        "capacity 0, else those for which the cache is too full of leased entries.",
+        "capacity 0, else those that may not enter the cache or for which it is too full of leased entries.",
     )
     encode_timeout_s: Seconds = Field(
         60, description="Deadline for one missing embedding: encode, transfer and the one retry together."

@@ -56,6 +56,7 @@ class PeerEncodeWorkers:
     instances: list[int] = field(default_factory=lambda: [1, 2])
     changes: list[Change | MmCacheError] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)
+    retained: list[bool] = field(default_factory=list)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
 
     def rank(self, key: EmbeddingKey) -> list[int]:
@@ -63,6 +64,7 @@ class PeerEncodeWorkers:
 
     async def encode(self, instance: int, request: EncodeRequest) -> EncodeReady:
         self.calls.append(instance)
+        self.retained.append(request.retain)
         await self.gate.wait()
         change = self.changes.pop(0) if self.changes else None
         if isinstance(change, MmCacheError):
@@ -95,8 +97,8 @@ class Bench:
     transit: MultimodalEmbeddingCacheManager
     resolver: ImageResolver
 
-    async def resolve(self, references: Sequence[str]) -> ResolvedImages:
-        return await self.resolver.resolve(references, processor_kwargs={}, salt=None, variant="")
+    async def resolve(self, references: Sequence[str], *, salt: str | None = None) -> ResolvedImages:
+        return await self.resolver.resolve(references, processor_kwargs={}, salt=salt, variant="")
 
     async def nothing_held(self) -> None:
         """Wait until no lease, reservation or quarantine is left; what a thread had begun ends by itself."""
@@ -114,7 +116,12 @@ class Bench:
 
 
 @pytest.fixture
-async def bench() -> AsyncIterator[Bench]:
+def require_salt() -> bool:
+    return False
+
+
+@pytest.fixture
+async def bench(require_salt: bool) -> AsyncIterator[Bench]:
     exporting, reading = await TransferAgent.start(), await TransferAgent.start()
     source = MultimodalEmbeddingCacheManager(64 * NBYTES)
     cache = MultimodalEmbeddingCacheManager(4 * NBYTES)
@@ -135,6 +142,7 @@ async def bench() -> AsyncIterator[Bench]:
         fingerprint="ab" * 32,
         encode_timeout_s=5,
         transfer_timeout_s=5,
+        require_salt=require_salt,
     )
     bench = Bench(peer, cache, transit, resolver)
     yield bench
@@ -332,3 +340,67 @@ async def test_salt_variant_and_kwargs_enter_the_key(bench: Bench) -> None:
     ]
     assert len(set(keys)) == 4
     assert await key() == keys[0]
+
+
+salt_required = pytest.mark.parametrize("require_salt", [True], ids=["salt-required"])
+
+
+@salt_required
+@pytest.mark.parametrize("salt", [None, ""])
+async def test_an_unsalted_request_is_served_past_the_cache_and_leaves_nothing(
+    bench: Bench, salt: str | None
+) -> None:
+    reference = picture()
+    keys = set()
+    for _ in range(2):
+        images = await bench.resolve([reference, reference], salt=salt)
+        assert (images.hits, images.misses) == (0, 1)
+        for lease in images.leases:
+            assert_holds(lease)
+            keys.add(lease.key)
+        assert bench.transit.statistics().leased_bytes == NBYTES
+        images.release()
+        assert bench.transit.statistics().arena.used_bytes == 0
+    assert len(keys) == 2, "two requests shared a key"
+    assert (bench.peer.calls, bench.peer.retained) == ([1, 1], [False, False])
+    assert bench.resolver.statistics().uncached == 2
+    statistics = bench.cache.statistics()
+    assert (statistics.entries, statistics.hits, statistics.misses) == (0, 0, 0), "the cache was touched"
+
+
+@salt_required
+async def test_unsalted_requests_do_not_share_a_flight(bench: Bench) -> None:
+    reference = picture()
+    bench.peer.gate.clear()
+    requests = [asyncio.create_task(bench.resolve([reference])) for _ in range(2)]
+    while len(bench.peer.calls) < 2:
+        await asyncio.sleep(0)
+    assert bench.resolver.flights.statistics().joined == 0
+    bench.peer.gate.set()
+    for images in await asyncio.gather(*requests):
+        assert_holds(images.leases[0])
+        images.release()
+
+
+@salt_required
+async def test_salted_requests_share_as_ever_and_an_unsalted_one_does_not_see_it(bench: Bench) -> None:
+    reference = picture()
+    outcomes = []
+    for salt in ("tenant", "tenant", None, "tenant", "other"):
+        images = await bench.resolve([reference], salt=salt)
+        outcomes.append((images.hits, images.misses))
+        images.release()
+    assert outcomes == [(0, 1), (1, 0), (0, 1), (1, 0), (0, 1)]
+    assert bench.peer.retained == [True, False, True]
+    assert len(bench.cache.keys()) == 2
+
+
+@salt_required
+async def test_unsalted_requests_end_at_the_transit_arena(bench: Bench) -> None:
+    held = [await bench.resolve([picture()]) for _ in range(2)]
+    with pytest.raises(ArenaFullError):
+        await bench.resolve([picture()])
+    for images in held:
+        images.release()
+    (await bench.resolve([picture()])).release()
+    assert bench.cache.keys() == []

@@ -178,6 +178,8 @@ class EncodeWorker:
                 request.key, lambda: self._encode(request), share=Lease.clone, discard=Lease.release
             )
             origin = "joined" if joined else "encoded"
+        if not request.retain:
+            self._manager.drop(request.key)  # the lease keeps it until the READ is over
         return await self._export(lease, origin)
 
     async def _encode(self, request: EncodeRequest) -> Lease:
@@ -210,7 +212,7 @@ class EncodeWorker:
                 "moment, or give the encode worker a larger arena"
             ) from error
         try:
-            reservation.view.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            reservation.write(tensor)
             metadata = {
                 **result.image.metadata,
                 "encode_seconds": result.encode_seconds,

@@ -74,6 +74,7 @@ async def _serve_model(
         fingerprint=generator.fingerprint,
         encode_timeout_s=settings.encode_timeout_s,
         transfer_timeout_s=settings.transfer_timeout_s,
+        require_salt=settings.multimodal_embedding_cache_require_salt,
     )
     worker = PdWorker(generator, resolver, memory, settings)
     try:

@@ -32,7 +32,8 @@ class EncodeRequest(Message):
     """Asks for the embedding of one image.
 
     `fingerprint` is the asker's: an encode worker that serves another model refuses.
-    `media` are the image file's bytes; the encode worker decodes them itself.
+    `media` are the image file's bytes; the encode worker decodes them itself. Without `retain` the
+    embedding is gone when this call's READ is over.
     """
 
     version: Literal[1] = PROTOCOL_VERSION
@@ -41,6 +42,7 @@ class EncodeRequest(Message):
     media: bytes
     processor_kwargs: dict[str, Any] = Field(default_factory=dict)
     variant: str = Field("", max_length=64)
+    retain: bool = True
 
 
 class EncodeReady(Message):

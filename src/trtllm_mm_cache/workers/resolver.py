@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -78,12 +79,13 @@ class ResolverStatistics:
 
 @dataclass(frozen=True)
 class _Item:
-    """One image between step 3 and step 7."""
+    """One image between step 3 and step 7. Without `retain` its embedding is for this request alone."""
 
     key: EmbeddingKey
     media: bytes
     processor_kwargs: Mapping[str, Any]
     variant: str
+    retain: bool
 
 
 class ImageResolver:
@@ -91,6 +93,10 @@ class ImageResolver:
 
     `transit` is a manager that retains nothing; it takes what `cache` has no room for, and is the
     same object as `cache` where the capacity is 0.
+
+    With `require_salt`, a request without a salt bypasses the cache: it gets a random salt of its own, so
+    that no key of it can meet another request's, here or on an encode worker; its images are not looked
+    up, pass through the transit arena and are retained nowhere.
     """
 
     def __init__(
@@ -105,6 +111,7 @@ class ImageResolver:
         fingerprint: str,
         encode_timeout_s: float,
         transfer_timeout_s: float,
+        require_salt: bool = False,
     ) -> None:
         self._source = source
         self._media_settings = media_settings
@@ -115,6 +122,7 @@ class ImageResolver:
         self._fingerprint = fingerprint
         self._encode_timeout_s = encode_timeout_s
         self._transfer_timeout_s = transfer_timeout_s
+        self._require_salt = require_salt
         self._flights: SingleFlight[Lease] = SingleFlight()
         self._retries = self._uncached = self._bytes_read = 0
 
@@ -132,13 +140,16 @@ class ImageResolver:
         are worked on at the same time. Raises the first image's error, with the image's index.
         """
         started = time.perf_counter()
+        retain = bool(salt) or not self._require_salt
+        if not retain:
+            salt = secrets.token_hex(32)
         tasks: dict[str, asyncio.Task[tuple[Lease, bool]]] = {}
         try:
             async with asyncio.TaskGroup() as group:
                 for index, reference in enumerate(references):
                     if reference not in tasks:
                         tasks[reference] = group.create_task(
-                            self._resolve_one(index, reference, processor_kwargs, salt, variant)
+                            self._resolve_one(index, reference, processor_kwargs, salt, variant, retain)
                         )
         except BaseExceptionGroup as failures:
             _release_finished(tasks.values())
@@ -177,14 +188,14 @@ class ImageResolver:
         processor_kwargs: Mapping[str, Any],
         salt: str | None,
         variant: str,
+        retain: bool,
     ) -> tuple[Lease, bool]:
         """Steps 2 to 7 for one image; returns its lease and whether the lookup was a hit."""
         try:
             media = await self._fetch(reference)
-            item = _Item(
-                await self._key(media, processor_kwargs, salt, variant), media, processor_kwargs, variant
-            )
-            if (lease := self._lookup(item.key)) is not None:
+            key = await self._key(media, processor_kwargs, salt, variant)
+            item = _Item(key, media, processor_kwargs, variant, retain)
+            if retain and (lease := self._lookup(key)) is not None:
                 return lease, True
             return await self._fly(item), False
         except MmCacheError as error:
@@ -230,6 +241,7 @@ class ImageResolver:
             media=item.media,
             processor_kwargs=dict(item.processor_kwargs),
             variant=item.variant,
+            retain=item.retain,
         )
         instances = self._client.rank(item.key)
         try:
@@ -251,7 +263,7 @@ class ImageResolver:
             instance = instances[attempt % len(instances)]
             try:
                 ready = await self._client.encode(instance, request)
-                return await self._read_and_commit(request.key, ready)
+                return await self._read_and_commit(request, ready)
             except MmCacheError as error:
                 failure = error
                 alone = len(instances) == 1 and not isinstance(error, TransferError)
@@ -262,11 +274,12 @@ class ImageResolver:
         raise failure
 
     # 6 READ, 7 commit
-    async def _read_and_commit(self, key: str, ready: EncodeReady) -> Lease:
+    async def _read_and_commit(self, request: EncodeRequest, ready: EncodeReady) -> Lease:
         dtype = _dtype(ready.dtype)
         peer = PeerMetadata.from_wire(ready.peer)
         # In a thread: making room may move other entries, which copies megabytes.
-        reservation = await in_thread(partial(self._reserve, key, ready.nbytes), undo=Reservation.abandon)
+        reserve = partial(self._reserve, request.key, ready.nbytes, retain=request.retain)
+        reservation = await in_thread(reserve, undo=Reservation.abandon)
         self._uncached += reservation.owner == _UNCACHED
         export = Export(ready.token, ready.address, ready.nbytes, ready.checksum)
         await self._reader.read_into(reservation, peer, export, deadline_s=self._transfer_timeout_s)
@@ -277,14 +290,15 @@ class ImageResolver:
             reservation.abandon()
             raise
 
-    def _reserve(self, key: str, nbytes: int) -> Reservation:
+    def _reserve(self, key: str, nbytes: int, *, retain: bool) -> Reservation:
         """Reserve room in the cache; where every byte is leased, in the transit arena: served, not cached."""
         try:
-            return self._cache.reserve(key, nbytes, owner="resolver")
+            if retain:
+                return self._cache.reserve(key, nbytes, owner="resolver")
         except (ArenaFullError, EntryTooLargeError):
             if self._transit is self._cache:
                 raise
-            return self._transit.reserve(key, nbytes, owner=_UNCACHED)
+        return self._transit.reserve(key, nbytes, owner=_UNCACHED)
 
     @staticmethod
     def _in_prompt_order(
