@@ -179,7 +179,7 @@ def data_url(body: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(body).decode()
 
 
-_pictures = random.Random(20261124)  # noqa: S311 - pictures, not secrets
+_pictures = random.Random(20261124)
 
 
 def new_picture(width: int = 112, height: int = 112) -> Image.Image:

@@ -34,6 +34,14 @@ async def test_a_fresh_response_is_not_asked_for_again(
     assert len(origin.asked) == 1
 
 
+async def test_a_fragment_is_no_part_of_the_url(origin: Origin, source: MediaSource) -> None:
+    origin.routes["/a"] = Resource(BODY, {"Cache-Control": "max-age=60"})
+    origin.routes["/b"] = Resource(b"", {"Location": "/a#there"}, status="302 Found")
+    for path in ("/a#one", "/a#two", "/a", "/b"):
+        assert await source.fetch(origin.url(path)) == BODY
+    assert [asked.path for asked in origin.asked] == ["/a", "/b"]
+
+
 @pytest.mark.parametrize(
     ("headers", "condition"),
     [

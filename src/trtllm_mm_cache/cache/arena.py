@@ -94,6 +94,24 @@ class Arena:
             raise _closed()
         return self._buffer[extent.offset : extent.offset + extent.nbytes]
 
+    def write(self, extent: Extent, tensor: torch.Tensor) -> None:
+        """Copy the bytes of a contiguous tensor of the extent's size into it. Releases the GIL.
+
+        Host memory goes by one thread's `memcpy`. torch's own copy splits anything larger than a few pages
+        over its threads, which meet at a barrier: with the cores busy by other processes a copy of up to
+        1 MB took 8 ms in the mean instead of 0.1.
+        """
+        if self._array is None:
+            raise _closed()
+        if extent.nbytes == 0:
+            return
+        source = tensor.detach().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
+        target = self._array[extent.offset : extent.offset + extent.nbytes]
+        if source.device.type == "cpu":
+            np.copyto(target, source.numpy())
+        else:
+            torch.from_numpy(target).copy_(source)
+
     def copy(self, source: Extent, target: Extent) -> None:
         """Copy the bytes of one extent to another of the same size. Releases the GIL."""
         if self._array is None:

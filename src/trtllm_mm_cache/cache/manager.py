@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from trtllm_mm_cache.cache.arena import ALIGNMENT, Arena, Extent
+from trtllm_mm_cache.cache.arena import ALIGNMENT, Arena
 from trtllm_mm_cache.cache.audit import check_ledger, take_statistics
 from trtllm_mm_cache.cache.entry import (
     CachedEmbedding,
@@ -180,7 +180,7 @@ class MultimodalEmbeddingCacheManager:
                 return CacheMutation(False, [], [])
             written = ledger.open_reservation(key, nbytes, "set")
         try:
-            _copy_into(self.arena, written.extent, tensor)
+            self.arena.write(written.extent, tensor)
         except BaseException:
             with ledger.guard:
                 ledger.close_reservation(written, "abandon")
@@ -260,8 +260,3 @@ def _tensor_bytes(tensor: torch.Tensor) -> int:
     if not tensor.is_contiguous():
         raise AssertionError("the tensor must be contiguous")
     return tensor.element_size() * math.prod(tensor.shape)
-
-
-def _copy_into(arena: Arena, extent: Extent, tensor: torch.Tensor) -> None:
-    if extent.nbytes:
-        torch.frombuffer(arena.buffer(extent), dtype=tensor.dtype).copy_(tensor.reshape(-1))
