@@ -157,6 +157,20 @@ async def test_a_cancelled_fetch_leaves_no_connection(origin: Origin, source: Me
     assert len(origin.asked) == 2
 
 
+async def test_a_response_that_is_refused_gives_its_connection_back(origin: Origin) -> None:
+    async def unfinished(asked: Asked, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 1000\r\n\r\nbegin")
+        await writer.drain()
+        await origin.closing.wait()
+
+    origin.routes["/a"], origin.routes["/b"] = unfinished, Resource(BODY)
+    async with limited(http_max_connections=1, http_total_timeout=5) as source:
+        with pytest.raises(MediaFetchError) as kept:  # and with it whatever its traceback refers to
+            await source.fetch(origin.url("/a"))
+        assert await source.fetch(origin.url("/b")) == BODY
+        assert "404" in str(kept.value)
+
+
 async def test_closing_ends_fetches_that_run(origin: Origin) -> None:
     async def stall(asked: Asked, writer: asyncio.StreamWriter) -> None:
         await origin.closing.wait()

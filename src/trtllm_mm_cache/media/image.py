@@ -28,7 +28,7 @@ from trtllm_mm_cache.errors import InvalidImageError, MediaTooLargeError, MmCach
 from trtllm_mm_cache.media.image_limits import (
     BudgetedBytes,
     check_jpeg_scans,
-    check_png_chunks,
+    check_png_profiles,
     check_size,
     check_webp_canvas,
 )
@@ -132,7 +132,7 @@ def _open(data: bytes, settings: MediaSettings) -> tuple[ImageFormat, ImageFile.
     elif image_format == "JPEG":
         check_jpeg_scans(data)
     elif image_format == "PNG":
-        check_png_chunks(data)
+        check_png_profiles(data)
     file = BudgetedBytes(data, whole=image_format == "WEBP")
     image = _guarded(lambda: _PLUGINS[image_format](file))
     check_size(image.size, settings)
