@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """What the package of an engine offers. Both load a model: blocking, seconds to minutes.
+    """What the package of an engine offers. All load a model: blocking, seconds to minutes.
 
-    Both raise `ConfigurationError` when the model is not one that the engine serves, or when
+    All raise `ConfigurationError` when the model is not one that the engine serves, or when
     `args_file` holds a key that it does not know.
     """
 
@@ -25,7 +25,14 @@ class Engine(Protocol):
         ...
 
     def load_generator(self, model_path: Path, args_file: Path | None) -> Generator:
-        """Load the model's language half."""
+        """Load the model's language half; on rank 0 of an mpirun job, spread over all its ranks."""
+        ...
+
+    def follow(self, args_file: Path | None) -> None:
+        """Compute as another rank of the job; returns when rank 0 has ended the worker.
+
+        Raises `ConfigurationError` where the engine has a launcher of its own for its ranks.
+        """
         ...
 
 

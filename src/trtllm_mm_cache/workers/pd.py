@@ -15,6 +15,7 @@ from dynamo.runtime import Context, DistributedRuntime
 
 from trtllm_mm_cache.config import MB, PdSettings
 from trtllm_mm_cache.engines.base import Generator, TokenDelta
+from trtllm_mm_cache.engines.ranks import place_in_job
 from trtllm_mm_cache.engines.registry import load_engine
 from trtllm_mm_cache.errors import MmCacheError
 from trtllm_mm_cache.media import MediaSettings, MediaSource
@@ -39,8 +40,14 @@ logger = logging.getLogger(__name__)
 
 
 def run_pd_worker(settings: PdSettings) -> None:
-    """Load the model, serve until SIGTERM or SIGINT, drain, return. Raises `ConfigurationError` at start."""
+    """Load the model, serve until SIGTERM or SIGINT, drain, return. Raises `ConfigurationError` at start.
+
+    Under mpirun this is rank 0; every other rank only computes with it, and returns when it has ended.
+    """
     configure_logging(settings.log_level)
+    if place_in_job().rank > 0:
+        load_engine(settings.engine).follow(settings.extra_engine_args)
+        return
     asyncio.run(_serve(settings))
 
 

@@ -61,14 +61,18 @@ def endpoint_path(url: str) -> str:
 
 
 def drain_on_signals(runtime: DistributedRuntime) -> None:
-    """On SIGTERM or SIGINT take nothing new, finish what runs, and let `serve_endpoint` return."""
+    """On SIGTERM, SIGINT or SIGUSR1 take nothing new, finish what runs, and let `serve_endpoint` return.
+
+    SIGUSR1 is for workers under mpirun: it passes that on, but kills its ranks half a second after any
+    of the others.
+    """
     loop = asyncio.get_running_loop()
 
     def drain(name: str) -> None:
         logger.info("%s: draining; requests that run are finished, new ones go elsewhere", name)
         runtime.shutdown()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         loop.add_signal_handler(number, drain, number.name)
 
 

@@ -6,13 +6,16 @@ from pathlib import Path
 
 from trtllm_mm_cache.config import load_engine_args
 from trtllm_mm_cache.engines.transformers.encoder import TransformersVisionEncoder
+from trtllm_mm_cache.engines.transformers.follower import follow as follow_rank_0
 from trtllm_mm_cache.engines.transformers.generator import TransformersGenerator
+from trtllm_mm_cache.engines.transformers.leader import ranks_of_job
 from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs
 
 __all__ = [
     "TransformersEngineArgs",
     "TransformersGenerator",
     "TransformersVisionEncoder",
+    "follow",
     "load_generator",
     "load_vision_encoder",
 ]
@@ -25,4 +28,10 @@ def load_vision_encoder(model_path: Path, args_file: Path | None) -> Transformer
 
 def load_generator(model_path: Path, args_file: Path | None) -> TransformersGenerator:
     """Load the language half with the settings in `args_file`. See `engines.registry`."""
-    return TransformersGenerator(model_path, load_engine_args(args_file, TransformersEngineArgs))
+    args = load_engine_args(args_file, TransformersEngineArgs)
+    return TransformersGenerator(model_path, args, ranks_of_job(model_path))
+
+
+def follow(args_file: Path | None) -> None:
+    """Compute as a rank other than 0 with the settings in `args_file`. See `engines.registry`."""
+    follow_rank_0(load_engine_args(args_file, TransformersEngineArgs))

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig
 
 from trtllm_mm_cache.cache.manager import Lease
 from trtllm_mm_cache.engines.base import FinishReason, GenerationRequest, SamplingParams, TokenDelta
 from trtllm_mm_cache.engines.transformers.architectures import MULTI_IMAGE, SINGLE_IMAGE
 from trtllm_mm_cache.engines.transformers.features import FeatureLayout
+from trtllm_mm_cache.engines.transformers.leader import Alone, Ranks
 from trtllm_mm_cache.engines.transformers.loading import fingerprint_of, load_text_half, read_config
+from trtllm_mm_cache.engines.transformers.lockstep import Limits
 from trtllm_mm_cache.engines.transformers.prepare import PreparedRequest, RequestPreparer
 from trtllm_mm_cache.engines.transformers.processor import load_processor
 from trtllm_mm_cache.engines.transformers.prompt import PromptExpander
@@ -31,16 +33,30 @@ class TransformersGenerator:
     """`Generator` over Hugging Face's `generate(..., mm_encoder_outputs=...)`.
 
     One request computes at a time, in a thread of its own; the others wait in order and cost nothing
-    meanwhile. The vision tower is never loaded.
+    meanwhile. The vision tower is never loaded. With several ranks this is rank 0, and each request
+    computes on all of them; `ranks` belongs to the generator from then on.
     """
 
-    def __init__(self, model_path: Path, args: TransformersEngineArgs) -> None:
+    def __init__(self, model_path: Path, args: TransformersEngineArgs, ranks: Ranks | None = None) -> None:
         """Load the language half. Blocking. Raises `ConfigurationError`."""
+        self._ranks = ranks or Alone()
+        try:
+            self._load(model_path, args)
+            self._ranks.wait_loaded()
+        except BaseException:
+            self._ranks.dismiss()
+            raise
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
+        self._streams: set[TokenStream] = set()
+
+    def _load(self, model_path: Path, args: TransformersEngineArgs) -> None:
         config, self._architecture = read_config(model_path)
         self._fingerprint = fingerprint_of(model_path, args)
         processor = load_processor(model_path, config)
         self._tokenizer = processor.tokenizer
-        self._model: Any = load_text_half(model_path, config, self._architecture, args)
+        self._model: Any = load_text_half(
+            model_path, config, self._architecture, args, ranks=self._ranks.size
+        )
         text_config = config.get_text_config()
         self._prepare = RequestPreparer(
             processor=processor,
@@ -51,6 +67,7 @@ class TransformersGenerator:
             context=min(text_config.max_position_embeddings, args.max_model_len or sys.maxsize),
             vocabulary=self._model.get_input_embeddings().num_embeddings,
             device=args.resolved_device(),
+            share=self._ranks.share,
         )
         self._eos_token_ids = _as_tuple(
             self._model.generation_config.eos_token_id or text_config.eos_token_id
@@ -58,8 +75,6 @@ class TransformersGenerator:
         # generate() fills every value that a request leaves open from here: released models bring
         # sampling defaults of their own, but what an omitted field means is the API's to say.
         self._model.generation_config = GenerationConfig()
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
-        self._streams: set[TokenStream] = set()
 
     @property
     def fingerprint(self) -> str:
@@ -116,6 +131,7 @@ class TransformersGenerator:
         for stream in self._streams:
             stream.cancel()
         await asyncio.to_thread(self._executor.shutdown, wait=True, cancel_futures=True)
+        await asyncio.to_thread(self._ranks.close)
         self._model = None
 
     def _submit(self, prepared: PreparedRequest, stream: TokenStream) -> Future[FinishReason]:
@@ -132,27 +148,28 @@ class TransformersGenerator:
         eos_token_ids = () if sampling.ignore_eos else self._eos_token_ids
         stop_token_ids = [*eos_token_ids, *sampling.stop_token_ids]
         end = AnswerEnd(sampling, stop_token_ids, self._tokenizer, prepared.prompt_tokens, stream)
-        self._model.generate(
-            **prepared.inputs,
-            generation_config=GenerationConfig(
-                max_new_tokens=prepared.max_new_tokens,
-                min_new_tokens=min(sampling.min_tokens, prepared.max_new_tokens),
-                eos_token_id=stop_token_ids or None,
-                pad_token_id=0,
-                do_sample=False,
-            ),
-            logits_processor=logits_processors(sampling),
-            stopping_criteria=StoppingCriteriaList([end]),
+        limits = Limits(
+            max_new_tokens=prepared.max_new_tokens,
+            min_new_tokens=min(sampling.min_tokens, prepared.max_new_tokens),
+            stop_token_ids=tuple(stop_token_ids),
         )
+        with self._ranks.computing(prepared.inputs, prepared.shared, limits):
+            self._model.generate(
+                **prepared.inputs,
+                generation_config=limits.generation_config(),
+                logits_processor=logits_processors(sampling),
+                stopping_criteria=self._ranks.criteria(end),
+            )
         return end.reason
 
     def _first_logits(self, prepared: PreparedRequest) -> torch.Tensor:
-        output = self._model.generate(
-            **prepared.inputs,
-            generation_config=GenerationConfig(
-                max_new_tokens=1, pad_token_id=0, output_logits=True, return_dict_in_generate=True
-            ),
-        )
+        limits = Limits(max_new_tokens=1)
+        with self._ranks.computing(prepared.inputs, prepared.shared, limits):
+            output = self._model.generate(
+                **prepared.inputs,
+                generation_config=limits.generation_config(output_logits=True, return_dict_in_generate=True),
+                stopping_criteria=self._ranks.criteria(),
+            )
         logits: torch.Tensor = output.logits[0][0]
         return logits.float().cpu()
 

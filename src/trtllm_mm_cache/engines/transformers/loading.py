@@ -23,6 +23,11 @@ from transformers.utils import logging as transformers_logging
 from trtllm_mm_cache.engines.fingerprint import model_fingerprint
 from trtllm_mm_cache.engines.transformers.architectures import Architecture, architecture_of
 from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs, dtype_name
+from trtllm_mm_cache.engines.transformers.tensor_parallel import (
+    check_divisible,
+    check_spread,
+    parallel_arguments,
+)
 from trtllm_mm_cache.errors import ConfigurationError, IntegrityError
 
 
@@ -80,15 +85,27 @@ def load_vision_half(
 
 
 def load_text_half(
-    model_path: Path, config: PreTrainedConfig, architecture: Architecture, args: TransformersEngineArgs
+    model_path: Path,
+    config: PreTrainedConfig,
+    architecture: Architecture,
+    args: TransformersEngineArgs,
+    *,
+    ranks: int = 1,
 ) -> PreTrainedModel:
     """Return the generating model without vision tower and projector, which are never read.
 
-    Raises `ConfigurationError` when weights are missing.
+    With several `ranks` it is this rank's share of it; torch's process group must exist.
+    Raises `ConfigurationError` when weights are missing, or the model cannot be spread over the ranks.
     """
     full_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     absent = {name: AbsentModule("the vision tower", "encode") for name in architecture.vision_modules}
-    return _load(_without(full_class, "model", absent), model_path, config, args)
+    partial_class = _without(full_class, "model", absent)
+    if ranks == 1:
+        return _load(partial_class, model_path, config, args)
+    check_divisible(config, ranks)
+    model = _load(partial_class, model_path, config, args, **parallel_arguments(ranks))
+    check_spread(model)
+    return model
 
 
 def _without(model_class: type[Any], owner: str, absent: dict[str, AbsentModule]) -> type[Any]:
@@ -109,7 +126,11 @@ def _without(model_class: type[Any], owner: str, absent: dict[str, AbsentModule]
 
 
 def _load(
-    model_class: type[Any], model_path: Path, config: PreTrainedConfig, args: TransformersEngineArgs
+    model_class: type[Any],
+    model_path: Path,
+    config: PreTrainedConfig,
+    args: TransformersEngineArgs,
+    **parallel: Any,
 ) -> PreTrainedModel:
     if args.torch_threads is not None:
         torch.set_num_threads(args.torch_threads)
@@ -123,6 +144,7 @@ def _load(
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # else an error that does not name them; they are checked below
+                **parallel,
             )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ConfigurationError(f"the model's weights cannot be read: {first_line(error)}") from error

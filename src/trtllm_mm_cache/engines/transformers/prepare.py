@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -15,15 +15,20 @@ from trtllm_mm_cache.engines.base import GenerationRequest, SamplingParams
 from trtllm_mm_cache.engines.sampling_rules import check_sampling
 from trtllm_mm_cache.engines.transformers.architectures import Architecture
 from trtllm_mm_cache.engines.transformers.features import FeatureLayout
+from trtllm_mm_cache.engines.transformers.lockstep import SharedView
 from trtllm_mm_cache.engines.transformers.prompt import PromptExpander
 from trtllm_mm_cache.errors import EmbeddingMismatchError, InvalidRequestError, PlaceholderMismatchError
 
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """`inputs` go to `generate` as they are; `max_new_tokens` fits the context."""
+    """`inputs` go to `generate` as they are; `max_new_tokens` fits the context.
+
+    `shared` says where other ranks find the embeddings; empty where there are none.
+    """
 
     inputs: Mapping[str, Any]
+    shared: tuple[SharedView, ...]
     prompt_tokens: int
     max_new_tokens: int
     sampling: SamplingParams
@@ -33,7 +38,8 @@ class PreparedRequest:
 class RequestPreparer:
     """Thread-safe. `context` is the longest prompt with its answer, in tokens.
 
-    `vocabulary` is the number of token ids that have an embedding.
+    `vocabulary` is the number of token ids that have an embedding. `share` describes the embeddings for
+    other ranks.
     """
 
     processor: ProcessorMixin
@@ -44,6 +50,7 @@ class RequestPreparer:
     context: int
     vocabulary: int
     device: torch.device
+    share: Callable[[Sequence[Lease]], tuple[SharedView, ...]]
 
     def __call__(self, request: GenerationRequest, leases: Sequence[Lease]) -> PreparedRequest:
         """Check and expand. The inputs hold views of the leases' embeddings, no copies.
@@ -66,7 +73,11 @@ class RequestPreparer:
         inputs = self._text_inputs(token_ids) | self._image_inputs(leases)
         wanted = request.sampling.max_tokens
         return PreparedRequest(
-            inputs, len(token_ids), room if wanted is None else min(room, wanted), request.sampling
+            inputs,
+            self.share(leases),
+            len(token_ids),
+            room if wanted is None else min(room, wanted),
+            request.sampling,
         )
 
     def _check_token_ids(self, token_ids: Sequence[int]) -> None:
