@@ -11,7 +11,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 test: lint check
 
 $(STAMP): pyproject.toml constraints/cpu.txt launch/setup_venv.sh
-	launch/setup_venv.sh $(VENV) transformers --dev
+	launch/setup_venv.sh $(VENV) transformers mpi --dev
 	touch $@
 
 lint: $(STAMP)

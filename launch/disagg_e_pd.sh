@@ -51,13 +51,14 @@ python=python3
 if ! python3 -c 'import trtllm_mm_cache' 2>/dev/null; then
     python=$root/.venv/bin/python
     if ! "$python" -c 'import trtllm_mm_cache' 2>/dev/null; then
-        extra=transformers
-        if [[ ${ENGINE:-} == trtllm ]]; then extra=trtllm; fi
+        extras=(transformers)
+        if [[ ${ENGINE:-} == trtllm ]]; then extras=(trtllm); elif ((${PD_RANKS:-1} > 1)); then extras+=(mpi); fi
         say "the package is not installed: setting it up in $root/.venv (log: $run_dir/setup.log)"
-        if ! "$root/launch/setup_venv.sh" "$root/.venv" "$extra" 2>&1 | tee "$run_dir/setup.log"; then
+        if ! "$root/launch/setup_venv.sh" "$root/.venv" "${extras[@]}" 2>&1 | tee "$run_dir/setup.log"; then
             die "the set-up failed; the lines above and $run_dir/setup.log say why"
         fi
     fi
+    export PATH=$root/.venv/bin:$PATH  # mpirun is there
 fi
 worker=("$python" -m trtllm_mm_cache.cli)
 
@@ -108,7 +109,8 @@ export DYN_LOG=${DYN_LOG:-warn} DYN_SDK_DISABLE_ANSI_LOGGING=${DYN_SDK_DISABLE_A
 export PYTHONUNBUFFERED=1
 if [[ -n ${ENCODE_ENDPOINT:-} ]]; then export ENCODE_ENDPOINT; fi
 
-names=() pids=() logs=() ports=()
+names=() pids=() logs=() ports=() signals=()
+stop_signal=TERM
 
 # Dynamo reads DYN_SYSTEM_PORT as a signed 16-bit number, so the port must be below 32768.
 free_port() {
@@ -136,17 +138,19 @@ start() {
     port=$(free_port)
     log=$run_dir/${label// /-}.log
     DYN_SYSTEM_PORT=$port "$@" >"$log" 2>&1 &
-    names+=("$label") pids+=($!) logs+=("$log") ports+=("$port")
+    names+=("$label") pids+=($!) logs+=("$log") ports+=("$port") signals+=("$stop_signal")
     printf '%s\t%s\t%s\t%s\n' "$label" "$!" "$port" "$log" >>"$run_dir/processes.tsv"
     say "started $label (pid $!, metrics on 127.0.0.1:$port/metrics, log: $log)"
 }
 
 stop_all() {
     trap '' INT TERM
-    local pid deadline=$((SECONDS + 20))
-    for pid in "${pids[@]}"; do kill -TERM "$pid" 2>/dev/null || true; done
+    local i pid deadline=$((SECONDS + 20))
+    for i in "${!pids[@]}"; do kill "-${signals[i]}" "${pids[i]}" 2>/dev/null || true; done
     for pid in "${pids[@]}"; do
         while kill -0 "$pid" 2>/dev/null && ((SECONDS < deadline)); do sleep 0.1; done
+        # Killed, mpirun would leave its ranks behind; terminated, it kills them.
+        if kill -TERM "$pid" 2>/dev/null; then sleep 1; fi
         kill -KILL "$pid" 2>/dev/null || true
         wait "$pid" 2>/dev/null || true
     done
@@ -176,10 +180,12 @@ done
 ranks=()
 if ((${PD_RANKS:-1} > 1)); then
     command -v mpirun >/dev/null || die "PD_RANKS=$PD_RANKS needs mpirun: pip install -e '${root}[mpi]'"
-    ranks=(mpirun -n "$PD_RANKS")
+    # Without --bind-to none mpirun holds all threads of a rank to one core.
+    ranks=(mpirun -n "$PD_RANKS" --bind-to none)
     if ((EUID == 0)); then ranks+=(--allow-run-as-root); fi
     if (($(nproc) < PD_RANKS)); then ranks+=(--oversubscribe); fi
-    if [[ $engine == trtllm ]]; then ranks+=(trtllm-llmapi-launch); fi
+    # mpirun kills its ranks half a second after SIGTERM; SIGUSR1 it passes on, and ours drain on that.
+    if [[ $engine == trtllm ]]; then ranks+=(trtllm-llmapi-launch); else stop_signal=USR1; fi
 fi
 pd=("${ranks[@]}" "${worker[@]}" pd "${common[@]}" --extra-engine-args "$pd_args" --served-model-name "$name")
 if [[ -n ${ALLOWED_LOCAL_MEDIA_PATH:-} ]]; then pd+=(--allowed-local-media-path "$ALLOWED_LOCAL_MEDIA_PATH"); fi

@@ -42,6 +42,7 @@ EXIT_LOST = 1
 NOTICE_S = 1.0
 """How long a rank whose computation broke off waits to see that another rank is gone: then that is why."""
 
+_PARENT_PERIOD_S = 1.0
 _LOADING_DEADLINE_S = 3600.0
 _CLOSING_DEADLINE_S = 5.0
 
@@ -123,6 +124,7 @@ class Leader:
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._losing = threading.Lock()
+        self._mpirun = os.getppid()
         self._watch = threading.Thread(target=self._watch_ranks, name="watch-ranks", daemon=True)
         self._watch.start()
 
@@ -193,7 +195,9 @@ class Leader:
         """Run in a thread of its own until every connection is closed."""
         ranks = {connection: rank for rank, connection in self._connections.items()}
         while ranks:
-            for ready in wait(list(ranks)):
+            if os.getppid() != self._mpirun:
+                self._lose("mpirun is gone")
+            for ready in wait(list(ranks), timeout=_PARENT_PERIOD_S):
                 connection = cast(Connection, ready)
                 try:
                     self._reports.put(connection.recv())
