@@ -138,7 +138,7 @@ def test_a_truncated_image_is_refused_or_complete(name: str) -> None:
 
 @pytest.mark.parametrize("name", HONEST)
 @pytest.mark.parametrize(
-    "tail", [b"\0" * 5000, b"garbage" * 999, b"PK\x03\x04<script>", b"\xff\xda\xff\xda" * 500]
+    "tail", [b"\0" * 5000, b"garbage" * 999, b"PK\x03\x04<script>", b"\xff\xda\0\2" * 30_000]
 )
 def test_what_trails_an_image_does_not_matter(name: str, tail: bytes) -> None:
     expected = decode_image(HONEST[name], SETTINGS).tobytes()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import binascii
 from urllib.parse import unquote_to_bytes
 
 import pybase64
 
 from trtllm_mm_cache.errors import MediaReferenceError, MediaTooLargeError
-
-_ASCII_WHITESPACE = b"\t\n\x0c\r "
 
 
 def decode_data_url(reference: str, max_bytes: int) -> bytes:
@@ -21,33 +18,33 @@ def decode_data_url(reference: str, max_bytes: int) -> bytes:
     Raises `MediaReferenceError` for broken syntax, `MediaTooLargeError` before decoding more than
     `max_bytes`.
     """
-    header, comma, payload = reference[len("data:") :].partition(",")
-    if not comma:
+    comma = reference.find(",")
+    if comma < 0:
         raise MediaReferenceError("the data: URL has no comma between its media type and its data")
-    try:
-        encoded = payload.encode("ascii")
-    except UnicodeEncodeError:
-        raise MediaReferenceError("the data: URL has characters outside ASCII; percent-encode them") from None
-    if header.rstrip(" ").lower().endswith(";base64"):
-        return _decode_base64(encoded, max_bytes)
+    # One copy of what may be megabytes, and none besides: copies cost more than the decoding.
+    payload = reference[comma + 1 :]
+    if not payload.isascii():
+        raise MediaReferenceError("the data: URL has characters outside ASCII; percent-encode them")
+    if reference[len("data:") : comma].rstrip(" ").lower().endswith(";base64"):
+        return _decode_base64(payload, max_bytes)
     # At least this many; a % that begins no escape stands for itself and makes it more.
-    _check_size(len(encoded) - 2 * encoded.count(b"%"), max_bytes)
-    decoded = unquote_to_bytes(encoded)
+    _check_size(len(payload) - 2 * payload.count("%"), max_bytes)
+    decoded = unquote_to_bytes(payload)
     _check_size(len(decoded), max_bytes)
     return decoded
 
 
-def _decode_base64(encoded: bytes, max_bytes: int) -> bytes:
-    if b"%" in encoded:
-        encoded = unquote_to_bytes(encoded)
-    if any(byte in encoded for byte in (b"\n", b"\r", b" ", b"\t", b"\x0c")):
-        encoded = encoded.translate(None, _ASCII_WHITESPACE)
-    _check_size(len(encoded.rstrip(b"=")) * 3 // 4, max_bytes)
-    if b"=" not in encoded:
-        encoded += b"=" * (-len(encoded) % 4)
+def _decode_base64(text: str, max_bytes: int) -> bytes:
+    if any(each in text for each in "%\t\n\f\r "):
+        text = unquote_to_bytes(text).translate(None, b"\t\n\f\r ").decode("latin-1")
+    ending = text[-2:]
+    padding = len(ending) - len(ending.rstrip("="))
+    _check_size((len(text) - padding) * 3 // 4, max_bytes)
+    if padding == 0:
+        text += "=" * (-len(text) % 4)
     try:
-        return pybase64.b64decode(encoded, validate=True)
-    except binascii.Error:
+        return pybase64.b64decode(text, validate=True)
+    except ValueError:
         raise MediaReferenceError(
             "the data: URL is not valid base64; send RFC 4648 standard base64"
         ) from None
