@@ -127,10 +127,17 @@ class TrtllmVisionEncoder:
     def _metadata(self, params: Any, rows: int) -> dict[str, Any]:
         if not self._architecture.has_mrope:
             return {}
-        handle = getattr(params, "mrope_position_ids_handle", None)
-        grid = None if handle is None else self._layout.grid_from_positions(self._open(handle), rows)
+        handles = (
+            getattr(params, "mrope_position_ids_handle", None),
+            getattr(params, "mrope_position_deltas_handle", None),
+        )
+        if None in handles:
+            raise ValueError("the engine gave no positions with the embedding")
+        # The deltas are of no use here, but what is never opened the engine can never free.
+        position_ids, _ = [self._open(handle) for handle in handles]
+        grid = self._layout.grid_from_positions(position_ids, rows)
         if grid is None:
-            raise ValueError(f"the engine gave no positions that describe an image of {rows} rows")
+            raise ValueError(f"the engine's positions do not describe an image of {rows} rows")
         return {"image_grid_thw": list(grid)}
 
     def _open(self, handle: Any) -> torch.Tensor:

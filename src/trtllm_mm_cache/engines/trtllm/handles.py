@@ -5,7 +5,7 @@ The layout is that of TensorRT-LLM's `SharedTensorContainer.dump_to_dict()` for 
 `storage_dtype`, the two names are base64. It is written here without that class, which would need
 tensorrt_llm and a change of torch's process-wide sharing strategy for each call.
 
-A handle of a tensor in the arena copies nothing: 7 microseconds, whatever the size
+A handle of a tensor in the arena copies nothing: some microseconds, whatever the size
 (`tests/engines/trtllm/test_handles.py` has the bound).
 
 torch counts references to a shared file in its header: each process that maps it counts one, and whoever
@@ -18,15 +18,13 @@ that nobody opens leaves the count too high, which costs nothing: the arena's na
 from __future__ import annotations
 
 import base64
-import contextlib
-import os
 import threading
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from trtllm_mm_cache.cache.shared_region import SHARED_MEMORY_ROOT, create_shared_storage
+from trtllm_mm_cache.cache.shared_region import create_shared_storage
 from trtllm_mm_cache.engines.trtllm.mrope import MropePositions
 
 _REBUILD_CPU = 2
@@ -83,21 +81,16 @@ class PositionBufferPool:
 
     def __init__(self) -> None:
         self._idle: list[PositionBuffer] = []
-        self._names: list[str] = []
         self._guard = threading.Lock()
 
     def take(self, positions: MropePositions) -> PositionBuffer:
-        """Return a buffer that is large enough for `positions`."""
+        """Return a buffer that is large enough for `positions`. Raises `SharedMemoryError`."""
         needed = _DELTA_BYTES + positions.position_ids.nbytes
         with self._guard:
             for index, buffer in enumerate(self._idle):
                 if buffer.storage.nbytes() >= needed:
                     return self._idle.pop(index)
-        nbytes = max(_SMALLEST_BYTES, 1 << (needed - 1).bit_length())
-        storage = create_shared_storage(nbytes)
-        with self._guard:
-            self._names.append(os.fsdecode(storage._share_filename_cpu_()[1]))
-        return PositionBuffer(storage)
+        return PositionBuffer(create_shared_storage(max(_SMALLEST_BYTES, 1 << (needed - 1).bit_length())))
 
     def give_back(self, buffer: PositionBuffer) -> None:
         """Let the next request have it: the process that opened it must be done with it."""
@@ -105,10 +98,6 @@ class PositionBufferPool:
             self._idle.append(buffer)
 
     def close(self) -> None:
-        """Remove the files' names; what is still mapped stays true."""
+        """Let the buffers go. A file whose handles were not all opened goes with this process."""
         with self._guard:
             self._idle.clear()
-            for name in self._names:
-                with contextlib.suppress(FileNotFoundError):
-                    (SHARED_MEMORY_ROOT / name.lstrip("/")).unlink()
-            self._names.clear()

@@ -71,9 +71,7 @@ def architecture_of(model_path: Path) -> Architecture:
     try:
         model_type = json.loads((model_path / "config.json").read_bytes())["model_type"]
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigurationError(
-            "the model directory has no config.json that names its model_type"
-        ) from error
+        raise ConfigurationError("the model directory has no config.json with a model_type") from error
     if model_type in _SUPPORTED:
         return _SUPPORTED[model_type]
     reason = _REASONS.get(

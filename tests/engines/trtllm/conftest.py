@@ -1,0 +1,120 @@
+"""The adapter over the peer of TensorRT-LLM, loaded once a run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.engines.conftest import ModelFactory
+from trtllm_mm_cache.cache.key import embedding_key
+from trtllm_mm_cache.cache.manager import CachedEmbedding, Lease, MultimodalEmbeddingCacheManager
+from trtllm_mm_cache.engines.base import EncodedImage, EncodeItem
+from trtllm_mm_cache.engines.trtllm import (
+    TrtllmEncoderArgs,
+    TrtllmGenerator,
+    TrtllmLlmArgs,
+    TrtllmVisionEncoder,
+)
+
+PEER = Path(__file__).resolve().parents[2] / "trtllm_peer"
+SERVED = ("qwen3_vl", "llava_next")
+"""Deepstack and positions; neither. The whole stack runs Qwen2.5-VL."""
+
+
+@dataclass
+class TrtllmHalves:
+    """Both halves of one model over the peer, and a cache between them."""
+
+    model_dir: Path
+    encoder: TrtllmVisionEncoder
+    generator: TrtllmGenerator
+    cache: MultimodalEmbeddingCacheManager = field(
+        default_factory=lambda: MultimodalEmbeddingCacheManager(4 << 20)
+    )
+
+    def encode(self, image: Image.Image) -> EncodedImage:
+        (result,) = self.encoder.encode([self.encoder.preprocess(EncodeItem(image))])
+        assert isinstance(result, EncodedImage), result
+        return result
+
+    def lease(self, encoded: EncodedImage) -> Lease:
+        """Put an embedding into the cache under its content's key, as the workers do, and hold it."""
+        content = encoded.tensor.numpy().tobytes()
+        key = embedding_key(content, fingerprint=self.generator.fingerprint).hex
+        self.cache.set(key, CachedEmbedding(encoded.tensor, metadata=encoded.metadata))
+        lease = self.cache.lease(key)
+        assert lease is not None
+        return lease
+
+    def carry(self, images: Sequence[Image.Image]) -> list[Lease]:
+        return [self.lease(self.encode(image)) for image in images]
+
+    @property
+    def executor_pids(self) -> tuple[int, int]:
+        """Process ids of the vision and of the language executor."""
+        return self.encoder._encoder._executor.process.pid, self.generator._llm._executor.process.pid
+
+
+@pytest.fixture(scope="session")
+def peer() -> Iterator[Any]:
+    """The peer as `tensorrt_llm`, and nothing of it left behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(PEER))
+        import tensorrt_llm
+
+        yield tensorrt_llm
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tensorrt_llm"]:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def trtllm_of(peer: Any, model_of: ModelFactory) -> Iterator[Callable[[str], TrtllmHalves]]:
+    """Both halves of an architecture; all four processes start at once, at the first use."""
+    loaded: dict[str, TrtllmHalves] = {}
+
+    def load_all() -> None:
+        with ThreadPoolExecutor() as threads:
+            encoders = {
+                name: threads.submit(TrtllmVisionEncoder, model_of(name), TrtllmEncoderArgs())
+                for name in SERVED
+            }
+            generators = {
+                name: threads.submit(TrtllmGenerator, model_of(name), TrtllmLlmArgs()) for name in SERVED
+            }
+        for name in SERVED:
+            loaded[name] = TrtllmHalves(model_of(name), encoders[name].result(), generators[name].result())
+
+    def load(architecture: str) -> TrtllmHalves:
+        if not loaded:
+            load_all()
+        return loaded[architecture]
+
+    yield load
+    for halves in loaded.values():
+        halves.encoder.close()
+        halves.generator._llm.shutdown()
+        halves.generator._buffers.close()
+        halves.cache.check_integrity()
+
+
+@pytest.fixture(params=SERVED)
+def trtllm(request: pytest.FixtureRequest, trtllm_of: Callable[[str], TrtllmHalves]) -> TrtllmHalves:
+    """Both halves of each architecture in turn."""
+    return trtllm_of(request.param)
+
+
+@pytest.fixture
+def qwen(trtllm_of: Callable[[str], TrtllmHalves]) -> TrtllmHalves:
+    return trtllm_of("qwen3_vl")
+
+
+@pytest.fixture
+def llava(trtllm_of: Callable[[str], TrtllmHalves]) -> TrtllmHalves:
+    return trtllm_of("llava_next")
