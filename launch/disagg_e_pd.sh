@@ -249,18 +249,30 @@ TEXT
 
 # --- 5 watch ------------------------------------------------------------------------------------------
 
-# Losing an encode worker costs only misses: say so and go on. Losing anything else ends the run.
-declare -A reported=()
+# Losing an encode worker costs only misses, and one PD worker of several only its own requests: say so and
+# go on. Without the frontend or the last PD worker nothing is served: end. This script restarts nothing; in
+# production each process runs under a supervisor that does.
+declare -A ended=()
+
+pd_workers_left() {
+    local i
+    for i in "${!pids[@]}"; do
+        if [[ ${names[i]} == PD* && -z ${ended[$i]:-} ]]; then return 0; fi
+    done
+    return 1
+}
+
 while true; do
     for i in "${!pids[@]}"; do
-        if [[ -n ${reported[$i]:-} ]] || kill -0 "${pids[i]}" 2>/dev/null; then continue; fi
-        case ${names[i]} in
-            encode*)
-                reported[$i]=1
-                say "warning: ${names[i]} has ended; text and cached images are still served (log: ${logs[i]})"
-                ;;
-            *) failed "${names[i]} has ended" "${logs[i]}" ;;
-        esac
+        if [[ -n ${ended[$i]:-} ]] || kill -0 "${pids[i]}" 2>/dev/null; then continue; fi
+        ended[$i]=1
+        if [[ ${names[i]} == encode* ]]; then
+            say "warning: ${names[i]} has ended; text and cached images are still served (log: ${logs[i]})"
+        elif [[ ${names[i]} == PD* ]] && pd_workers_left; then
+            say "warning: ${names[i]} has ended; the other PD workers go on (log: ${logs[i]})"
+        else
+            failed "${names[i]} has ended" "${logs[i]}"
+        fi
     done
     sleep 0.5 &
     wait $! || true

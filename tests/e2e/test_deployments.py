@@ -9,6 +9,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from PIL import Image
 
 from tests.e2e.conftest import Oracle
 from tests.e2e.stack import Process, Stack, launched, new_picture, wait_until
@@ -48,6 +49,23 @@ def test_two_pd_workers_share_the_encode_workers_arena(
         delivered = "trtllm_mm_cache_embeddings_total"
         assert stack.total("encode", delivered, origin="encoded") == 1
         assert stack.total("encode", delivered, origin="cached") == 1
+        the_other_pd_worker_goes_on(stack, picture, expected)
+
+
+def the_other_pd_worker_goes_on(stack: Stack, picture: Image.Image, expected: str) -> None:
+    """Kill one of two PD workers: the stack stays up, and serves as soon as the frontend knows."""
+    victim = stack.workers("PD")[0]
+    os.kill(victim.pid, signal.SIGKILL)
+
+    def serves() -> bool:
+        try:
+            return stack.ask(picture, QUESTION) == expected
+        except openai.InternalServerError:
+            return False
+
+    wait_until(serves, 30, "the other PD worker did not take over")
+    wait_until(lambda: "the other PD workers go on" in stack.log.read_text(), 10, "nothing was said")
+    assert stack.launcher.poll() is None
 
 
 @pytest.fixture(scope="module")
