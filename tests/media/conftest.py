@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
+import trustme
 
 from tests.media.origin import Origin, serving
 from trtllm_mm_cache.errors import MmCacheError
@@ -21,6 +22,17 @@ Refused = Callable[[MediaSource, str, type[MmCacheError]], Awaitable[str]]
 def limited(**settings: object) -> MediaSource:
     """A source with the given settings that may reach the origin on 127.0.0.1."""
     return MediaSource(MediaSettings.model_validate({"allow_private_addresses": True, **settings}))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[trustme.CA]:
+    """The one certificate authority that these tests trust; loading it is quick, unlike the world's."""
+    trusted = trustme.CA()
+    path = tmp_path_factory.mktemp("authority") / "ca.pem"
+    trusted.cert_pem.write_to_path(path)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("SSL_CERT_FILE", str(path))
+        yield trusted
 
 
 @pytest.fixture

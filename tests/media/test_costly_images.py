@@ -146,7 +146,7 @@ def test_files_that_keep_a_decoder_busy(name: str) -> None:
     started = time.process_time()
     with pytest.raises(InvalidImageError) as caught:
         decode_image(COSTLY[name], SETTINGS)
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 5
     check_politeness(caught.value)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -232,28 +231,14 @@ async def test_proxies_and_credentials_of_the_environment_are_not_used(
     assert "authorization" not in origin.asked[0].headers
 
 
-Certificates = Callable[[str], ssl.SSLContext]
-
-
-@pytest.fixture
-def certificates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Certificates:
-    """Server contexts for a host name, from an authority that this process trusts."""
-    authority = trustme.CA()
-    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
-
-    def context(host: str) -> ssl.SSLContext:
-        server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        authority.issue_cert(host).configure_cert(server)
-        return server
-
+def server_context(authority: trustme.CA, host: str) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(host).configure_cert(context)
     return context
 
 
-async def test_https_verifies_the_name_and_not_the_address(
-    certificates: Certificates, refused: Refused
-) -> None:
-    async with serving(certificates("images.test")) as origin:
+async def test_https_verifies_the_name_and_not_the_address(authority: trustme.CA, refused: Refused) -> None:
+    async with serving(server_context(authority, "images.test")) as origin:
         origin.routes["/a"] = Resource(BODY)
         settings = MediaSettings(allow_private_addresses=True)
         async with MediaSource(settings, resolver=Names(["127.0.0.1"])) as source:
@@ -261,3 +246,11 @@ async def test_https_verifies_the_name_and_not_the_address(
             await refused(source, origin.url("/a", host="other.test", scheme="https"), MediaFetchError)
             await refused(source, origin.url("/a", host="127.0.0.1", scheme="https"), MediaFetchError)
     assert len(origin.asked) == 1
+
+
+async def test_https_trusts_nobody_else(refused: Refused) -> None:
+    async with serving(server_context(trustme.CA(), "images.test")) as origin:
+        settings = MediaSettings(allow_private_addresses=True)
+        async with MediaSource(settings, resolver=Names(["127.0.0.1"])) as source:
+            await refused(source, origin.url("/a", host="images.test", scheme="https"), MediaFetchError)
+    assert origin.asked == []
