@@ -48,7 +48,7 @@ from trtllm_mm_cache.workers.threads import in_thread
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 2
-_HASH_OFF_LOOP_BYTES = 64 * 1024
+_OFF_LOOP_BYTES = 64 * 1024
 _UNCACHED = "resolver (uncached)"
 
 
@@ -204,7 +204,11 @@ class ImageResolver:
     # 2 bytes
     async def _fetch(self, reference: str) -> bytes:
         media = await self._source.fetch(reference)
-        probe_image(media, self._media_settings)
+        # A header of megabytes (metadata) can take long to read; that of a small file cannot.
+        if len(media) > _OFF_LOOP_BYTES:
+            await asyncio.to_thread(probe_image, media, self._media_settings)
+        else:
+            probe_image(media, self._media_settings)
         return media
 
     # 3 key
@@ -220,7 +224,7 @@ class ImageResolver:
                 variant=variant,
             )
 
-        return await asyncio.to_thread(compute) if len(media) > _HASH_OFF_LOOP_BYTES else compute()
+        return await asyncio.to_thread(compute) if len(media) > _OFF_LOOP_BYTES else compute()
 
     # 4 lookup
     def _lookup(self, key: EmbeddingKey) -> Lease | None:
