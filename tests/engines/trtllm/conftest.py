@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -97,10 +98,11 @@ def trtllm_of(peer: Any, model_of: ModelFactory) -> Iterator[Callable[[str], Trt
         return loaded[architecture]
 
     yield load
+    with ThreadPoolExecutor() as threads:
+        for halves in loaded.values():
+            threads.submit(halves.encoder.close)
+            threads.submit(asyncio.run, halves.generator.close())
     for halves in loaded.values():
-        halves.encoder.close()
-        halves.generator._llm.shutdown()
-        halves.generator._buffers.close()
         halves.cache.check_integrity()
 
 

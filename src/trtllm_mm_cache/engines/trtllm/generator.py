@@ -127,6 +127,10 @@ class TrtllmGenerator:
             # The thread cannot be stopped; what it makes has no taker any more.
             preparing.add_done_callback(self._give_back_unused)
             raise
+        finally:
+            # An error's traceback leads to this frame, and the future to the error: a circle would keep the
+            # views that the frames above hold, and with them the cache's entries.
+            del preparing
 
     def _give_back_unused(self, preparing: asyncio.Future[PreparedRequest]) -> None:
         if not preparing.cancelled() and preparing.exception() is None:
