@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from trtllm_mm_cache.config import EncodeSettings, PdSettings, load_engine_args
 from trtllm_mm_cache.engines.transformers import TransformersEngineArgs
@@ -14,6 +14,7 @@ from trtllm_mm_cache.errors import ConfigurationError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(CONFIGS.glob("*/*.yaml"))
+HALVES = ("encode.yaml", "pd.yaml")
 
 
 def schema_of(path: Path) -> type[BaseModel]:
@@ -24,8 +25,13 @@ def schema_of(path: Path) -> type[BaseModel]:
 
 def test_each_model_has_a_folder_with_both_files() -> None:
     folders = {folder.name: {file.name for file in folder.iterdir()} for folder in CONFIGS.iterdir()}
-    models = {"cpu-demo", "llava-v1.6-mistral-7b-hf", "qwen2.5-vl-7b-instruct", "qwen3-vl-2b-instruct"}
-    assert models <= folders.keys()
+    assert {
+        "cpu-demo",
+        "llava-v1.6-mistral-7b-hf",
+        "qwen2.5-vl-7b-instruct",
+        "qwen3-vl-2b-instruct",
+        "qwen3-vl-30b-a3b-instruct-fp8",
+    } <= folders.keys()
     assert set(map(frozenset, folders.values())) == {frozenset({"encode.yaml", "pd.yaml"})}
 
 
@@ -34,6 +40,28 @@ def test_every_file_loads_and_every_key_arrives(path: Path) -> None:
     args = load_engine_args(path, schema_of(path))
     lines = [line for line in path.read_text().splitlines() if line and line[0] not in "# "]
     assert {line.partition(":")[0] for line in lines} == args.model_fields_set
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_key_is_explained(path: Path) -> None:
+    lines = [line for line in path.read_text().splitlines() if line.strip() and line.lstrip()[0] != "#"]
+    for line in lines:
+        opens_a_part = line.endswith(":")
+        assert opens_a_part or len(line.partition("# ")[2]) > 10, f"{path.name}: {line}"
+
+
+@pytest.mark.parametrize("name", [path.parent.name for path in FILES if path.name == "pd.yaml"])
+def test_both_halves_of_a_model_agree_on_what_enters_the_keys(name: str) -> None:
+    halves = [load_engine_args(CONFIGS / name / file, schema_of(CONFIGS / name / file)) for file in HALVES]
+    assert len({half.model_dump()["dtype"] for half in halves}) == 1
+
+
+@pytest.mark.parametrize("schema", [TrtllmEncoderArgs, TrtllmLlmArgs])
+@pytest.mark.parametrize("setting", sorted({*EncodeSettings.model_fields, *PdSettings.model_fields}))
+def test_no_setting_of_ours_reaches_the_engine(schema: type[BaseModel], setting: str) -> None:
+    """What TensorRT-LLM does not know it refuses, after minutes of loading; here it is refused at once."""
+    with pytest.raises(ValidationError, match=setting):
+        schema.model_validate({setting: 1})
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
