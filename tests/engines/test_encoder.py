@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -46,7 +47,9 @@ def encoded(results: list[Any]) -> list[EncodedImage]:
     return results
 
 
-def test_a_mixed_batch_gives_what_each_image_gives_alone(halves: Halves) -> None:
+def test_a_mixed_batch_gives_what_each_image_gives_alone(
+    halves: Halves, caplog: pytest.LogCaptureFixture
+) -> None:
     images = [*pictures(3), picture(7, 120, 80), picture(8, 60, 150)]
     for variant in sorted({halves.generator.variant(1), halves.generator.variant(2)}):
         items = [EncodeItem(image, variant=variant) for image in images]
@@ -55,6 +58,7 @@ def test_a_mixed_batch_gives_what_each_image_gives_alone(halves: Halves) -> None
             alone = halves.encode(item)
             assert_same_up_to_rounding(result.tensor, alone.tensor)
             assert result.metadata == alone.metadata
+    assert not caplog.records, "images of different shapes were tried together and failed"
 
 
 def test_embeddings_are_tensors_of_their_own(halves: Halves) -> None:
@@ -105,6 +109,20 @@ def test_every_image_mode_is_taken(halves: Halves, mode: str) -> None:
     result = halves.encode(EncodeItem(image, variant=variant))
     as_rgb = halves.encode(EncodeItem(image.convert("RGB"), variant=variant))
     assert_bit_equal(result.tensor, as_rgb.tensor)
+
+
+def test_grey_images_are_taken_where_the_configuration_leaves_them_open(
+    model_of: ModelFactory, tmp_path: Path
+) -> None:
+    model_dir = Path(shutil.copytree(model_of("llava"), tmp_path / "copy"))
+    path = model_dir / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"do_convert_rgb": False}))
+    encoder = TransformersVisionEncoder(model_dir, TransformersEngineArgs(device="cpu"))
+    grey = picture(1, 120, 80).convert("L")
+    first, second = encoded(
+        encoder.encode([encoder.preprocess(EncodeItem(image)) for image in (grey, grey.convert("RGB"))])
+    )
+    assert_same_up_to_rounding(first.tensor, second.tensor)
 
 
 @pytest.mark.parametrize("architecture", ["qwen2_5_vl", "smolvlm"])

@@ -104,8 +104,9 @@ async def test_stop_strings_end_the_answer_where_they_are_complete(small: Halves
     assert 8 < end < len(free) - 1
     answer = await ask(small, **sampled, stop=("never said", stop))
     assert (answer.tokens, answer.finish_reason) == (free[: end + 1], "stop")
-    later = await ask(small, **sampled, stop=(stop,), min_tokens=end + 3)
-    assert len(later.tokens) >= end + 3
+    # What was complete too early does not count later, though it is still among the newest tokens.
+    later = await ask(small, **sampled, stop=(stop,), min_tokens=end + 2)
+    assert len(later.tokens) > end + 2
 
 
 @pytest.fixture

@@ -118,6 +118,7 @@ async def test_close_ends_running_and_waiting_answers(small: Halves) -> None:
         await generator.close()
         answers: list[Answer] = await together(readers)
         assert [answer.finish_reason for answer in answers] == ["cancelled"] * 3
+        assert answers[1].tokens == answers[2].tokens == []
         assert computed.value < LONG
     with pytest.raises(IntegrityError, match="closed"):
         await read(generator.generate(request, []))
@@ -140,11 +141,13 @@ async def test_a_failure_of_the_model_reaches_the_reader_after_its_tokens(
         return narrow(self, *args)
 
     monkeypatch.setattr(TopKLogitsWarper, "__call__", failing)
-    tokens: list[int] = []
+    stream = small.generator.generate(text_request(small, temperature=1.0, top_k=5, seed=1), [])
+    tokens = list((await anext(stream)).token_ids)
+    await until(lambda: calls >= 4)
+    await ask(small, max_tokens=1)  # its turn comes after the failure
 
     async def collect() -> None:
-        request = text_request(small, temperature=1.0, top_k=5, seed=1)
-        async for delta in small.generator.generate(request, []):
+        async for delta in stream:
             tokens.extend(delta.token_ids)
 
     with pytest.raises(RuntimeError, match="out of memory"):
