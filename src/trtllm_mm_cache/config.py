@@ -21,6 +21,7 @@ GB = 1024**3
 MB = 1024**2
 
 EngineName = Literal["transformers", "trtllm"]
+EvictionPolicyName = Literal["lru", "s3fifo"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
 DEFAULT_NAMESPACE = "dynamo"
@@ -100,6 +101,9 @@ class EncodeSettings(EngineSettings):
         description="Size of the encode worker's own arena in GB. What it exports lies there, and it is "
         "a second level of cache for all PD workers. Committed in full at start.",
     )
+    multimodal_embedding_cache_policy: EvictionPolicyName = Field(
+        "lru", description="What leaves the arena first when it is full, as on the PD worker."
+    )
     max_batch_images: int = Field(8, ge=1, le=1024, description="Most images in one vision-tower batch.")
     max_batch_wait_ms: float = Field(
         2, ge=0, le=1000, description="Longest time an image waits for others to share its batch, in ms."
@@ -133,6 +137,11 @@ class PdSettings(EngineSettings):
         le=4096,
         description="Host memory for cached embeddings in GB, committed in full at start. "
         "0: nothing is retained.",
+    )
+    multimodal_embedding_cache_policy: EvictionPolicyName = Field(
+        "lru",
+        description="What leaves a full cache first: `lru` the least recently used, `s3fifo` what was not "
+        "used again soon, so that many pictures seen once do not push out those that come back.",
     )
     multimodal_embedding_cache_require_salt: bool = Field(
         False,

@@ -81,14 +81,14 @@ class ExtentMachine(RuleBasedStateMachine):
         for window in cheapest_windows(self.map, nbytes, movable):
             assert window.end - window.start >= nbytes
             assert all(movable(extent) for extent in window.extents)
-            places = self.map.relocate(window.extents, window.start, window.end)
+            places = self.map.relocate(window.extents, window.start, window.end, nbytes)
             if places is None:
                 continue
-            for old in window.extents:
-                self.release(old)
             for old, new in zip(window.extents, places, strict=True):
                 assert new.nbytes == old.nbytes
-                self.claim(new)
+                self.claim(new)  # while the old ones still have their places: bytes are copied
+            for old in window.extents:
+                self.release(old)
             assert self.map.largest_hole_bytes >= aligned(nbytes)
             return multiple(*places)
         return multiple()

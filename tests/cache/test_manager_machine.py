@@ -26,6 +26,7 @@ from trtllm_mm_cache.cache.manager import (
     MultimodalEmbeddingCacheManager,
     Reservation,
 )
+from trtllm_mm_cache.cache.policy import make_policy
 from trtllm_mm_cache.errors import ArenaFullError, EmbeddingMismatchError, EntryTooLargeError
 
 KEYS = st.sampled_from("abcdefghijkl")
@@ -71,12 +72,18 @@ class CacheMachine(RuleBasedStateMachine):
     open = Bundle("open")
 
     # From 1 MiB on the region has no slack: there holes run short and entries move.
-    @initialize(capacity=st.sampled_from([2048, 1024 * 1024]), transfer=st.sampled_from([False] * 3 + [True]))
-    def start(self, capacity: int, transfer: bool) -> None:
+    @initialize(
+        capacity=st.sampled_from([2048, 1024 * 1024]),
+        transfer=st.sampled_from([False] * 3 + [True]),
+        policy=st.sampled_from(["lru", "s3fifo"]),
+    )
+    def start(self, capacity: int, transfer: bool, policy: str) -> None:
+        chosen = make_policy(policy, capacity)
         if transfer:
-            self.manager = MultimodalEmbeddingCacheManager(0, transfer_bytes=capacity)
+            self.manager = MultimodalEmbeddingCacheManager(0, transfer_bytes=capacity, policy=chosen)
         else:
-            self.manager = MultimodalEmbeddingCacheManager(capacity)
+            self.manager = MultimodalEmbeddingCacheManager(capacity, policy=chosen)
+        self.lru = policy == "lru"
         self.budget = capacity
         self.transfer = transfer
         self.written: dict[str, torch.Tensor] = {}
@@ -218,7 +225,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert set(self.manager.keys()) == (set(keys) | set(added)) - set(removed)
         if stored:
             self.written[key] = content
-            assert self.manager.keys()[-1] == key
+            assert self.manager.keys()[-1] == key or not self.lru
             assert added == ([] if key in keys else [key])
         else:
             assert self.manager.keys() == keys
@@ -229,7 +236,10 @@ class CacheMachine(RuleBasedStateMachine):
         keys = self.manager.keys()
         admitted, removed = self.manager.make_room_for(key, self.nbytes(size))
         gone = {*removed, key} if admitted else set()
-        assert self.manager.keys() == [name for name in keys if name not in gone]
+        left = [name for name in keys if name not in gone]
+        if self.lru:
+            assert self.manager.keys() == left
+        assert set(self.manager.keys()) == set(left)
 
     @rule(key=KEYS)
     def drop(self, key: str) -> None:

@@ -37,6 +37,8 @@ def take_statistics(ledger: Ledger, capacity_bytes: int) -> CacheStatistics:
         quarantined=len(quarantined),
         quarantined_bytes=_sum_bytes(quarantined),
         forgotten=counters.forgotten,
+        policy=ledger.policy.name,
+        queues=ledger.policy.queues(),
         arena=ledger.arena.statistics(),
     )
 
@@ -57,6 +59,7 @@ def check_ledger(ledger: Ledger) -> None:
         _require(entry.state in _PENDING_STATES, f"a pending extent is {entry.state.value}")
     for entry in ledger.withdrawn:
         _require(entry.state is EntryState.WITHDRAWN and entry.holders > 0, "a withdrawn entry nobody holds")
+    ledger.policy.check_integrity(ledger.visible)
     extents = ledger.arena.statistics()
     taken = [entry for entry in everything if entry.extent.nbytes]
     idle = [entry for entry in ledger.visible.values() if not entry.holders]

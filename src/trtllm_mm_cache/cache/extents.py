@@ -99,36 +99,36 @@ class ExtentMap:
         if self._extents.get(extent.offset) != extent:
             raise IntegrityError(f"the extent at {extent.offset} of {extent.nbytes} bytes is not allocated")
         self._remove_extent(extent)
-        start, end = extent.offset, extent.offset + aligned(extent.nbytes)
-        before = self._hole_ends.get(start)
-        if before is not None:
-            self._remove_hole(before)
-            start = before
-        if end in self._hole_starts:
-            end += self._remove_hole(end)
-        self._add_hole(start, end - start)
+        self._give_back(extent.offset, extent.offset + aligned(extent.nbytes))
 
-    def relocate(self, extents: Sequence[Extent], start: int, end: int) -> list[Extent] | None:
-        """Move `extents`, which with holes fill `start` to `end` exactly, so that a hole is left there.
+    def relocate(self, extents: Sequence[Extent], start: int, end: int, nbytes: int) -> list[Extent] | None:
+        """Move `extents`, which with holes fill `start` to `end` exactly, so that `nbytes` fit there.
 
-        Returns the new extents in the order of the old ones, all outside the window, or None, with
-        nothing changed, when the holes outside cannot take them. The caller copies the bytes, before
-        it allocates anything.
+        Returns the new extents in the order of the old ones, none overlapping an old one, or None, with
+        nothing changed, when the holes elsewhere and what is left over here cannot take them. The caller
+        copies the bytes, before it allocates anything.
         """
         window_holes = self._take_holes(start, end)
+        inner_start, inner_end = _narrow(extents, start, end, aligned(nbytes))
+        leftovers = [(start, inner_start - start), (inner_end, end - inner_end)]
+        leftovers = [(offset, size) for offset, size in leftovers if size]
+        for offset, size in leftovers:
+            self._add_hole(offset, size)
         places: dict[Extent, Extent] = {}
         for old in sorted(extents, key=lambda extent: extent.nbytes, reverse=True):
             new = self.allocate(old.nbytes)
             if new is None:
                 for place in places.values():
                     self.free(place)
+                for offset, _ in leftovers:
+                    self._remove_hole(offset)
                 for hole_start, size in window_holes:
                     self._add_hole(hole_start, size)
                 return None
             places[old] = new
         for old in extents:
             self._remove_extent(old)
-        self._add_hole(start, end - start)
+        self._give_back(inner_start, inner_end)
         return [places[old] for old in extents]
 
     @property
@@ -226,6 +226,16 @@ class ExtentMap:
             offset += size
         return taken
 
+    def _give_back(self, start: int, end: int) -> None:
+        """Make `start` to `end` a hole, one with the holes beside it."""
+        before = self._hole_ends.get(start)
+        if before is not None:
+            self._remove_hole(before)
+            start = before
+        if end in self._hole_starts:
+            end += self._remove_hole(end)
+        self._add_hole(start, end - start)
+
     def _remove_extent(self, extent: Extent) -> None:
         size = aligned(extent.nbytes)
         del self._extents[extent.offset]
@@ -243,3 +253,11 @@ class ExtentMap:
         del self._hole_ends[start + size]
         self._holes.remove((size, start))
         return size
+
+
+def _narrow(extents: Sequence[Extent], start: int, end: int, size: int) -> tuple[int, int]:
+    """Return the part of a window that keeps all of `extents` in `size` bytes or more, at either end of it."""
+    first = min((extent.offset for extent in extents), default=end)
+    last = max((extent.offset + aligned(extent.nbytes) for extent in extents), default=start)
+    right, left = min(first, end - size), max(last, start + size)
+    return (right, end) if right - start > end - left else (start, left)

@@ -7,7 +7,6 @@ An operation begins with `begin`, so that what was let go since the last one cou
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from trtllm_mm_cache.cache.entry import CachedEmbedding, Details, Entry, EntrySt
 from trtllm_mm_cache.cache.extents import Extent
 from trtllm_mm_cache.cache.guard import Guard
 from trtllm_mm_cache.cache.holds import Hold, HoldRegistry
+from trtllm_mm_cache.cache.policy import EvictionPolicy
 from trtllm_mm_cache.errors import IntegrityError
 
 logger = logging.getLogger(__name__)
@@ -38,19 +38,20 @@ class Counters:
 
 
 class Ledger:
-    """Entries of one arena. `budget_bytes` bounds the sum of all extents' sizes.
+    """Entries of one arena. `budget_bytes` bounds the sum of all extents' sizes, `policy` orders `visible`.
 
-    An entry is in one of `visible` (least recently used first), `pending` (reserved or quarantined) and
+    An entry is in one of `visible`, `pending` (reserved or quarantined) and
     `withdrawn` (invisible, still held); `leased` is the part of `visible` that somebody holds, and
     `idle_bytes` the size of the rest of it. With `retain` False an entry that nobody holds is withdrawn.
     """
 
-    def __init__(self, arena: Arena, *, budget_bytes: int, retain: bool) -> None:
+    def __init__(self, arena: Arena, policy: EvictionPolicy, *, budget_bytes: int, retain: bool) -> None:
         self.guard = Guard()
         self.arena = arena
+        self.policy = policy
         self.budget_bytes = budget_bytes
         self.retain = retain
-        self.visible: OrderedDict[str, Entry] = OrderedDict()
+        self.visible: dict[str, Entry] = {}
         self.leased: set[Entry] = set()
         self.pending: set[Entry] = set()
         self.withdrawn: set[Entry] = set()
@@ -167,25 +168,33 @@ class Ledger:
         if replaced is not None:
             self.withdraw(replaced)
         self.visible[entry.key] = entry
+        self.policy.admit(entry)
         self.leased.add(entry)
         self.visible_bytes += entry.extent.nbytes
         return replaced is not None
 
     def look_up(self, key: str) -> Entry | None:
-        """Count a hit or a miss; a hit becomes the most recently used entry."""
+        """Count a hit or a miss; a hit is a use for the eviction policy."""
         entry = self.visible.get(key)
         if entry is None:
             self.counters.misses += 1
             return None
         self.counters.hits += 1
         self.counters.hit_bytes += entry.extent.nbytes
-        self.visible.move_to_end(key)
+        self.policy.touch(entry)
         return entry
 
-    def withdraw(self, entry: Entry) -> None:
+    def evict(self, entry: Entry) -> None:
+        """Withdraw an entry for want of room."""
+        self.counters.evictions += 1
+        self.counters.evicted_bytes += entry.extent.nbytes
+        self.withdraw(entry, evicted=True)
+
+    def withdraw(self, entry: Entry, *, evicted: bool = False) -> None:
         """Hide a visible entry; its bytes are free when nobody holds it."""
         entry.advance("withdraw")
         del self.visible[entry.key]
+        self.policy.forget(entry, evicted=evicted)
         self.visible_bytes -= entry.extent.nbytes
         if entry.holders:
             self.leased.discard(entry)

@@ -1,4 +1,4 @@
-"""The cache manager: embeddings by key, in one arena, least recently used ones evicted.
+"""The cache manager: embeddings by key, in one arena, evicted by a policy (least recently used first).
 
 Two faces on the same entries. The one that Dynamo users know (`get`, `set`, `set_with_delta`,
 `make_room_for`, `keys`, `stats`) copies a tensor in and gives views out. The other writes in place:
@@ -24,6 +24,8 @@ from trtllm_mm_cache.cache.entry import (
 )
 from trtllm_mm_cache.cache.lease import Lease
 from trtllm_mm_cache.cache.ledger import Ledger
+from trtllm_mm_cache.cache.lru import LruPolicy
+from trtllm_mm_cache.cache.policy import EvictionPolicy
 from trtllm_mm_cache.cache.reservation import Reservation
 from trtllm_mm_cache.cache.room import make_room
 from trtllm_mm_cache.cache.statistics import CacheStatistics
@@ -50,24 +52,33 @@ _SMALL_PADDING_BYTES = 1024 * ALIGNMENT
 
 
 class MultimodalEmbeddingCacheManager:
-    """A byte-bounded LRU cache of embeddings in shared memory. Thread-safe, never blocks on room.
+    """A byte-bounded cache of embeddings in shared memory. Thread-safe, never blocks on room.
 
     `capacity_bytes` bounds the sum of the tensors' bytes, held, reserved and quarantined ones included;
     all of it is committed when the constructor returns. With `capacity_bytes` 0 nothing is retained:
     `set` refuses, and an entry that came in by `reserve` and `commit` goes when nobody holds it;
-    `transfer_bytes` is the size of the arena for that and means nothing otherwise.
+    `transfer_bytes` is the size of the arena for that and means nothing otherwise. `policy` says what is
+    evicted: least recently used entries first, or another from `policy.make_policy`, for this cache alone.
 
     What somebody holds (a lease, a reservation, a tensor or anything derived from it without a copy)
     is neither evicted nor rewritten; eviction passes over it. Raises `SharedMemoryError`.
     """
 
-    def __init__(self, capacity_bytes: int, *, transfer_bytes: int = 0, prefault: bool = True) -> None:
+    def __init__(
+        self,
+        capacity_bytes: int,
+        *,
+        transfer_bytes: int = 0,
+        prefault: bool = True,
+        policy: EvictionPolicy | None = None,
+    ) -> None:
         self._capacity = capacity_bytes
         budget = capacity_bytes if capacity_bytes > 0 else transfer_bytes
         padding = _SMALL_PADDING_BYTES if budget < _SMALL_CAPACITY_BYTES else 0
         # Without a transfer arena, capacity 0 is Dynamo's: it retains, but only tensors of 0 bytes.
         retain = capacity_bytes > 0 or transfer_bytes <= 0
-        self._ledger = Ledger(Arena(budget + padding, prefault=prefault), budget_bytes=budget, retain=retain)
+        arena = Arena(budget + padding, prefault=prefault)
+        self._ledger = Ledger(arena, policy or LruPolicy(), budget_bytes=budget, retain=retain)
         logger.info("embedding cache: capacity %d bytes, arena %d bytes", capacity_bytes, budget + padding)
 
     @property
@@ -88,7 +99,7 @@ class MultimodalEmbeddingCacheManager:
     # -- in place --------------------------------------------------------------------------------
 
     def lease(self, key: str) -> Lease | None:
-        """Return a lease on the entry, or None. Counts a hit or a miss; a hit becomes most recently used."""
+        """Return a lease on the entry, or None. Counts a hit or a miss; a hit is a use of the entry."""
         ledger = self._ledger
         with ledger.guard:
             ledger.begin()
@@ -140,7 +151,7 @@ class MultimodalEmbeddingCacheManager:
     # -- as in Dynamo ----------------------------------------------------------------------------
 
     def get(self, key: str) -> CachedEmbedding | None:
-        """Return the embedding, or None. Counts a hit or a miss; a hit becomes most recently used.
+        """Return the embedding, or None. Counts a hit or a miss; a hit is a use of the entry.
 
         The tensor is a view into the arena that pins the entry while it has an alias. Do not write to it.
         """
@@ -157,10 +168,10 @@ class MultimodalEmbeddingCacheManager:
     def set_with_delta(self, key: str, entry: CachedEmbedding) -> CacheMutation:
         """Store a copy of `entry` and say which keys came and went.
 
-        An entry under `key` is replaced, which is no eviction; then least recently used entries are
-        evicted until it fits. Not stored are tensors larger than the capacity, and, unlike in Dynamo,
-        tensors for which held entries leave no room: then nothing changes. Blocks for the copy.
-        Raises `AssertionError` for a tensor that is not contiguous, as Dynamo does.
+        An entry under `key` is replaced, which is no eviction; then entries that nobody holds are evicted
+        in the policy's order until it fits. Not stored are tensors larger than the capacity, and, unlike
+        in Dynamo, tensors for which held entries leave no room: then nothing changes. Blocks for the
+        copy. Raises `AssertionError` for a tensor that is not contiguous, as Dynamo does.
         """
         tensor = entry.tensor.detach()
         nbytes = _tensor_bytes(tensor)
@@ -212,10 +223,10 @@ class MultimodalEmbeddingCacheManager:
                 return CacheReservation(False, [])
 
     def keys(self) -> list[str]:
-        """Return the keys, least recently used first."""
+        """Return the keys in the order of eviction, were none used any more: least recently used first."""
         with self._ledger.guard:
             self._ledger.begin()
-            return list(self._ledger.visible)
+            return [entry.key for entry in self._ledger.policy.entries()]
 
     @property
     def stats(self) -> dict[str, Any]:

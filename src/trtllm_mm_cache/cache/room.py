@@ -1,7 +1,7 @@
 """Making room: what to evict and what to move so that an extent can be allocated.
 
-1. Least recently used entries that nobody holds go until the bytes fit: the entries an LRU cache without
-   fragmentation would evict, and no others.
+1. The eviction policy's victims go until the bytes fit: the entries that a cache without fragmentation
+   would evict, and no others.
 2. If the bytes fit but no hole does, the entries between some holes are moved elsewhere. That copies at
    most as many bytes as the new entry has (or 1 MiB, which takes 0.1 ms).
 3. If that is not possible, one more is evicted and 2 is tried again; when such evictions have freed as
@@ -31,7 +31,7 @@ def make_room(ledger: Ledger, nbytes: int, *, instead_of: Entry | None = None) -
     evicted: list[str] = []
     extents = ledger.arena.extents
     while extents.used_bytes + nbytes > ledger.budget_bytes:
-        evicted.append(_evict(ledger, _oldest_idle(ledger)))
+        evicted.append(_evict_one(ledger))
     before = ledger.counters.evicted_bytes
     while extents.largest_hole_bytes < aligned(nbytes):
         if _move_aside(ledger, nbytes):
@@ -39,7 +39,7 @@ def make_room(ledger: Ledger, nbytes: int, *, instead_of: Entry | None = None) -
         if ledger.counters.evicted_bytes - before >= nbytes and (keys := _evict_window(ledger, nbytes)):
             evicted += keys
             continue
-        evicted.append(_evict(ledger, _oldest_idle(ledger)))
+        evicted.append(_evict_one(ledger))
     return evicted
 
 
@@ -78,17 +78,11 @@ def _longest_run_takes(ledger: Ledger, nbytes: int) -> bool:
     return capacity - end >= need
 
 
-def _oldest_idle(ledger: Ledger) -> Entry:
-    for entry in ledger.visible.values():
-        if not entry.holders:
-            return entry
-    raise IntegrityError("nothing is left to evict although there was room to make")
-
-
-def _evict(ledger: Ledger, entry: Entry) -> str:
-    ledger.withdraw(entry)
-    ledger.counters.evictions += 1
-    ledger.counters.evicted_bytes += entry.extent.nbytes
+def _evict_one(ledger: Ledger) -> str:
+    entry = ledger.policy.victim()
+    if entry is None:
+        raise IntegrityError("nothing is left to evict although there was room to make")
+    ledger.evict(entry)
     return entry.key
 
 
@@ -101,7 +95,7 @@ def _move_aside(ledger: Ledger, nbytes: int) -> bool:
     for window in cheapest_windows(extents, nbytes, lambda extent: _is_idle(ledger, extent)):
         if window.nbytes > limit:
             return False
-        places = extents.relocate(window.extents, window.start, window.end)
+        places = extents.relocate(window.extents, window.start, window.end, nbytes)
         if places is not None:
             for old, new in zip(window.extents, places, strict=True):
                 ledger.move(ledger.at[old.offset], new)
@@ -114,7 +108,10 @@ def _move_aside(ledger: Ledger, nbytes: int) -> bool:
 def _evict_window(ledger: Ledger, nbytes: int) -> list[str]:
     """Make a hole of `nbytes` bytes by evicting what is between some holes; none when all are blocked."""
     for window in cheapest_windows(ledger.arena.extents, nbytes, lambda extent: _is_idle(ledger, extent)):
-        return [_evict(ledger, ledger.at[extent.offset]) for extent in window.extents]
+        evicted = [ledger.at[extent.offset] for extent in window.extents]
+        for entry in evicted:
+            ledger.evict(entry)
+        return [entry.key for entry in evicted]
     return []
 
 

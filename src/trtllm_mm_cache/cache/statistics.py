@@ -8,13 +8,22 @@ from trtllm_mm_cache.cache.extents import ExtentStatistics
 
 
 @dataclass(frozen=True, slots=True)
+class QueueStatistics:
+    """One queue of the eviction policy. Ghosts are keys of evicted entries: they count bytes, hold none."""
+
+    name: str
+    entries: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class CacheStatistics:
     """A consistent snapshot. Sizes in bytes of tensors, without alignment padding.
 
     `entries`/`current_bytes` count what look-ups find, `leased_*` the part of it that somebody holds,
     `withdrawn_*` what nobody finds any more but somebody still holds. Hits, misses, evictions, moves (of
     entries, to make a hole) and their bytes count since the start, as does `forgotten`: reservations
-    that were garbage-collected open.
+    that were garbage-collected open. `queues` are those of the eviction policy named `policy`.
     """
 
     entries: int
@@ -36,6 +45,8 @@ class CacheStatistics:
     quarantined: int
     quarantined_bytes: int
     forgotten: int
+    policy: str
+    queues: tuple[QueueStatistics, ...]
     arena: ExtentStatistics
 
     @property

@@ -20,6 +20,7 @@ from dynamo.runtime import Context
 
 from trtllm_mm_cache.cache.flight import SingleFlight
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
+from trtllm_mm_cache.cache.policy import make_policy
 from trtllm_mm_cache.config import GB, MB, EncodeSettings
 from trtllm_mm_cache.engines.base import EncodeItem, VisionEncoder
 from trtllm_mm_cache.engines.registry import load_engine
@@ -68,7 +69,8 @@ async def _serve(settings: EncodeSettings) -> None:
         engine.load_vision_encoder, Path(model_path), settings.extra_engine_args
     )
     capacity = int(settings.multimodal_embedding_cache_capacity_gb * GB)
-    manager = await asyncio.to_thread(MultimodalEmbeddingCacheManager, capacity)
+    policy = make_policy(settings.multimodal_embedding_cache_policy, capacity)
+    manager = await asyncio.to_thread(MultimodalEmbeddingCacheManager, capacity, policy=policy)
     agent = await TransferAgent.start()
     await agent.register(manager.arena.base_address, manager.arena.capacity_bytes)
     exporter = Exporter(agent, lease_timeout_s=settings.lease_timeout_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
+from trtllm_mm_cache.cache.policy import make_policy
 from trtllm_mm_cache.config import GB, MB, PdSettings
 from trtllm_mm_cache.transfer import Reader, TransferAgent
 
@@ -36,9 +37,10 @@ class PdMemory:
         transit = await asyncio.to_thread(
             MultimodalEmbeddingCacheManager, 0, transfer_bytes=int(settings.transfer_arena_mb * MB)
         )
-        cache = (
-            await asyncio.to_thread(MultimodalEmbeddingCacheManager, capacity) if capacity > 0 else transit
-        )
+        cache = transit
+        if capacity > 0:
+            policy = make_policy(settings.multimodal_embedding_cache_policy, capacity)
+            cache = await asyncio.to_thread(MultimodalEmbeddingCacheManager, capacity, policy=policy)
         agent = await TransferAgent.start()
         for manager in {cache, transit}:
             await agent.register(manager.arena.base_address, manager.arena.capacity_bytes)
