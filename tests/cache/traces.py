@@ -1,0 +1,64 @@
+"""Request traces: who is asked for, and how large it is. The same seed gives the same trace."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+
+Trace = list[tuple[int, int]]
+"""Object numbers and their sizes in bytes, in the order of the requests."""
+
+
+def _size(source: random.Random) -> int:
+    """From 1 to 32 KiB, log-uniform: the spread of dynamic-resolution models, some 300 times smaller."""
+    return round(2 ** source.uniform(10, 15)) // 64 * 64
+
+
+def _sized(source: random.Random, objects: Iterator[int], length: int) -> Trace:
+    sizes: dict[int, int] = {}
+    return [
+        (item, sizes[item] if item in sizes else sizes.setdefault(item, _size(source)))
+        for item in itertools.islice(objects, length)
+    ]
+
+
+def _ranks(source: random.Random, count: int, alpha: float) -> Iterator[int]:
+    weights = [1 / (rank + 1) ** alpha for rank in range(count)]
+    cumulated = list(itertools.accumulate(weights))
+    while True:
+        yield source.choices(range(count), cum_weights=cumulated)[0]
+
+
+def zipf(seed: int, length: int) -> Trace:
+    """The same pictures are popular all the time."""
+    source = random.Random(seed)
+    return _sized(source, _ranks(source, 4000, 0.9), length)
+
+
+def scan_polluted(seed: int, length: int) -> Trace:
+    """As `zipf`, but every 500 requests somebody goes through 300 pictures that nobody asks for again."""
+    source = random.Random(seed)
+
+    def objects() -> Iterator[int]:
+        once = itertools.count(1_000_000)
+        popular = _ranks(source, 4000, 0.9)
+        while True:
+            yield from itertools.islice(popular, 500)
+            yield from itertools.islice(once, 300)
+
+    return _sized(source, objects(), length)
+
+
+def shifting(seed: int, length: int) -> Trace:
+    """What is popular changes: the ranks move on by one object every 10 requests."""
+    source = random.Random(seed)
+    objects = ((rank + number // 10) % 4000 for number, rank in enumerate(_ranks(source, 4000, 0.9)))
+    return _sized(source, objects, length)
+
+
+TRACES: dict[str, Callable[[int, int], Trace]] = {
+    "zipf": zipf,
+    "scan-polluted": scan_polluted,
+    "shifting": shifting,
+}
