@@ -179,6 +179,13 @@ done
 
 ranks=()
 if ((${PD_RANKS:-1} > 1)); then
+    if [[ $engine == trtllm ]]; then
+        # trtllm-llmapi-launch expands its command unquoted: a shell splits and globs it a second time.
+        for argument in "$python" "$model" "$name" "$pd_args" "${ALLOWED_LOCAL_MEDIA_PATH:-}" "$@"; do
+            [[ $argument != *[[:space:]\'\"\\*?[]* ]] ||
+                die "'$argument' would not survive trtllm-llmapi-launch: with PD_RANKS use no spaces, quotes, backslashes or * ? ["
+        done
+    fi
     command -v mpirun >/dev/null || die "PD_RANKS=$PD_RANKS needs mpirun: pip install -e '${root}[mpi]'"
     # Without --bind-to none mpirun holds all threads of a rank to one core.
     ranks=(mpirun -n "$PD_RANKS" --bind-to none)

@@ -8,6 +8,8 @@ tiny Qwen2.5-VL, and what it must answer is what Hugging Face's `generate(pixel_
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from PIL import Image
 from tools.tiny_models import make_tiny_model
 
 from tests.e2e.conftest import generate_answer
-from tests.e2e.stack import REPOSITORY, Stack, launched, message, new_picture, wait_until
+from tests.e2e.stack import REPOSITORY, Stack, free_port, launched, message, new_picture, wait_until
 from tests.engines.contract import chat_case
 
 QUESTION = "What is this?"
@@ -153,3 +155,33 @@ def test_the_logs_say_how_embeddings_reach_the_engine_and_warn_of_nothing(stack:
     log = pd.log.read_text()
     assert "by handle, keyed by their content; KV block reuse is on" in log
     assert "outside the releases" not in log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [([], {"SERVED_MODEL_NAME": "my model"}), (["--allowed-local-media-path", "/data/*"], {})],
+    ids=["space", "star"],
+)
+def test_several_ranks_refuse_arguments_that_the_mpi_launcher_would_split(
+    tmp_path: Path, model_dir: Path, arguments: list[str], environment: dict[str, str]
+) -> None:
+    variables = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join([str(PEER), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "RUN_DIR": str(tmp_path),
+        "DYN_HTTP_PORT": str(free_port()),
+        "ENGINE": "trtllm",
+        "PD_RANKS": "2",
+        "MODEL_PATH": str(model_dir),
+        **environment,
+    }
+    ended = subprocess.run(
+        [str(REPOSITORY / "launch/disagg_e_pd.sh"), *arguments],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert "would not survive trtllm-llmapi-launch" in ended.stderr

@@ -29,17 +29,21 @@ class ModelLayout:
 
     @classmethod
     def of(cls, config: Any) -> ModelLayout:
-        """Read a Hugging Face configuration. Raises `ConfigurationError` when it lacks the image token."""
+        """Read a Hugging Face configuration. Raises `ConfigurationError` when it is a part of one only."""
         text = getattr(config, "text_config", config)
         image_token_id = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
-        if image_token_id is None:
-            raise ConfigurationError("the model's configuration names no image token")
-        levels = len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())
+        vision = getattr(config, "vision_config", None)
+        if image_token_id is None or vision is None:
+            raise ConfigurationError(
+                "TensorRT-LLM's input processor has no configuration of the whole model: this release is not "
+                "one that the engine was written for"
+            )
+        levels = len(getattr(vision, "deepstack_visual_indexes", None) or ())
         return cls(
             width=text.hidden_size * (1 + levels),
             image_token_id=image_token_id,
             video_token_id=getattr(config, "video_token_id", None),
-            merge_size=getattr(config.vision_config, "spatial_merge_size", 1),
+            merge_size=getattr(vision, "spatial_merge_size", 1),
             context=text.max_position_embeddings,
         )
 
