@@ -256,7 +256,7 @@ class ExtentMap:
 
 
 def _narrow(extents: Sequence[Extent], start: int, end: int, size: int) -> tuple[int, int]:
-    """Return the part of a window that keeps all of `extents` in `size` bytes or more, at either end of it."""
+    """Return the part of a window, at either end of it, that has `size` bytes and all of `extents`."""
     first = min((extent.offset for extent in extents), default=end)
     last = max((extent.offset + aligned(extent.nbytes) for extent in extents), default=start)
     right, left = min(first, end - size), max(last, start + size)
