@@ -154,6 +154,11 @@ class PdWorker:
             self._errors[error.code] += 1
             logger.warning("request %s: %s: %s", context.id(), error.code, error, exc_info=error.__cause__)
             raise as_dynamo_error(error) from error
+        except Exception as error:
+            # An engine may raise anything; its text may hold paths and addresses, so the log alone gets it.
+            self._errors[MmCacheError.code] += 1
+            logger.exception("request %s: the engine failed", context.id())
+            raise as_dynamo_error(MmCacheError("the engine failed on this request")) from error
 
     def readings(self) -> Iterable[Reading]:
         """Yield the metrics of this moment."""
