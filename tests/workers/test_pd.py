@@ -1,0 +1,112 @@
+"""The PD worker's handler around the engine: what it streams, and what an engine's failure comes to."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+import pytest
+from dynamo.llm.exceptions import HttpError, InvalidArgument
+from dynamo.runtime import Context
+
+from tests.workers.conftest import Bench, picture
+from trtllm_mm_cache.cache.manager import Lease
+from trtllm_mm_cache.config import PdSettings
+from trtllm_mm_cache.engines.base import GenerationRequest, TokenDelta
+from trtllm_mm_cache.errors import EncodeUnavailableError
+from trtllm_mm_cache.workers.memory import PdMemory
+from trtllm_mm_cache.workers.pd import PdWorker
+
+
+class PeerGenerator:
+    """A generator on the engine's own interface: counts to three, or fails as an engine might."""
+
+    fingerprint = "ab" * 32
+
+    def __init__(self) -> None:
+        self.failure: Exception | None = None
+        self.held: list[int] = []
+
+    def variant(self, image_count: int) -> str:
+        return ""
+
+    async def generate(
+        self, request: GenerationRequest, leases: Sequence[Lease]
+    ) -> AsyncGenerator[TokenDelta, None]:
+        self.held = [lease.nbytes for lease in leases if not lease.released]
+        yield TokenDelta((1,), 10)
+        if self.failure is not None:
+            raise self.failure
+        yield TokenDelta((2, 3), 10, "stop")
+
+    async def close(self) -> None:
+        """Nothing to free."""
+
+
+@pytest.fixture
+def generator() -> PeerGenerator:
+    return PeerGenerator()
+
+
+@pytest.fixture
+def worker(bench: Bench, generator: PeerGenerator) -> PdWorker:
+    memory = PdMemory(bench.cache, bench.transit, bench.peer.agent, bench.reader)
+    return PdWorker(generator, bench.resolver, memory, PdSettings(model_path="m"))
+
+
+def request(*references: str) -> dict[str, Any]:
+    return {"token_ids": [1], "multi_modal_data": {"image_url": [{"Url": url} for url in references]}}
+
+
+async def run(worker: PdWorker, payload: Any) -> list[dict[str, Any]]:
+    return [output async for output in worker.handle(payload, Context())]
+
+
+def errors(worker: PdWorker) -> dict[str, float]:
+    return {
+        dict(reading.labels)["code"]: reading.value
+        for reading in worker.readings()
+        if reading.name == "trtllm_mm_cache_errors"
+    }
+
+
+async def test_tokens_and_usage_are_streamed_while_the_leases_are_held(
+    worker: PdWorker, generator: PeerGenerator, bench: Bench
+) -> None:
+    outputs = await run(worker, request(picture(), picture()))
+    assert [output["token_ids"] for output in outputs] == [[1], [2, 3]]
+    assert outputs[-1]["finish_reason"] == "stop"
+    assert outputs[-1]["completion_usage"] == {
+        "prompt_tokens": 10,
+        "completion_tokens": 3,
+        "total_tokens": 13,
+    }
+    assert len(generator.held) == 2
+    await bench.nothing_held()
+
+
+async def test_an_engines_own_failure_is_a_500_whose_text_stays_in_the_log(
+    worker: PdWorker, generator: PeerGenerator, bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    generator.failure = RuntimeError("CUDA error at /secret/path.cu")
+    with caplog.at_level(logging.ERROR), pytest.raises(HttpError) as caught:
+        await run(worker, request(picture()))
+    assert caught.value.code == 500
+    assert "secret" not in str(caught.value)
+    assert "/secret/path.cu" in caplog.text
+    assert errors(worker) == {"internal_error": 1}
+    await bench.nothing_held()
+
+
+async def test_a_clients_mistake_is_an_invalid_argument(worker: PdWorker) -> None:
+    with pytest.raises(InvalidArgument, match=r"image 1: .* \[media_reference\]"):
+        await run(worker, request("gopher://x"))
+    assert errors(worker) == {"media_reference": 1}
+
+
+async def test_no_encode_worker_is_a_503_and_never_a_504(worker: PdWorker, bench: Bench) -> None:
+    bench.peer.changes = [EncodeUnavailableError("gone"), EncodeUnavailableError("gone")]
+    with pytest.raises(HttpError) as caught:
+        await run(worker, request(picture()))
+    assert caught.value.code == 503
