@@ -7,6 +7,7 @@ hole is, and takes them back.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 
 import numpy as np
@@ -16,6 +17,11 @@ import torch
 from trtllm_mm_cache.cache.extents import ALIGNMENT, Extent, ExtentMap, ExtentStatistics, aligned
 from trtllm_mm_cache.cache.shared_region import create_shared_storage
 from trtllm_mm_cache.errors import IntegrityError
+
+# Called through CDLL, it runs without the GIL.
+_memmove = ctypes.CDLL(None).memmove
+_memmove.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_memmove.restype = ctypes.c_void_p
 
 logger = logging.getLogger(__name__)
 
@@ -105,12 +111,14 @@ class Arena:
             raise _closed()
         if extent.nbytes == 0:
             return
-        source = tensor.detach().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
-        target = self._array[extent.offset : extent.offset + extent.nbytes]
+        source = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        if source.numel() * source.element_size() != extent.nbytes:
+            raise IntegrityError(f"{list(source.shape)} of {source.dtype} for {extent.nbytes} bytes")
         if source.device.type == "cpu":
-            np.copyto(target, source.numpy())
+            _memmove(self._base_address + extent.offset, source.data_ptr(), extent.nbytes)
         else:
-            torch.from_numpy(target).copy_(source)
+            target = torch.from_numpy(self._array[extent.offset : extent.offset + extent.nbytes])
+            target.copy_(source.reshape(-1).view(torch.uint8))
 
     def copy(self, source: Extent, target: Extent) -> None:
         """Copy the bytes of one extent to another of the same size. Releases the GIL."""
