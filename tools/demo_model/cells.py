@@ -14,35 +14,34 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
 
-from .pictures import COLOURS, SHAPES, Scene
-from .questions import PLACE_WORDS, place
+from .pictures import Scene
+from .questions import place
 
 
-class CellWords:
-    """Knows the tokens of each cell's words, as they stand at the start of a text and inside it."""
+class WordTokens:
+    """Knows the tokens of words, as they stand at the start of a text and inside it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        words = (*COLOURS, *SHAPES, *PLACE_WORDS, "nothing", *map(str, range(10)))
-        self._tokens = {word: _forms(tokenizer, word) for word in words}
+        self._tokenizer = tokenizer
+        self._tokens: dict[str, list[int]] = {}
 
-    def labels(self, scenes: Sequence[Scene]) -> torch.Tensor:
-        """Return `[cells, words]`: token ids for each cell in reading order, padded with -1."""
-        cells = [self._cell(words) for scene in scenes for words in _words(scene)]
-        return torch.tensor(list(zip(*itertools.zip_longest(*cells, fillvalue=-1), strict=True)))
+    def labels(self, texts: Sequence[Sequence[str]]) -> torch.Tensor:
+        """Return `[texts, tokens]`: the tokens of each text's words, padded with -1."""
+        rows = [[token for word in text for token in self._of(word)] for text in texts]
+        return torch.tensor(list(zip(*itertools.zip_longest(*rows, fillvalue=-1), strict=True)))
 
-    def _cell(self, words: Sequence[str]) -> list[int]:
-        return [token for word in words for token in self._tokens[word]]
+    def _of(self, word: str) -> list[int]:
+        if word not in self._tokens:
+            forms = (
+                self._tokenizer(form, add_special_tokens=False)["input_ids"] for form in (word, f" {word}")
+            )
+            self._tokens[word] = [form[0] for form in forms if len(form) == 1]
+            if not self._tokens[word]:
+                raise ValueError(f"the tokenizer splits {word!r}")
+        return self._tokens[word]
 
 
-def _forms(tokenizer: PreTrainedTokenizerFast, word: str) -> list[int]:
-    forms = [word] if word.isdigit() else [word, f" {word}"]
-    tokens = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms]
-    if any(len(form) != 1 for form in tokens):
-        raise ValueError(f"the tokenizer splits {word!r}")
-    return [form[0] for form in tokens]
-
-
-def _words(scene: Scene) -> list[list[str]]:
+def words_of_cells(scene: Scene) -> list[list[str]]:
     """Return the words of each cell, in reading order: content and place."""
     contents = {(figure.row, figure.column): [figure.colour, figure.shape] for figure in scene.figures}
     if (number := scene.number) is not None:
@@ -55,14 +54,14 @@ def _words(scene: Scene) -> list[list[str]]:
     ]
 
 
-def cell_loss(
-    model: Qwen2VLForConditionalGeneration, image_tokens: torch.Tensor, labels: torch.Tensor
+def reading_loss(
+    model: Qwen2VLForConditionalGeneration, hidden: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
-    """Return how badly `image_tokens` `[cells, hidden]` read as their words.
+    """Return how badly `hidden` `[texts, hidden]` read as the words of `labels`, see `WordTokens.labels`.
 
-    At best it is the mean of the log of how many words a cell has.
+    At best it is the mean of the log of how many tokens a text has.
     """
-    logits = model.lm_head(model.model.language_model.norm(image_tokens))
+    logits = model.lm_head(model.model.language_model.norm(hidden))
     wanted = labels >= 0
     found = logits.log_softmax(-1).gather(1, labels.clamp(min=0))
     return -(found * wanted).sum() / wanted.sum()

@@ -6,6 +6,8 @@ go through together, several times faster on a CPU. `tests/demo_model` holds bot
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch.nn import functional
 from transformers import Qwen2VLForConditionalGeneration
@@ -56,17 +58,33 @@ def encode_all(model: Qwen2VLForConditionalGeneration, pictures: Pictures) -> to
     return torch.cat([tokens.flatten(0, 1) for tokens in encoded])
 
 
-def answer_logits(
-    model: Qwen2VLForConditionalGeneration, batch: Batch, image_tokens: torch.Tensor
-) -> torch.Tensor:
-    """Return `[answer tokens, vocabulary]`: the logits at `batch.predict_at` over `encode_all`'s result."""
+@dataclass(frozen=True)
+class Read:
+    """What the decoder makes of a batch.
+
+    `logits` `[answer tokens, vocabulary]` at `Batch.predict_at`; `half_way` `[hints, hidden]`: the residual
+    stream at `Batch.hint_at` after half of the layers; `early` `[image tokens of pairs, hidden]`: at
+    `Batch.ordinal_at` after the first layer.
+    """
+
+    logits: torch.Tensor
+    half_way: torch.Tensor
+    early: torch.Tensor
+
+
+def read(model: Qwen2VLForConditionalGeneration, batch: Batch, image_tokens: torch.Tensor) -> Read:
+    """Run the decoder over `batch` and `encode_all`'s result for its pictures."""
     language = model.model.language_model
     words = language.embed_tokens(batch.token_ids)
     seen = image_tokens[batch.image_tokens.clamp(min=0)]
-    hidden = language(
+    output = language(
         inputs_embeds=torch.where(batch.image_tokens[..., None] >= 0, seen, words),
         position_ids=batch.positions,
         attention_mask=batch.mask,
         use_cache=False,
-    ).last_hidden_state
-    return model.lm_head(hidden.flatten(0, 1)[batch.predict_at])
+        output_hidden_states=True,
+    )
+    half_way = output.hidden_states[len(language.layers) // 2].flatten(0, 1)
+    early = output.hidden_states[1].flatten(0, 1)
+    last = output.last_hidden_state.flatten(0, 1)
+    return Read(model.lm_head(last[batch.predict_at]), half_way[batch.hint_at], early[batch.ordinal_at])

@@ -18,10 +18,11 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from .cells import cell_loss
-from .data import Batch, BatchMaker, BatchShape, Pictures
+from .cells import reading_loss
+from .data import HARD_KINDS, SINGLE_KINDS, Batch, BatchMaker, BatchShape, Pictures
 from .model import make_config, new_model
-from .tower import answer_logits, encode_all
+from .neighbours import NeighbourProbe
+from .tower import encode_all, read
 
 _SAVE_EVERY = 50
 _REPORT_EVERY = 100
@@ -34,10 +35,14 @@ class Plan:
     seed: int
     steps: int
     seeing: int = 250
-    fall: int = 800
+    ordinals_from: int = 1700
+    hard_from: int = 2100
+    neighbours_from: int = 2550
+    fall: int = 2100
     warm_up: int = 30
     rate: float = 2e-3
-    reading_weight: float = 0.1
+    cells_weight: float = 0.1
+    hints_weight: float = 0.3
 
     def rate_factor(self, step: int) -> float:
         """Return what part of the learning rate `step` gets."""
@@ -54,6 +59,8 @@ class Training:
         self._optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=plan.rate, betas=(0.9, 0.98), weight_decay=0.01
         )
+        self._probe = NeighbourProbe(self.model.config.vision_config.hidden_size)
+        self._probe_optimizer = torch.optim.AdamW(self._probe.parameters(), lr=plan.rate)
         self._batches = BatchMaker(tokenizer, plan.seed, BatchShape())
         self._checkpoint = work / "checkpoint.pt"
         self._score = _Score()
@@ -75,28 +82,39 @@ class Training:
                     progress.write(f"step {self.step}: loss {loss:.3f} {self._score.report()}")
 
     def _learn(self, step: int) -> float:
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.plan.rate * self.plan.rate_factor(step)
-        self._optimizer.zero_grad()
+        for optimizer in (self._optimizer, self._probe_optimizer):
+            optimizer.param_groups[0]["lr"] = self.plan.rate * self.plan.rate_factor(step)
+            optimizer.zero_grad()
         loss = self._loss(step)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self._optimizer.step()
+        self._probe_optimizer.step()
         return float(loss.detach())
 
     def _loss(self, step: int) -> torch.Tensor:
         if step < self.plan.seeing:
-            return self.reading_loss(self._batches.pictures(step))
-        batch = self._batches.batch(step)
+            return self.cells_loss(self._batches.pictures(step))
+        kinds = SINGLE_KINDS if step < self.plan.hard_from else HARD_KINDS
+        batch = self._batches.batch(step, kinds)
         tokens = encode_all(self.model, batch.pictures)
-        logits = answer_logits(self.model, batch, tokens)
-        self._score.add(batch, logits)
-        reading = cell_loss(self.model, tokens, batch.pictures.cells)
-        return functional.cross_entropy(logits, batch.targets) + self.plan.reading_weight * reading
+        result = read(self.model, batch, tokens)
+        self._score.add(batch, result.logits)
+        cells = reading_loss(self.model, tokens, batch.pictures.cells)
+        hints = reading_loss(self.model, result.half_way, batch.hint_words)
+        answers = functional.cross_entropy(result.logits, batch.targets)
+        loss = answers + self.plan.cells_weight * cells + self.plan.hints_weight * hints
+        if step >= self.plan.ordinals_from:
+            ordinals = reading_loss(self.model, result.early, batch.ordinal_words)
+            loss = loss + self.plan.hints_weight * ordinals
+        if step >= self.plan.neighbours_from:
+            neighbours = self._probe.loss(self.model, tokens, batch.pictures.neighbours)
+            loss = loss + self.plan.cells_weight * neighbours
+        return loss
 
-    def reading_loss(self, pictures: Pictures) -> torch.Tensor:
+    def cells_loss(self, pictures: Pictures) -> torch.Tensor:
         """Return how badly the tower's tokens for `pictures` read as their cells' words."""
-        return cell_loss(self.model, encode_all(self.model, pictures), pictures.cells)
+        return reading_loss(self.model, encode_all(self.model, pictures), pictures.cells)
 
     def _save(self) -> None:
         self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -104,6 +122,8 @@ class Training:
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
+            "probe": self._probe.state_dict(),
+            "probe_optimizer": self._probe_optimizer.state_dict(),
         }
         written = self._checkpoint.with_suffix(".part")
         torch.save(state, written)
@@ -114,6 +134,8 @@ class Training:
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
+        self._probe.load_state_dict(state["probe"])
+        self._probe_optimizer.load_state_dict(state["probe_optimizer"])
 
 
 class _Score:
