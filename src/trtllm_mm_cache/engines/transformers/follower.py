@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import signal
 import sys
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,6 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from trtllm_mm_cache.engines.ranks import Place, place_in_job
 from trtllm_mm_cache.engines.transformers.features import FeatureLayout
-from trtllm_mm_cache.engines.transformers.leader import EXIT_LOST, NOTICE_S
 from trtllm_mm_cache.engines.transformers.loading import first_line, load_text_half, read_config
 from trtllm_mm_cache.engines.transformers.lockstep import (
     FollowedEnd,
@@ -25,11 +21,10 @@ from trtllm_mm_cache.engines.transformers.lockstep import (
     Step,
     Work,
 )
-from trtllm_mm_cache.engines.transformers.rendezvous import meet_leader
+from trtllm_mm_cache.engines.transformers.peers import Peers
+from trtllm_mm_cache.engines.transformers.rendezvous import COLLECTIVE_DEADLINE_S, meet_leader
 from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs
 from trtllm_mm_cache.errors import ConfigurationError
-
-logger = logging.getLogger(__name__)
 
 # mpirun sends every signal to every rank; rank 0 drains and then tells the others that it is over.
 _LEFT_TO_RANK_0 = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -38,19 +33,17 @@ _LEFT_TO_RANK_0 = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class Follower:
     """The language half on one of the ranks, and the arenas of rank 0 that it has opened."""
 
-    def __init__(
-        self, place: Place, connection: Connection, model_path: Path, args: TransformersEngineArgs
-    ) -> None:
+    def __init__(self, place: Place, peers: Peers, model_path: Path, args: TransformersEngineArgs) -> None:
         """Load this rank's share of the model. Raises `ConfigurationError`."""
         config, architecture = read_config(model_path)
-        self._connection = connection
+        self._peers = peers
         self._model: Any = load_text_half(model_path, config, architecture, args, ranks=place.size)
         self._model.generation_config = GenerationConfig()
         self._layout = FeatureLayout.of(config, architecture, args.resolved_embedding_dtype())
         self._arenas = SharedArenas()
 
     def compute(self, work: Work) -> None:
-        """Run one request in step with rank 0. Raises `EOFError` or `OSError` when rank 0 is gone."""
+        """Run one request in step with rank 0."""
         inputs: dict[str, Any] = {name: torch.tensor(value) for name, value in work.numbers.items()}
         if work.images:
             tensors = [self._arenas.tensor(view) for view in work.images]
@@ -64,52 +57,36 @@ class Follower:
         )
 
     def _receive_step(self) -> Step:
-        step: Step = self._connection.recv()
+        step: Step = self._peers.receive(COLLECTIVE_DEADLINE_S)
         return step
 
 
 def follow(args: TransformersEngineArgs) -> None:
     """Compute until rank 0 ends the worker; then the process is to end too. Blocking.
 
-    Raises `ConfigurationError` where rank 0 does. When rank 0 dies, this process ends with status 1.
+    Raises `ConfigurationError` where rank 0 does. When rank 0 is lost, the process ends: see `peers`.
     """
     for number in _LEFT_TO_RANK_0:
         signal.signal(number, signal.SIG_IGN)
     place = place_in_job()
     connection, model_path = meet_leader(place)
-    try:
-        follower = _load(place, connection, model_path, args)
-        _serve(place, follower, connection)
-    except (EOFError, OSError):
-        if place.rank == 1:  # one line is enough
-            logger.critical("rank 0 of %d is gone; all ranks of the PD worker end", place.size)
-        os._exit(EXIT_LOST)
-
-
-def _load(place: Place, connection: Connection, model_path: Path, args: TransformersEngineArgs) -> Follower:
-    """Load and say so. What is wrong here is wrong on rank 0, or is told to it: it alone prints."""
-    try:
-        follower = Follower(place, connection, model_path, args)
-    except ConfigurationError as error:
-        connection.send(Report(f"rank {place.rank}: {error}"))
-        connection.recv()
-        sys.exit(2)
-    connection.send(Report())
-    return follower
-
-
-def _serve(place: Place, follower: Follower, connection: Connection) -> None:
-    while (work := connection.recv()) is not None:
+    peers = Peers(place.rank, {0: connection})
+    follower = _load(place, peers, model_path, args)
+    while (work := peers.receive()) is not None:
         try:
             follower.compute(work)
         except Exception as error:  # noqa: BLE001 - it ends the process
-            _raise_if_closed(connection)
-            logger.critical("rank %d failed: %s: %s", place.rank, type(error).__name__, first_line(error))
-            os._exit(EXIT_LOST)
-        connection.send(Report())
+            peers.fail(f"{type(error).__name__}: {first_line(error)}")
+        peers.send(Report())
 
 
-def _raise_if_closed(connection: Connection) -> None:
-    """Raise `EOFError` when rank 0 is gone: that is why the computation broke off, and comes with it."""
-    while connection.poll(NOTICE_S):
-        connection.recv()
+def _load(place: Place, peers: Peers, model_path: Path, args: TransformersEngineArgs) -> Follower:
+    """Load and say so. What is wrong here is wrong on rank 0, or is told to it: it alone prints."""
+    try:
+        follower = Follower(place, peers, model_path, args)
+    except ConfigurationError as error:
+        peers.send(Report(f"rank {place.rank}: {error}"))
+        peers.receive()
+        sys.exit(2)
+    peers.send(Report())
+    return follower

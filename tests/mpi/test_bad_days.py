@@ -1,0 +1,123 @@
+"""Ranks that die, jobs that are ended, starts that cannot work."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.stack import STOP_TIMEOUT_S, wait_until
+from tests.mpi.jobs import END_TIMEOUT_S, START_TIMEOUT_S, Job, mpirun
+from tests.mpi.scenarios import shared_mappings
+
+
+@pytest.fixture
+def worker(folder: Path, small_model: Path) -> Iterator[Job]:
+    """A real PD worker of two ranks that serves, with nothing to do."""
+    with mpirun(2, folder, *pd(folder, small_model), DYN_FILE_KV=str(folder / "discovery")) as job:
+        job.wait_for("PD worker ready")
+        yield job
+
+
+@pytest.fixture
+def talker(folder: Path, small_model: Path) -> Iterator[Job]:
+    """Two ranks in the middle of an answer."""
+    with mpirun(2, folder, "-m", "tests.mpi.job", "talk", str(small_model), str(folder)) as job:
+        job.wait_for("busy")
+        yield job
+
+
+def pd(folder: Path, model_dir: Path) -> list[str]:
+    """Return the arguments of a PD worker."""
+    options = {
+        "--model-path": str(model_dir),
+        "--extra-engine-args": str(folder / "pd.yaml"),
+        "--transfer-arena-mb": "8",
+        "--multimodal-embedding-cache-capacity-gb": "0.03125",
+    }
+    return ["-m", "trtllm_mm_cache.cli", "pd", *(part for option in options.items() for part in option)]
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def runs(pid: int) -> bool:
+    """Return whether a process runs; one that only waits for its parent's notice does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def arenas(pids: list[int]) -> set[str]:
+    """Return the files of the arenas that these processes map."""
+    return {file for pid in pids for _, file in shared_mappings(pid)}
+
+
+def assert_nothing_left(pids: list[int], files: set[str]) -> None:
+    """No rank runs, and torch's helper has removed the arenas."""
+    wait_until(lambda: not any(map(runs, pids)), END_TIMEOUT_S, "a rank was left behind")
+    wait_until(lambda: not any(map(os.path.exists, files)), END_TIMEOUT_S, "an arena was left behind")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("state", ["worker", "talker"], ids=["idle", "in-an-answer"])
+def test_a_killed_rank_ends_the_worker(request: pytest.FixtureRequest, state: str, victim: int) -> None:
+    job: Job = request.getfixturevalue(state)
+    pids = job.ranks()
+    files = arenas(pids)
+    assert len(pids) == 2
+    assert files
+    os.kill(pids[victim], signal.SIGKILL)
+    assert job.wait_ended(END_TIMEOUT_S) != 0
+    assert_nothing_left(pids, files)
+    said = [line for line in job.output.splitlines() if "all ranks of the PD worker end" in line]
+    assert len(said) == 1, job.output
+    assert f"rank {victim} is gone" in said[0]
+    assert "Traceback" not in job.output
+
+
+def test_a_rank_that_waits_burns_no_core_and_ctrl_c_ends_all_ranks(worker: Job) -> None:
+    """mpirun kills its ranks half a second after SIGINT, drained or not."""
+    pids = worker.ranks()
+    files = arenas(pids)
+    before, started = cpu_seconds(pids[1]), time.monotonic()
+    wait_until(lambda: time.monotonic() > started + 1, 5, "time stands still")
+    assert cpu_seconds(pids[1]) - before < 0.1
+    worker.process.send_signal(signal.SIGINT)
+    assert worker.wait_ended(END_TIMEOUT_S) != 0
+    assert_nothing_left(pids, files)
+
+
+def test_sigusr1_drains(worker: Job) -> None:
+    pids = worker.ranks()
+    files = arenas(pids)
+    worker.process.send_signal(signal.SIGUSR1)
+    assert worker.wait_ended(STOP_TIMEOUT_S) == 0, worker.output
+    assert_nothing_left(pids, files)
+    assert "PD worker ended" in worker.output
+    assert "gone" not in worker.output
+    assert "Traceback" not in worker.output
+
+
+def test_heads_that_do_not_divide_are_named_once(folder: Path, small_model: Path) -> None:
+    with mpirun(3, folder, *pd(folder, small_model), DYN_FILE_KV=str(folder / "discovery")) as job:
+        assert job.wait_ended(START_TIMEOUT_S) == 2
+    errors = [line for line in job.output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, job.output
+    assert "4 heads (num_attention_heads) cannot be spread evenly over 3 ranks" in errors[0]
+    assert "Traceback" not in job.output
+
+
+def test_ranks_on_two_nodes_are_refused(folder: Path, small_model: Path) -> None:
+    with mpirun(2, folder, "-m", "tests.mpi.job", "two-nodes", str(small_model), str(folder)) as job:
+        assert job.wait_ended(START_TIMEOUT_S) != 0
+    assert "the ranks are on the nodes node-0, node-1" in job.output
+    assert "use the trtllm engine, which spans nodes" in job.output
