@@ -111,14 +111,14 @@ class Arena:
             raise _closed()
         if extent.nbytes == 0:
             return
-        source = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        source = tensor.resolve_conj().resolve_neg().contiguous()
         if source.numel() * source.element_size() != extent.nbytes:
             raise IntegrityError(f"{list(source.shape)} of {source.dtype} for {extent.nbytes} bytes")
         if source.device.type == "cpu":
             _memmove(self._base_address + extent.offset, source.data_ptr(), extent.nbytes)
         else:
             target = torch.from_numpy(self._array[extent.offset : extent.offset + extent.nbytes])
-            target.copy_(source.reshape(-1).view(torch.uint8))
+            target.copy_(source.detach().reshape(-1).view(torch.uint8))
 
     def copy(self, source: Extent, target: Extent) -> None:
         """Copy the bytes of one extent to another of the same size. Releases the GIL."""

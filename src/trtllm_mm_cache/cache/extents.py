@@ -81,8 +81,8 @@ class ExtentMap:
         position = self._holes.bisect_left((size, -1))
         if position == len(self._holes):
             return None
-        hole_size, start = self._holes[position]
-        self._remove_hole(start)
+        hole_size, start = self._holes.pop(position)
+        del self._hole_starts[start], self._hole_ends[start + hole_size]
         if hole_size > size:
             self._add_hole(start + size, hole_size - size)
         extent = Extent(start, nbytes)

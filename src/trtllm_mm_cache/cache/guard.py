@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from threading import get_ident
 from types import TracebackType
 
 from trtllm_mm_cache.errors import IntegrityError
@@ -24,10 +25,10 @@ class Guard:
     @property
     def mine(self) -> bool:
         """Whether the calling thread is inside."""
-        return self._owner == threading.get_ident()
+        return self._owner == get_ident()
 
     def __enter__(self) -> None:
-        thread = threading.get_ident()
+        thread = get_ident()
         if self._owner == thread:
             raise IntegrityError("a finalizer called into the cache in the middle of another cache operation")
         self._lock.acquire()

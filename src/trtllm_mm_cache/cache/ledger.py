@@ -20,6 +20,8 @@ from trtllm_mm_cache.cache.holds import Hold, HoldRegistry
 from trtllm_mm_cache.cache.policy import EvictionPolicy
 from trtllm_mm_cache.errors import IntegrityError
 
+_VISIBLE = EntryState.VISIBLE  # an enumeration's members are looked up slowly, and holding is a hot path
+
 logger = logging.getLogger(__name__)
 
 
@@ -90,7 +92,7 @@ class Ledger:
 
     def hold(self, holder: Any, entry: Entry, *, by_reservation: bool = False) -> Hold:
         """Pin `entry` for as long as `holder` is alive and has not let go."""
-        if entry.holders == 0 and entry.state is EntryState.VISIBLE:
+        if entry.holders == 0 and entry.state is _VISIBLE:
             self.leased.add(entry)
             self.idle_bytes -= entry.extent.nbytes
         return self.holds.add(holder, entry, by_reservation=by_reservation)
@@ -129,7 +131,7 @@ class Ledger:
         """Do what is due when nobody holds `entry` any more; nothing while somebody does."""
         if entry.holders:
             return
-        if entry.state is EntryState.VISIBLE:
+        if entry.state is _VISIBLE:
             self.leased.discard(entry)
             self.idle_bytes += entry.extent.nbytes
             if not self.retain:
@@ -227,16 +229,17 @@ class Ledger:
 
     def hand_out(self, entry: Entry) -> CachedEmbedding:
         """Return the embedding as a tensor that pins the entry for as long as it has an alias."""
-        return CachedEmbedding(self._tensor(entry, entry.dtype, entry.shape), *entry.details)
+        tensor = self._tensor(entry, entry.dtype)
+        return CachedEmbedding(tensor.view(*entry.shape) if entry.shape else tensor.view(()), *entry.details)
 
     def hand_out_bytes(self, entry: Entry) -> torch.Tensor:
         """Return the extent as a uint8 tensor `[nbytes]` that pins the entry while it has an alias."""
-        return self._tensor(entry, torch.uint8, (entry.extent.nbytes,))
+        return self._tensor(entry, torch.uint8)
 
-    def _tensor(self, entry: Entry, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    def _tensor(self, entry: Entry, dtype: torch.dtype) -> torch.Tensor:
+        """Return a flat tensor over the extent."""
         if not entry.extent.nbytes:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(0, dtype=dtype)
         buffer = self.arena.buffer(entry.extent)
         self.hold(buffer, entry)
-        tensor = torch.frombuffer(buffer, dtype=dtype)
-        return tensor.view(*shape) if shape else tensor.view(())
+        return torch.frombuffer(buffer, dtype=dtype)
