@@ -9,10 +9,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.engines.conftest import Halves
-from tests.engines.contract import Case, chat_case, picture, pictures, reference_processor
+from tests.engines.contract import (
+    Case,
+    chat_case,
+    picture,
+    pictures,
+    reference_inputs,
+    reference_model,
+    reference_processor,
+)
 from tests.engines.decoding import Answer, read, together, until
 from tests.engines.trtllm.conftest import TrtllmHalves
 from trtllm_mm_cache.cache.manager import CachedEmbedding, Lease
@@ -95,6 +104,56 @@ async def test_text_alone_needs_no_handles(trtllm: TrtllmHalves, halves_of: Halv
     assert (await answer_of(trtllm, case, DRAWN, [])).tokens == expected.tokens
 
 
+def test_the_tenants_salt_reaches_the_engines_kv_cache(qwen: TrtllmHalves) -> None:
+    request = chat_case(qwen.model_dir, [], ["Hello"]).request
+    for salt in ("one", None):
+        prepared = qwen.generator._prepare(replace(request, cache_salt=salt), [])
+        assert prepared.arguments["cache_salt"] == salt
+
+
+def test_hashes_are_the_keys_and_handles_are_new_for_each_request(qwen: TrtllmHalves) -> None:
+    case = chat_case(qwen.model_dir, pictures(2))
+    leases = qwen.carry(case.images)
+    first, second = (qwen.generator._prepare(case.request, leases) for _ in range(2))
+    one, other = (prepared.arguments["disaggregated_params"] for prepared in (first, second))
+    for lease, numbers in zip(leases, one.multimodal_hashes, strict=True):
+        assert b"".join(number.to_bytes(4, "big", signed=True) for number in numbers).hex() == lease.key
+    assert one is not other
+    assert one.multimodal_embedding_handles == other.multimodal_embedding_handles
+    assert one.mrope_position_ids_handle != other.mrope_position_ids_handle, "each has its own buffer"
+    for prepared in (first, second):
+        qwen.generator._give_back(prepared)
+
+
+def test_positions_handed_over_are_hugging_faces(qwen: TrtllmHalves) -> None:
+    """The tiny model's tokens hardly depend on positions, so the handles' content is compared itself."""
+    case = chat_case(qwen.model_dir, pictures(3))
+    prepared = qwen.generator._prepare(case.request, qwen.carry(case.images))
+    inputs = reference_inputs(case)
+    expected, delta = reference_model(qwen.model_dir).model.get_rope_index(
+        inputs["input_ids"],
+        mm_token_type_ids=inputs["mm_token_type_ids"],
+        image_grid_thw=inputs["image_grid_thw"],
+    )
+    params = prepared.arguments["disaggregated_params"]
+    assert prepared.positions is not None
+    handed = [
+        torch.empty(0, dtype=dtype).set_(
+            prepared.positions.storage,
+            handle["tensor_storage_offset"],
+            handle["tensor_size"],
+            handle["tensor_stride"],
+        )
+        for dtype, handle in (
+            (torch.int64, params.mrope_position_ids_handle),
+            (torch.int32, params.mrope_position_deltas_handle),
+        )
+    ]
+    assert torch.equal(handed[0], expected)
+    assert handed[1].tolist() == delta.tolist()
+    qwen.generator._give_back(prepared)
+
+
 async def test_the_same_image_twice_and_requests_at_once(qwen: TrtllmHalves, halves_of: HalvesOf) -> None:
     image = picture(5, 96, 160)
     case = chat_case(qwen.model_dir, [image, image])
@@ -136,8 +195,6 @@ async def test_a_request_under_way_keeps_its_entry_while_others_need_room(qwen: 
 
 
 def lease_sized(halves: TrtllmHalves) -> object:
-    import torch
-
     return torch.zeros(halves.cache.capacity_bytes // 16, dtype=torch.uint8)
 
 
