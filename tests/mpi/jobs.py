@@ -38,14 +38,7 @@ class Job:
 
     def ranks(self) -> list[int]:
         """Return the pids of the ranks, rank 0 first."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError, ValueError):
-                if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == self.process.pid:
-                    environment = (entry / "environ").read_bytes().split(b"\0")
-                    (rank,) = (e for e in environment if e.startswith(b"OMPI_COMM_WORLD_RANK="))
-                    found.append((int(rank.partition(b"=")[2]), int(entry.name)))
-        return [pid for _, pid in sorted(found)]
+        return children_of(self.process.pid)
 
     def wait_ended(self, timeout_s: float) -> int:
         """Return mpirun's exit status; fails when it has none within `timeout_s`."""
@@ -53,6 +46,26 @@ class Job:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"mpirun still runs after {timeout_s} s:\n{self.output}") from None
+
+
+def children_of(mpirun_pid: int) -> list[int]:
+    """Return the pids of the ranks that an mpirun has started, rank 0 first."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == mpirun_pid:
+                environment = (entry / "environ").read_bytes().split(b"\0")
+                (rank,) = (e for e in environment if e.startswith(b"OMPI_COMM_WORLD_RANK="))
+                found.append((int(rank.partition(b"=")[2]), int(entry.name)))
+    return [pid for _, pid in sorted(found)]
+
+
+def runs(pid: int) -> bool:
+    """Return whether a process runs; one that only waits for its parent's notice does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.stack import STOP_TIMEOUT_S, wait_until
-from tests.mpi.jobs import END_TIMEOUT_S, START_TIMEOUT_S, Job, mpirun
+from tests.mpi.jobs import END_TIMEOUT_S, START_TIMEOUT_S, Job, mpirun, runs
 from tests.mpi.scenarios import shared_mappings
 
 
@@ -46,14 +46,6 @@ def cpu_seconds(pid: int) -> float:
     """Return the processor time that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def runs(pid: int) -> bool:
-    """Return whether a process runs; one that only waits for its parent's notice does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def arenas(pids: list[int]) -> set[str]:
