@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: test lint check format clean
+.PHONY: test lint check demo format clean
 
 test: lint check
 
@@ -23,6 +23,10 @@ lint: $(STAMP)
 
 check: $(STAMP)
 	pytest $(PYTEST_ARGS)
+
+# Serves the demo model, asks it about drawn pictures, and stops: true answers, hits and misses.
+demo: $(STAMP)
+	python tools/demo.py
 
 format: $(STAMP)
 	ruff check --fix .

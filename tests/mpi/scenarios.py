@@ -20,8 +20,6 @@ ONE_THREAD = "torch_threads: 1\ndevice: cpu\n"
 SAMPLINGS: tuple[dict[str, Any], ...] = (
     {"max_tokens": 12},
     {"max_tokens": 12, "temperature": 0.8, "top_p": 0.9, "seed": 11},
-    {"max_tokens": 12, "min_tokens": 5},
-    {"max_tokens": 40, "ignore_eos": True},
 )
 
 

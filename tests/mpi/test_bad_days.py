@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tools.tiny_models import make_tiny_model
 
 from tests.e2e.stack import STOP_TIMEOUT_S, wait_until
 from tests.mpi.jobs import END_TIMEOUT_S, START_TIMEOUT_S, Job, mpirun, runs
@@ -88,6 +89,15 @@ def test_a_rank_that_waits_burns_no_core_and_ctrl_c_ends_all_ranks(worker: Job) 
     assert_nothing_left(pids, files)
 
 
+def test_ranks_do_not_outlive_mpirun(talker: Job) -> None:
+    pids = talker.ranks()
+    files = arenas(pids)
+    talker.process.kill()
+    talker.process.wait(END_TIMEOUT_S)
+    assert_nothing_left(pids, files)
+    assert "mpirun is gone; all ranks of the PD worker end" in talker.output
+
+
 def test_sigusr1_drains(worker: Job) -> None:
     pids = worker.ranks()
     files = arenas(pids)
@@ -99,13 +109,15 @@ def test_sigusr1_drains(worker: Job) -> None:
     assert "Traceback" not in worker.output
 
 
-def test_heads_that_do_not_divide_are_named_once(folder: Path, small_model: Path) -> None:
-    with mpirun(3, folder, *pd(folder, small_model), DYN_FILE_KV=str(folder / "discovery")) as job:
+def test_a_model_that_cannot_be_spread_is_named_once(folder: Path) -> None:
+    model_dir = make_tiny_model("qwen3_vl", folder / "model")
+    with mpirun(2, folder, *pd(folder, model_dir), DYN_FILE_KV=str(folder / "discovery")) as job:
         assert job.wait_ended(START_TIMEOUT_S) == 2
     errors = [line for line in job.output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, job.output
-    assert "4 heads (num_attention_heads) cannot be spread evenly over 3 ranks" in errors[0]
+    assert "no tensor-parallel plan for the language model of qwen3_vl" in errors[0]
     assert "Traceback" not in job.output
+    assert "gone" not in job.output
 
 
 def test_ranks_on_two_nodes_are_refused(folder: Path, small_model: Path) -> None:

@@ -117,7 +117,7 @@ async def test_the_lease_times_out_by_the_clock_and_a_read_after_that_is_caught(
 async def test_many_reads_at_once_from_several_tasks(pd_side: PdSide, exporter: RemoteExporter) -> None:
     seed = secrets.randbits(32)
     print("seed", seed)
-    rng = random.Random(seed)  # noqa: S311 (test data)
+    rng = random.Random(seed)
     keys = {f"key {index}": rng.choice([512, 64 * 1024, 300_000]) for index in range(20)}
     exports = [(key, await exporter.export(key, nbytes)) for key, nbytes in keys.items() for _ in range(10)]
     rng.shuffle(exports)
@@ -162,7 +162,7 @@ async def test_damaged_metadata_is_refused_before_nixl_sees_it(
     assert PeerMetadata.from_wire(wire) == exporter.peer
     seed = secrets.randbits(32)
     print("seed", seed)
-    rng = random.Random(seed)  # noqa: S311 (test data)
+    rng = random.Random(seed)
     for _ in range(200):
         metadata = bytearray(exporter.peer.metadata)
         metadata[rng.randrange(len(metadata))] ^= 1 << rng.randrange(8)

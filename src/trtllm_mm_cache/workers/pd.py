@@ -6,7 +6,8 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from trtllm_mm_cache.errors import MmCacheError
 from trtllm_mm_cache.media import MediaSettings, MediaSource
 from trtllm_mm_cache.observability.logs import configure_logging
 from trtllm_mm_cache.observability.metrics import Exposition, Reading, cache_readings
+from trtllm_mm_cache.workers.detached import detached
 from trtllm_mm_cache.workers.encode_client import EncodeClient
 from trtllm_mm_cache.workers.faults import as_dynamo_error
 from trtllm_mm_cache.workers.memory import PdMemory
@@ -139,13 +141,18 @@ class PdWorker:
 
     async def handle(self, payload: Any, context: Context) -> AsyncIterator[dict[str, Any]]:
         """Stream the answer to one request, in the form Dynamo's frontend expects of a worker."""
+        async for output in detached(self._answer(payload, context)):
+            yield output
+
+    async def _answer(self, payload: Any, context: Context) -> AsyncGenerator[dict[str, Any]]:
         self._requests += 1
         try:
             request = parse_request(payload, context.id(), max_images=self._max_images)
             images: ResolvedImages = await until_stopped(context, self._resolve(request))
             try:
-                async for output in self._generate(request, images, context):
-                    yield output
+                async with aclosing(self._generate(request, images, context)) as outputs:
+                    async for output in outputs:
+                        yield output
             finally:
                 images.release()
         except RequestStoppedError:
@@ -200,7 +207,7 @@ class PdWorker:
 
     async def _generate(
         self, request: PdRequest, images: ResolvedImages, context: Context
-    ) -> AsyncIterator[dict[str, Any]]:
+    ) -> AsyncGenerator[dict[str, Any]]:
         """Step 8: generate; the leases are held until the engine is done with them."""
         started = time.perf_counter()
         first_after: float | None = None
@@ -215,20 +222,32 @@ class PdWorker:
                 yield _output(delta, count)
         except RequestStoppedError:
             stopped = True
+        except (GeneratorExit, asyncio.CancelledError):
+            stopped = True
+            raise
         finally:
             await deltas.aclose()
-        logger.info(
-            "request %s: images %d (hits %d, misses %d, %d bytes, %.3f s), first token %.3f s, tokens %d%s",
-            request.generation.request_id,
-            len(images.leases),
-            images.hits,
-            images.misses,
-            images.nbytes,
-            images.seconds,
-            first_after or 0.0,
-            count,
-            ", stopped by the client" if stopped else "",
-        )
+            if stopped:
+                _log_answer(request, images, first_after, count, stopped=True)
+        if not stopped:
+            _log_answer(request, images, first_after, count, stopped=False)
+
+
+def _log_answer(
+    request: PdRequest, images: ResolvedImages, first_after: float | None, tokens: int, *, stopped: bool
+) -> None:
+    logger.info(
+        "request %s: images %d (hits %d, misses %d, %d bytes, %.3f s), first token %.3f s, tokens %d%s",
+        request.generation.request_id,
+        len(images.leases),
+        images.hits,
+        images.misses,
+        images.nbytes,
+        images.seconds,
+        first_after or 0.0,
+        tokens,
+        ", stopped by the client" if stopped else "",
+    )
 
 
 def _output(delta: TokenDelta, completion_tokens: int) -> dict[str, Any]:

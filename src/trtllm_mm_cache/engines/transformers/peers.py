@@ -3,8 +3,9 @@
 The ranks of a worker live and die together: when one is lost (killed, out of memory, frozen past a
 deadline), or fails where the others do not, nothing can be computed any more, and gloo would let the
 others wait for its part of a sum. So each rank reads its connections in a thread of their own: an
-end-of-file that was not announced ends the process at once, with one line and status 1, and so the next
-rank's, and mpirun stops what is left.
+end-of-file that was not announced ends the process at once, with status 1, and so do the others', and
+mpirun stops what is left. The rank that finds out says so in one line; those that it can still reach
+end without one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ logger = logging.getLogger(__name__)
 EXIT_LOST = 1
 """Status of a process that ends because another rank has."""
 
+_LOST = "lost"
+"""Message: the sender ends, and has said why."""
+
 _NOTICE_S = 1.0
+_FAREWELL_S = 0.2
 _PARENT_PERIOD_S = 1.0
 
 
@@ -38,6 +43,7 @@ class Peers:
         self._connections = dict(connections)
         self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._ending = threading.Event()
+        self._sending = threading.Lock()
         self._losing = threading.Lock()
         self._mpirun = os.getppid()
         self._reader = threading.Thread(target=self._read, name="read-ranks", daemon=True)
@@ -50,7 +56,8 @@ class Peers:
         """Send to every peer. Does not return when one is gone unannounced."""
         for peer, connection in self._connections.items():
             try:
-                connection.send(message)
+                with self._sending:
+                    connection.send(message)
             except OSError:
                 if not self._ending.is_set():
                     self._lose_peer(peer)
@@ -67,9 +74,7 @@ class Peers:
         if self._ending.is_set():
             return
         self._ending.set()
-        for connection in self._connections.values():
-            with contextlib.suppress(OSError):  # it is gone already
-                connection.send(None)
+        self.send(None)
 
     def wait_gone(self, timeout_s: float) -> bool:
         """Wait until every peer has ended; False when one has not in time."""
@@ -82,14 +87,23 @@ class Peers:
         self.lose(f"rank {self._rank} failed: {what}")
 
     def lose(self, what: str) -> NoReturn:
-        """Say once why nothing can be computed any more, and end the process without further ado."""
-        with self._losing:  # never released: a second thread waits here while the first ends the process
-            if self._rank <= 1:  # those beyond see rank 0 go, as rank 1 does: one line is enough
-                logger.critical("%s; all ranks of the PD worker end", what)
-            os._exit(EXIT_LOST)
+        """Say why nothing can be computed any more, and end the process and the other ranks' at once."""
+        self._end(what)
 
     def _lose_peer(self, peer: int) -> NoReturn:
-        self.lose(f"rank {peer} is gone (its output, or the system's log, says why)")
+        # Each of the others sees rank 0 go: one of them says so.
+        what = f"rank {peer} is gone (its output, or the system's log, says why)"
+        self._end(what if self._rank <= 1 else None)
+
+    def _end(self, what: str | None) -> NoReturn:
+        with self._losing:  # never released: a second thread waits here while the first ends the process
+            if what is not None:
+                logger.critical("%s; all ranks of the PD worker end", what)
+            if self._sending.acquire(timeout=_FAREWELL_S):
+                for connection in self._connections.values():
+                    with contextlib.suppress(OSError):  # that is the one
+                        connection.send(_LOST)
+            os._exit(EXIT_LOST)
 
     def _read(self) -> None:
         peers = {connection: peer for peer, connection in self._connections.items()}
@@ -105,6 +119,8 @@ class Peers:
                     if not self._ending.is_set():
                         self._lose_peer(peer)
                 else:
+                    if message == _LOST:
+                        self._end(None)
                     if message is None:
                         self._ending.set()
                     self._messages.put(message)
