@@ -22,7 +22,7 @@ lint: $(STAMP)
 	shellcheck launch/*.sh .ci/run
 
 check: $(STAMP)
-	pytest $(PYTEST_ARGS)
+	pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 # Serves the demo model, asks it about drawn pictures, and stops: true answers, hits and misses.
 demo: $(STAMP)
