@@ -84,12 +84,24 @@ def test_without_the_package_the_way_out_is_named(
         TrtllmGenerator(model_of("qwen3_vl"), TrtllmLlmArgs())
 
 
-def test_a_release_that_takes_no_handles_for_the_model_is_refused(
+def test_a_release_that_takes_no_handles_for_the_model_is_refused_and_ends(
     peer: Any, model_of: ModelFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the attach path would be left, which gives the KV cache no hash of the image."""
     from tensorrt_llm import inputs
+    from tensorrt_llm.executor.process import ExecutorProcess
 
+    started: list[Any] = []
+    start = ExecutorProcess.wait_until_ready
+    monkeypatch.setattr(
+        ExecutorProcess, "wait_until_ready", lambda self: (started.append(self), start(self))[0]
+    )
     monkeypatch.setattr(inputs.Qwen3InputProcessor, "support_mm_disagg", False)
     with pytest.raises(ConfigurationError, match="could mix up images in its KV cache"):
         TrtllmGenerator(model_of("qwen3_vl"), TrtllmLlmArgs())
+    assert [executor.process.poll() for executor in started] == [0], "its process must not be left behind"
+
+
+def test_what_the_engine_says_at_start_reaches_the_operator(peer: Any, model_of: ModelFactory) -> None:
+    with pytest.raises(ConfigurationError, match="could not load the model: Only 1 GPUs are available"):
+        TrtllmGenerator(model_of("qwen3_vl"), TrtllmLlmArgs(tensor_parallel_size=2))

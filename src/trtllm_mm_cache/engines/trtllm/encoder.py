@@ -18,6 +18,8 @@ from trtllm_mm_cache.engines.trtllm.support import (
     architecture_of,
     import_tensorrt_llm,
     require_separate_worker,
+    shut_down_on_failure,
+    start_engine,
 )
 from trtllm_mm_cache.errors import (
     ConfigurationError,
@@ -45,15 +47,16 @@ class TrtllmVisionEncoder:
         from tensorrt_llm._torch.shared_tensor import SharedTensorContainer
 
         self._container = SharedTensorContainer
-        self._encoder: Any = tensorrt_llm.MultimodalEncoder(model=str(model_path), **args.given())
-        config = self._encoder.input_processor.config
-        self._layout = ModelLayout.of(config)
-        self._fingerprint = model_fingerprint(
-            model_path,
-            engine=f"tensorrt_llm {tensorrt_llm.__version__}",
-            embedding_dtype=embedding_dtype_name(config, args.dtype),
-        )
-        self._encode_one()
+        self._encoder: Any = start_engine(tensorrt_llm.MultimodalEncoder, model_path, args.given())
+        with shut_down_on_failure(self._encoder):
+            config = self._encoder.input_processor.config
+            self._layout = ModelLayout.of(config)
+            self._fingerprint = model_fingerprint(
+                model_path,
+                engine=f"tensorrt_llm {tensorrt_llm.__version__}",
+                embedding_dtype=embedding_dtype_name(config, args.dtype),
+            )
+            self._encode_one()
 
     @property
     def fingerprint(self) -> str:

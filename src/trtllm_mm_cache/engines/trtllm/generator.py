@@ -17,7 +17,12 @@ from trtllm_mm_cache.engines.trtllm.layout import ModelLayout, embedding_dtype_n
 from trtllm_mm_cache.engines.trtllm.prepare import PreparedRequest, RequestPreparer
 from trtllm_mm_cache.engines.trtllm.prompt import PromptReader
 from trtllm_mm_cache.engines.trtllm.settings import TrtllmLlmArgs
-from trtllm_mm_cache.engines.trtllm.support import architecture_of, import_tensorrt_llm
+from trtllm_mm_cache.engines.trtllm.support import (
+    architecture_of,
+    import_tensorrt_llm,
+    shut_down_on_failure,
+    start_engine,
+)
 from trtllm_mm_cache.errors import ConfigurationError, GenerationError, InvalidRequestError
 
 logger = logging.getLogger(__name__)
@@ -42,36 +47,41 @@ class TrtllmGenerator:
 
         self._refusals = (ValueError, NotImplementedError, RequestError)
         self._failures = (RuntimeError, ValueError, AssertionError, RequestError)
-        self._llm: Any = tensorrt_llm.LLM(model=str(model_path), **args.given())
+        self._buffers = PositionBufferPool()
+        self._ending: set[asyncio.Task[None]] = set()
+        self._llm: Any = start_engine(tensorrt_llm.LLM, model_path, args.given())
+        with shut_down_on_failure(self._llm):
+            config = self._checked_processor().config
+            self._fingerprint = model_fingerprint(
+                model_path,
+                engine=f"tensorrt_llm {tensorrt_llm.__version__}",
+                embedding_dtype=embedding_dtype_name(config, args.dtype),
+            )
+            layout = ModelLayout.of(config)
+            self._prepare = RequestPreparer(
+                sampling_params=tensorrt_llm.SamplingParams,
+                disaggregated_params=DisaggregatedParams,
+                architecture=architecture,
+                layout=layout,
+                reader=PromptReader(self._llm.input_processor.tokenizer, layout.placeholder_ids),
+                buffers=self._buffers,
+                context=min(layout.context, args.max_seq_len or layout.context),
+                openers=args.tensor_parallel_size * args.pipeline_parallel_size,
+            )
+        reuse = args.kv_cache_config is None or args.kv_cache_config.enable_block_reuse
+        logger.info(
+            "embeddings reach the engine by handle, keyed by their content; KV block reuse is %s",
+            "on" if reuse else "off",
+        )
+
+    def _checked_processor(self) -> Any:
         processor = self._llm.input_processor
         if not getattr(processor, "support_mm_disagg", False):
             raise ConfigurationError(
                 "this release of TensorRT-LLM does not take embeddings by handle for this model, and the "
                 "other way to hand them over could mix up images in its KV cache"
             )
-        layout = ModelLayout.of(processor.config)
-        dtype = embedding_dtype_name(processor.config, args.dtype)
-        self._fingerprint = model_fingerprint(
-            model_path, engine=f"tensorrt_llm {tensorrt_llm.__version__}", embedding_dtype=dtype
-        )
-        self._buffers = PositionBufferPool()
-        placeholders = (layout.image_token_id, layout.video_token_id)
-        self._prepare = RequestPreparer(
-            sampling_params=tensorrt_llm.SamplingParams,
-            disaggregated_params=DisaggregatedParams,
-            architecture=architecture,
-            layout=layout,
-            reader=PromptReader(processor.tokenizer, tuple(id for id in placeholders if id is not None)),
-            buffers=self._buffers,
-            context=min(layout.context, args.max_seq_len or layout.context),
-            openers=args.tensor_parallel_size * args.pipeline_parallel_size,
-        )
-        self._ending: set[asyncio.Task[None]] = set()
-        reuse = args.kv_cache_config is None or args.kv_cache_config.enable_block_reuse
-        logger.info(
-            "embeddings reach the engine by handle, keyed by their content; KV block reuse is %s",
-            "on" if reuse else "off",
-        )
+        return processor
 
     @property
     def fingerprint(self) -> str:

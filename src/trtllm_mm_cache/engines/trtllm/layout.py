@@ -27,6 +27,12 @@ class ModelLayout:
     merge_size: int
     context: int
 
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        """The image's placeholder, and others that the engine would take for one."""
+        others = () if self.video_token_id is None else (self.video_token_id,)
+        return (self.image_token_id, *others)
+
     @classmethod
     def of(cls, config: Any) -> ModelLayout:
         """Read a Hugging Face configuration. Raises `ConfigurationError` when it is a part of one only."""

@@ -14,7 +14,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,27 @@ def import_tensorrt_llm() -> Any:
             LAST_RELEASE,
         )
     return tensorrt_llm
+
+
+def start_engine(engine_class: Callable[..., Any], model_path: Path, arguments: Mapping[str, Any]) -> Any:
+    """Return a loaded engine of `engine_class`. Blocking: minutes.
+
+    Raises `ConfigurationError` with the engine's own words when it refuses model or arguments.
+    """
+    try:
+        return engine_class(model=str(model_path), **arguments)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        raise ConfigurationError(f"TensorRT-LLM could not load the model: {error}") from error
+
+
+@contextmanager
+def shut_down_on_failure(engine: Any) -> Iterator[None]:
+    """Let no engine process outlive a start that fails after it was loaded."""
+    try:
+        yield
+    except BaseException:
+        engine.shutdown()
+        raise
 
 
 def is_known_release(version: str) -> bool:
