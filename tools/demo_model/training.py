@@ -1,8 +1,8 @@
-"""The two lessons of the demo model, and a run that survives being stopped.
+"""The lessons of the demo model, and a run that survives being stopped.
 
-First the tower learns to name every cell (`cells.py`), then everything learns to answer. The learning
-rate is constant and falls linearly to nothing over the last steps, so that a run can be made longer
-before it has begun to fall. Batches follow from the seed and the step: a resumed run sees what an
+First the tower learns to name every cell (`cells.py`), then everything learns to answer; further
+lessons join later. The learning rate is constant and falls linearly to nothing over the last steps, so that a run can be made
+longer before it has begun to fall. Batches follow from the seed and the step: a resumed run sees what an
 uninterrupted one sees.
 """
 
@@ -30,7 +30,11 @@ _REPORT_EVERY = 100
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to learn what. `steps` counts both lessons; the learning rate falls over the last `fall`."""
+    """How long to learn what, in steps from the start.
+
+    `seeing` ends the first lesson, the `_from` steps begin further ones. The learning rate falls over the
+    last `fall` of all `steps`.
+    """
 
     seed: int
     steps: int
