@@ -1,9 +1,9 @@
 """The lessons of the demo model, and a run that survives being stopped.
 
 First the tower learns to name every cell (`cells.py`), then everything learns to answer; further
-lessons join later. The learning rate is constant and falls linearly to nothing over the last steps, so that a run can be made
-longer before it has begun to fall. Batches follow from the seed and the step: a resumed run sees what an
-uninterrupted one sees.
+lessons join later. The learning rate is constant and falls linearly to nothing over the last steps, so
+that a run can be made longer before it has begun to fall. Batches follow from the seed and the step: a
+resumed run sees what an uninterrupted one sees.
 """
 
 from __future__ import annotations
