@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,20 +16,27 @@ from tests.e2e.stack import STOP_TIMEOUT_S, wait_until
 from tests.mpi.jobs import END_TIMEOUT_S, START_TIMEOUT_S, Job, mpirun, runs
 from tests.mpi.scenarios import shared_mappings
 
+SERVES = "PD worker ready"
+
+
+@contextlib.contextmanager
+def running(count: int, folder: Path, arguments: list[str]) -> Iterator[list[Job]]:
+    """Start so many jobs of two ranks at once."""
+    with contextlib.ExitStack() as jobs:
+        started = []
+        for number in range(count):
+            own = folder / f"job-{number}"
+            own.mkdir()
+            variables = {"DYN_FILE_KV": str(own / "discovery")}
+            started.append(jobs.enter_context(mpirun(2, own, *arguments, **variables)))
+        yield started
+
 
 @pytest.fixture
 def worker(folder: Path, small_model: Path) -> Iterator[Job]:
-    """A real PD worker of two ranks that serves, with nothing to do."""
-    with mpirun(2, folder, *pd(folder, small_model), DYN_FILE_KV=str(folder / "discovery")) as job:
-        job.wait_for("PD worker ready")
-        yield job
-
-
-@pytest.fixture
-def talker(folder: Path, small_model: Path) -> Iterator[Job]:
-    """Two ranks in the middle of an answer."""
-    with mpirun(2, folder, "-m", "tests.mpi.job", "talk", str(small_model), str(folder)) as job:
-        job.wait_for("busy")
+    """One idle PD worker of two ranks."""
+    with running(1, folder, pd(folder, small_model)) as (job,):
+        job.wait_for(SERVES)
         yield job
 
 
@@ -41,6 +49,11 @@ def pd(folder: Path, model_dir: Path) -> list[str]:
         "--multimodal-embedding-cache-capacity-gb": "0.03125",
     }
     return ["-m", "trtllm_mm_cache.cli", "pd", *(part for option in options.items() for part in option)]
+
+
+def talk(folder: Path, model_dir: Path) -> list[str]:
+    """Return the arguments of a generator that never stops to answer."""
+    return ["-m", "tests.mpi.job", "talk", str(model_dir), str(folder)]
 
 
 def cpu_seconds(pid: int) -> float:
@@ -60,21 +73,24 @@ def assert_nothing_left(pids: list[int], files: set[str]) -> None:
     wait_until(lambda: not any(map(os.path.exists, files)), END_TIMEOUT_S, "an arena was left behind")
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("state", ["worker", "talker"], ids=["idle", "in-an-answer"])
-def test_a_killed_rank_ends_the_worker(request: pytest.FixtureRequest, state: str, victim: int) -> None:
-    job: Job = request.getfixturevalue(state)
-    pids = job.ranks()
-    files = arenas(pids)
-    assert len(pids) == 2
-    assert files
-    os.kill(pids[victim], signal.SIGKILL)
-    assert job.wait_ended(END_TIMEOUT_S) != 0
-    assert_nothing_left(pids, files)
-    said = [line for line in job.output.splitlines() if "all ranks of the PD worker end" in line]
-    assert len(said) == 1, job.output
-    assert f"rank {victim} is gone" in said[0]
-    assert "Traceback" not in job.output
+@pytest.mark.parametrize(("arguments", "state"), [(pd, SERVES), (talk, "busy")], ids=["idle", "in-an-answer"])
+def test_a_killed_rank_ends_the_worker(
+    arguments: Callable[[Path, Path], list[str]], state: str, folder: Path, small_model: Path
+) -> None:
+    with running(2, folder, arguments(folder, small_model)) as jobs:
+        for victim, job in enumerate(jobs):
+            job.wait_for(state)
+            pids = job.ranks()
+            files = arenas(pids)
+            assert len(pids) == 2
+            assert files
+            os.kill(pids[victim], signal.SIGKILL)
+            assert job.wait_ended(END_TIMEOUT_S) != 0
+            assert_nothing_left(pids, files)
+            said = [line for line in job.output.splitlines() if "all ranks of the PD worker end" in line]
+            assert len(said) == 1, job.output
+            assert f"rank {victim} is gone" in said[0]
+            assert "Traceback" not in job.output
 
 
 def test_a_rank_that_waits_burns_no_core_and_ctrl_c_ends_all_ranks(worker: Job) -> None:
@@ -89,13 +105,13 @@ def test_a_rank_that_waits_burns_no_core_and_ctrl_c_ends_all_ranks(worker: Job) 
     assert_nothing_left(pids, files)
 
 
-def test_ranks_do_not_outlive_mpirun(talker: Job) -> None:
-    pids = talker.ranks()
+def test_ranks_do_not_outlive_mpirun(worker: Job) -> None:
+    """What they say then nobody can read: it went through mpirun."""
+    pids = worker.ranks()
     files = arenas(pids)
-    talker.process.kill()
-    talker.process.wait(END_TIMEOUT_S)
+    worker.process.kill()
+    worker.process.wait(END_TIMEOUT_S)
     assert_nothing_left(pids, files)
-    assert "mpirun is gone; all ranks of the PD worker end" in talker.output
 
 
 def test_sigusr1_drains(worker: Job) -> None:
