@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: test lint check demo format clean
+.PHONY: test lint check demo bench-cache format clean
 
 test: lint check
 
@@ -27,6 +27,10 @@ check: $(STAMP)
 # Serves the demo model, asks it about drawn pictures, and stops: true answers, hits and misses.
 demo: $(STAMP)
 	python tools/demo.py
+
+# What benchmarks/RESULTS.md reports under "Cache core": two minutes; each prints one JSON object.
+bench-cache: $(STAMP)
+	for name in handoff key copy operations utilization; do python benchmarks/cache_$$name.py || exit 1; done
 
 format: $(STAMP)
 	ruff check --fix .
