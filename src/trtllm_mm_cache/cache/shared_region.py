@@ -23,6 +23,7 @@ import errno
 import logging
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 # glibc's shm_open, which torch calls, keeps its files here.
 SHARED_MEMORY_ROOT = Path("/dev/shm")  # noqa: S108 - the system's own mount, files in it are created O_EXCL
 
+_MANAGER_ATTEMPTS = 10
+_NO_ANSWER = "Shared memory manager connection has timed out"
 _HEADER_BYTES = 64
 _MADV_POPULATE_WRITE = 23
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -54,7 +57,7 @@ def create_shared_storage(nbytes: int, *, prefault: bool = True) -> torch.Untype
     """
     _check_free_space(nbytes)
     try:
-        storage = torch.UntypedStorage._new_using_filename_cpu(nbytes)
+        storage = _patiently(lambda: torch.UntypedStorage._new_using_filename_cpu(nbytes))
     except RuntimeError as error:
         if os.strerror(errno.ENOSPC) in str(error):
             raise _too_small(nbytes) from error
@@ -69,6 +72,35 @@ def create_shared_storage(nbytes: int, *, prefault: bool = True) -> torch.Untype
     if prefault:
         _populate(storage)
     return storage
+
+
+def open_shared_storage(manager: bytes, file: bytes, nbytes: int) -> torch.UntypedStorage:
+    """Map a shared storage of another process, by what its `_share_filename_cpu_()` returned there.
+
+    Raises `SharedMemoryError` when it cannot be mapped, for example because its process is gone.
+    """
+    try:
+        return _patiently(lambda: torch.UntypedStorage._new_shared_filename_cpu(manager, file, nbytes))
+    except RuntimeError as error:
+        raise SharedMemoryError(
+            f"another process's {_mib(nbytes)} of shared memory could not be mapped"
+        ) from error
+
+
+def _patiently(ask_manager: Callable[[], torch.UntypedStorage]) -> torch.UntypedStorage:
+    """Ask torch's helper process once more when it has not answered.
+
+    torch gives it one second, which a machine with busy cores may need more than once. A request that
+    went unanswered has mapped nothing, and what the helper noted of it ends with this process.
+    """
+    for _ in range(_MANAGER_ATTEMPTS - 1):
+        try:
+            return ask_manager()
+        except RuntimeError as error:
+            if _NO_ANSWER not in str(error):
+                raise
+            logger.warning("torch's shared-memory helper did not answer within a second; asking again")
+    return ask_manager()
 
 
 def _path(storage: torch.UntypedStorage) -> Path:

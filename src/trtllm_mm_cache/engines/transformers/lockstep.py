@@ -19,6 +19,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
 from trtllm_mm_cache.cache.manager import Lease
+from trtllm_mm_cache.cache.shared_region import open_shared_storage
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,7 @@ class SharedArenas:
         """Return the embedding, in the same physical memory as on rank 0."""
         storage = self._storages.get(view.file)
         if storage is None:
-            storage = torch.UntypedStorage._new_shared_filename_cpu(
-                view.manager, view.file, view.storage_bytes
-            )
+            storage = open_shared_storage(view.manager, view.file, view.storage_bytes)
             self._storages[view.file] = storage
         nbytes = math.prod(view.shape) * view.dtype.itemsize
         raw = torch.empty(0, dtype=torch.uint8).set_(storage, view.offset, (nbytes,), (1,))

@@ -1,0 +1,92 @@
+"""torch's shared-memory helper answers late: what asks it waits, and gets its memory all the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from trtllm_mm_cache.cache.arena import Arena
+from trtllm_mm_cache.cache.shared_region import open_shared_storage
+from trtllm_mm_cache.errors import SharedMemoryError
+
+LATE_S = 2.5
+"""Longer than the second that torch gives its helper, twice."""
+
+
+def helper_of(storage: torch.UntypedStorage) -> tuple[bytes, bytes, int, int]:
+    """Return what opens `storage` elsewhere, and the pid of the helper that listens on its socket."""
+    manager, file, nbytes = storage._share_filename_cpu_()
+    rows = (line.split() for line in Path("/proc/net/unix").read_text().splitlines())
+    inodes = {row[6] for row in rows if row[-1] == manager.decode()}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            held = {os.readlink(each) for each in (process / "fd").iterdir()}
+            name = (process / "comm").read_text()
+        except OSError:  # it ended meanwhile
+            continue
+        if name.startswith("torch_shm") and held & {f"socket:[{inode}]" for inode in inodes}:
+            return manager, file, nbytes, int(process.name)
+    raise LookupError("no helper listens on the storage's socket")
+
+
+def while_it_stands_still(helper: int, work: Callable[[], None]) -> None:
+    """Run `work` while the helper is stopped for `LATE_S` seconds."""
+    os.kill(helper, signal.SIGSTOP)
+    waking = threading.Timer(LATE_S, os.kill, (helper, signal.SIGCONT))
+    waking.start()
+    try:
+        work()
+    finally:
+        waking.join()
+
+
+def test_an_arena_is_made_although_the_helper_is_late(caplog: pytest.LogCaptureFixture) -> None:
+    first = Arena(1 << 20)
+    made: list[Arena] = []
+    while_it_stands_still(helper_of(first.storage)[3], lambda: made.append(Arena(1 << 20)))
+    assert made[0].capacity_bytes == 1 << 20
+    assert "did not answer within a second" in caplog.text
+    for arena in (first, *made):
+        arena.check_integrity()
+        arena.close()
+
+
+OPENER = """
+import sys
+from trtllm_mm_cache.cache.shared_region import open_shared_storage
+manager, file, nbytes = sys.argv[1:]
+print("ready", flush=True)
+sys.stdin.readline()
+print(bytes(open_shared_storage(manager.encode(), file.encode(), int(nbytes)))[:4], flush=True)
+"""
+
+
+def test_another_process_maps_an_arena_although_the_helper_is_late() -> None:
+    arena = Arena(1 << 12)
+    arena.storage[0:4] = 7
+    manager, file, nbytes, helper = helper_of(arena.storage)
+    command = [sys.executable, "-c", OPENER, manager.decode(), file.decode(), str(nbytes)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as opener:
+        assert opener.stdout is not None
+        assert opener.stdout.readline() == "ready\n"
+        answers: list[str] = []
+        while_it_stands_still(helper, lambda: answers.append(opener.communicate("now\n", timeout=60)[0]))
+    (seen,) = answers
+    assert seen == f"{bytes([7] * 4)!r}\n"
+    arena.close()
+
+
+def test_an_arena_that_is_gone_is_an_error_of_ours() -> None:
+    arena = Arena(1 << 12)
+    manager, _, nbytes, _ = helper_of(arena.storage)
+    with pytest.raises(SharedMemoryError, match="could not be mapped"):
+        open_shared_storage(manager, b"/torch_of_nobody", nbytes)
+    arena.close()
