@@ -5,24 +5,18 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
 
 import pytest
 
 from tests.cache.flight_stage import Stage, turns
+from tests.remembering import remember_managers
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
 
 
 @pytest.fixture(autouse=True)
 def checked_managers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[MultimodalEmbeddingCacheManager]]:
     made: list[MultimodalEmbeddingCacheManager] = []
-    construct = MultimodalEmbeddingCacheManager.__init__
-
-    def construct_and_remember(self: MultimodalEmbeddingCacheManager, *args: Any, **kwargs: Any) -> None:
-        construct(self, *args, **kwargs)
-        made.append(self)
-
-    monkeypatch.setattr(MultimodalEmbeddingCacheManager, "__init__", construct_and_remember)
+    remember_managers(monkeypatch, made.append)
     yield made
     for manager in made:
         manager.check_integrity()
