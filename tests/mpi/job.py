@@ -7,6 +7,7 @@ runs the scenario with its generator and leaves the result in the folder, which 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import sys
@@ -23,10 +24,11 @@ ARENA_BYTES = 64 << 20
 def ranks_of_this_job() -> Iterator[int]:
     """Yield the pids of mpirun's children: this process and the other ranks."""
     for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            stat = (entry / "stat").read_text().rpartition(")")[2].split()
-            if int(stat[1]) == os.getppid():
-                yield int(entry.name)
+        # Any process of the machine may end between being listed and being read.
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(entry.name)
+            if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == os.getppid():
+                yield pid
 
 
 async def lead(scenario: str, model_dir: Path, folder: Path) -> None:

@@ -64,7 +64,7 @@ def runs(pid: int) -> bool:
     """Return whether a process runs; one that only waits for its parent's notice does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
