@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: test lint check demo bench-cache format clean
+.PHONY: test lint check demo bench-cache soak format clean
 
 test: lint check
 
@@ -31,6 +31,11 @@ demo: $(STAMP)
 # What benchmarks/RESULTS.md reports under "Cache core": two minutes; each prints one JSON object.
 bench-cache: $(STAMP)
 	for name in handoff key copy operations utilization; do python benchmarks/cache_$$name.py || exit 1; done
+
+# Threads that do everything to one cache, SOAK_SECONDS for each eviction policy; reports memory.
+SOAK_SECONDS ?= 600
+soak: $(STAMP)
+	python -m tests.cache.stress --seconds $(SOAK_SECONDS)
 
 format: $(STAMP)
 	ruff check --fix .
