@@ -105,3 +105,11 @@ def test_a_release_that_takes_no_handles_for_the_model_is_refused_and_ends(
 def test_what_the_engine_says_at_start_reaches_the_operator(peer: Any, model_of: ModelFactory) -> None:
     with pytest.raises(ConfigurationError, match="could not load the model: Only 1 GPUs are available"):
         TrtllmGenerator(model_of("qwen3_vl"), TrtllmLlmArgs(tensor_parallel_size=2))
+
+
+def test_ranks_that_mpirun_did_not_start_are_named(
+    model_of: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("tllm_mpi_size", "2")
+    with pytest.raises(ConfigurationError, match=r"started 2 ranks.*over 4 \(tensor_parallel_size 4 x"):
+        TrtllmGenerator(model_of("qwen3_vl"), TrtllmLlmArgs(tensor_parallel_size=4))

@@ -19,6 +19,7 @@ from trtllm_mm_cache.engines.trtllm.prompt import PromptReader
 from trtllm_mm_cache.engines.trtllm.settings import TrtllmLlmArgs
 from trtllm_mm_cache.engines.trtllm.support import (
     architecture_of,
+    check_ranks,
     import_tensorrt_llm,
     shut_down_on_failure,
     start_engine,
@@ -41,6 +42,7 @@ class TrtllmGenerator:
     def __init__(self, model_path: Path, args: TrtllmLlmArgs) -> None:
         """Load the model. Blocking: minutes. Raises `ConfigurationError`."""
         architecture = architecture_of(model_path)
+        check_ranks(args.tensor_parallel_size, args.pipeline_parallel_size)
         tensorrt_llm = import_tensorrt_llm()
         from tensorrt_llm.executor.utils import RequestError
         from tensorrt_llm.llmapi import DisaggregatedParams

@@ -154,3 +154,20 @@ def _release(version: str) -> tuple[int, int, int, int] | None:
         return None
     major, minor, patch, candidate = match.groups()
     return int(major), int(minor), int(patch or 0), int(candidate) if candidate else 1_000_000
+
+
+def check_ranks(tensor_parallel_size: int, pipeline_parallel_size: int) -> None:
+    """Refuse a model spread over another number of ranks than mpirun started.
+
+    `trtllm-llmapi-launch` tells its command the number of ranks in `tllm_mpi_size` (read in
+    `tensorrt_llm/llmapi/trtllm-llmapi-launch`, 1.3); without it the engine starts its ranks itself.
+    Raises `ConfigurationError`.
+    """
+    started = int(os.environ.get("tllm_mpi_size") or 1)  # noqa: SIM112 (the launcher's spelling)
+    wanted = tensor_parallel_size * pipeline_parallel_size
+    if started not in (1, wanted):
+        raise ConfigurationError(
+            f"mpirun started {started} ranks, but the engine configuration spreads the model over {wanted} "
+            f"(tensor_parallel_size {tensor_parallel_size} x pipeline_parallel_size "
+            f"{pipeline_parallel_size}); make both numbers the same"
+        )
