@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import logging
 import random
 import statistics
 import sys
@@ -228,6 +229,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31))
     arguments = parser.parse_args()
+    # The cache warns of each entry it has no room for, which is half of what the threads provoke.
+    logging.getLogger("trtllm_mm_cache.cache").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     sys.setswitchinterval(1e-4)
     print(f"seed {arguments.seed}", file=sys.stderr, flush=True)
