@@ -20,6 +20,7 @@ from typing import Any
 
 import openai
 from PIL import Image
+from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -36,13 +37,16 @@ class Process:
     system_port: int
     log: Path
 
+    def families(self) -> list[Metric]:
+        """Scrape it: every metric of this moment."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.system_port}/metrics", timeout=5) as answer:
+            return list(text_string_to_metric_families(answer.read().decode()))
+
     def metric(self, name: str, **labels: str) -> float:
         """Return the sum of a metric's samples whose labels include `labels`; 0 if it is not there."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.system_port}/metrics", timeout=5) as answer:
-            text = answer.read().decode()
         return sum(
             sample.value
-            for family in text_string_to_metric_families(text)
+            for family in self.families()
             for sample in family.samples
             if sample.name == name and labels.items() <= sample.labels.items()
         )

@@ -145,7 +145,7 @@ def test_a_client_that_leaves_stops_the_computation_and_leaves_nothing(stack: St
         10,
         "the lease was not returned",
     )
-    assert "stopped by the client" in pd.log.read_text()
+    assert "outcome=stopped" in pd.log.read_text()
     assert stack.ask("Still there?")
 
 

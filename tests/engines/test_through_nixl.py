@@ -202,11 +202,11 @@ async def test_another_image_and_swapped_images_show(pd_side: PdSide) -> None:
 async def test_the_same_image_twice_in_one_prompt_is_one_encode(pd_side: PdSide) -> None:
     image = picture(11, 100, 100)
     case = chat_case(pd_side.halves.model_dir, [image, image])
-    before = pd_side.resolver.statistics().bytes_read
+    before = pd_side.memory.reader.statistics().read_bytes
     images = await pd_side.resolve(case)
     assert images.misses == 1
     assert images.leases[0].address == images.leases[1].address
-    assert pd_side.resolver.statistics().bytes_read - before == images.leases[0].nbytes
+    assert pd_side.memory.reader.statistics().read_bytes - before == images.leases[0].nbytes
     assert_logits_are_the_models_own(pd_side.halves.generator, case, images.leases)
     images.release()
 

@@ -16,12 +16,14 @@ from trtllm_mm_cache.cache.key import EmbeddingKey
 from trtllm_mm_cache.cache.manager import CachedEmbedding, Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.errors import MmCacheError
 from trtllm_mm_cache.media import MediaSettings, MediaSource
+from trtllm_mm_cache.observability.pd_metrics import PdMetrics
 from trtllm_mm_cache.transfer import Exporter, Reader, TransferAgent
 from trtllm_mm_cache.workers.protocol import EncodeReady, EncodeRequest
 from trtllm_mm_cache.workers.resolver import ImageResolver, ResolvedImages
 
 ROWS, WIDTH = 16, 64
 NBYTES = ROWS * WIDTH * 4
+ENCODE_SECONDS = 0.25
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -68,6 +70,7 @@ class PeerEncodeWorkers:
             "dtype": "float32",
             "shape": (ROWS, WIDTH),
             "metadata": metadata,
+            "encode_seconds": ENCODE_SECONDS,
             "origin": "encoded",
         }
         return EncodeReady.model_validate(change(answer) if change else answer)
@@ -82,6 +85,7 @@ class Bench:
     transit: MultimodalEmbeddingCacheManager
     resolver: ImageResolver
     reader: Reader
+    metrics: PdMetrics
 
     async def resolve(self, references: Sequence[str], *, salt: str | None = None) -> ResolvedImages:
         return await self.resolver.resolve(references, processor_kwargs={}, salt=salt, variant="")
@@ -119,6 +123,7 @@ async def bench(require_salt: bool) -> AsyncIterator[Bench]:
     peer.gate.set()
     settings = MediaSettings()
     reader = Reader(reading)
+    metrics = PdMetrics()
     resolver = ImageResolver(
         source=MediaSource(settings),
         media_settings=settings,
@@ -129,9 +134,10 @@ async def bench(require_salt: bool) -> AsyncIterator[Bench]:
         fingerprint="ab" * 32,
         encode_timeout_s=5,
         transfer_timeout_s=5,
+        metrics=metrics,
         require_salt=require_salt,
     )
-    bench = Bench(peer, cache, transit, resolver, reader)
+    bench = Bench(peer, cache, transit, resolver, reader, metrics)
     yield bench
     await resolver.close()
     await bench.nothing_held()

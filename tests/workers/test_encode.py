@@ -16,7 +16,7 @@ from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.config import EncodeSettings
 from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, TransformersVisionEncoder
 from trtllm_mm_cache.transfer import Exporter, TransferAgent
-from trtllm_mm_cache.workers.encode import EncodeWorker
+from trtllm_mm_cache.workers.encode_worker import EncodeWorker
 from trtllm_mm_cache.workers.protocol import EncodeReady, EncodeRequest, parse_answer
 
 

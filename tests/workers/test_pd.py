@@ -15,8 +15,7 @@ from trtllm_mm_cache.cache.manager import Lease
 from trtllm_mm_cache.config import PdSettings
 from trtllm_mm_cache.engines.base import GenerationRequest, TokenDelta
 from trtllm_mm_cache.errors import EncodeUnavailableError
-from trtllm_mm_cache.workers.memory import PdMemory
-from trtllm_mm_cache.workers.pd import PdWorker
+from trtllm_mm_cache.workers.pd_worker import PdWorker
 
 
 class PeerGenerator:
@@ -51,8 +50,7 @@ def generator() -> PeerGenerator:
 
 @pytest.fixture
 def worker(bench: Bench, generator: PeerGenerator) -> PdWorker:
-    memory = PdMemory(bench.cache, bench.transit, bench.peer.agent, bench.reader)
-    return PdWorker(generator, bench.resolver, memory, PdSettings(model_path="m"))
+    return PdWorker(generator, bench.resolver, bench.metrics, PdSettings(model_path="m"))
 
 
 def request(*references: str) -> dict[str, Any]:
@@ -63,11 +61,12 @@ async def run(worker: PdWorker, payload: Any) -> list[dict[str, Any]]:
     return [output async for output in worker.handle(payload, Context())]
 
 
-def errors(worker: PdWorker) -> dict[str, float]:
+def errors(bench: Bench) -> dict[str, float]:
     return {
-        dict(reading.labels)["code"]: reading.value
-        for reading in worker.readings()
-        if reading.name == "trtllm_mm_cache_errors"
+        sample.labels["code"]: sample.value
+        for family in bench.metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == "trtllm_mm_cache_errors_total"
     }
 
 
@@ -95,14 +94,14 @@ async def test_an_engines_own_failure_is_a_500_whose_text_stays_in_the_log(
     assert caught.value.code == 500
     assert "secret" not in str(caught.value)
     assert "/secret/path.cu" in caplog.text
-    assert errors(worker) == {"internal_error": 1}
+    assert errors(bench) == {"internal_error": 1}
     await bench.nothing_held()
 
 
-async def test_a_clients_mistake_is_an_invalid_argument(worker: PdWorker) -> None:
+async def test_a_clients_mistake_is_an_invalid_argument(worker: PdWorker, bench: Bench) -> None:
     with pytest.raises(InvalidArgument, match=r"image 1: .* \[media_reference\]"):
         await run(worker, request("gopher://x"))
-    assert errors(worker) == {"media_reference": 1}
+    assert errors(bench) == {"media_reference": 1}
 
 
 async def test_no_encode_worker_is_a_503_and_never_a_504(worker: PdWorker, bench: Bench) -> None:

@@ -45,6 +45,7 @@ def ready(**changes: Any) -> dict[str, Any]:
         "dtype": "float32",
         "shape": [4, 4],
         "metadata": {"image_grid_thw": [1, 2, 2]},
+        "encode_seconds": 0.25,
         "origin": "encoded",
     } | changes
 
@@ -94,6 +95,7 @@ def test_another_request_is_refused_by_field(changes: dict[str, Any], field: str
         ({"shape": [4, 4, 4]}, "shape"),
         ({"dtype": "f" * 33}, "dtype"),
         ({"origin": "stolen"}, "origin"),
+        ({"encode_seconds": float("nan")}, "encode_seconds"),
         ({"extra": 1}, "extra"),
         ({"status": "maybe"}, "status"),
     ],

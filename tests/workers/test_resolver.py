@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.stack import data_url, new_picture, png
-from tests.workers.conftest import NBYTES, ROWS, WIDTH, Bench, assert_holds, picture
+from tests.workers.conftest import ENCODE_SECONDS, NBYTES, ROWS, WIDTH, Bench, assert_holds, picture
 from trtllm_mm_cache.errors import (
     ArenaFullError,
     ChecksumMismatchError,
@@ -34,7 +34,7 @@ async def test_a_miss_then_a_hit(bench: Bench) -> None:
     assert (first.hits, first.misses, second.hits, second.misses) == (0, 1, 1, 0)
     assert_holds(second.leases[0])
     assert second.leases[0].address == first.leases[0].address
-    assert second.leases[0].embedding.metadata == {"rows": ROWS}
+    assert second.leases[0].embedding.metadata == {"rows": ROWS, "encode_seconds": ENCODE_SECONDS}
     assert bench.peer.calls == [1]
     first.release()
     second.release()

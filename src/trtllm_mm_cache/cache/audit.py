@@ -37,6 +37,7 @@ def take_statistics(ledger: Ledger, capacity_bytes: int) -> CacheStatistics:
         quarantined=len(quarantined),
         quarantined_bytes=_sum_bytes(quarantined),
         forgotten=counters.forgotten,
+        eviction_ages=ledger.eviction_ages.statistics(),
         policy=ledger.policy.name,
         queues=ledger.policy.queues(),
         arena=ledger.arena.statistics(),

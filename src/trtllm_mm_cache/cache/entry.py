@@ -79,10 +79,11 @@ class Entry:
     """An extent and what is known about its content. Guarded by the manager's lock.
 
     `holders` counts leases and tensors that are alive, and the open reservation. `owner` says who
-    reserved it. `dtype`, `shape` and `details` mean something once it is visible.
+    reserved it. `dtype`, `shape`, `details` and `committed_at` (in seconds of the cache's clock) mean
+    something once it is visible.
     """
 
-    __slots__ = ("details", "dtype", "extent", "holders", "key", "owner", "shape", "state")
+    __slots__ = ("committed_at", "details", "dtype", "extent", "holders", "key", "owner", "shape", "state")
 
     def __init__(self, key: str, extent: Extent, owner: str) -> None:
         self.key = key
@@ -93,6 +94,7 @@ class Entry:
         self.dtype = torch.uint8
         self.shape: tuple[int, ...] = (extent.nbytes,)
         self.details = Details()
+        self.committed_at = 0.0
 
     def advance(self, event: str) -> None:
         """Go to the next state. Raises `IntegrityError` when `TRANSITIONS` has no such step."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -46,6 +48,11 @@ class Lease:
     def address(self) -> int:
         """Where the embedding starts in this process's memory. Read it only while the lease is held."""
         return self._ledger.arena.base_address + self._entry.extent.offset
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The embedding's metadata, without making its tensor; empty when it was committed with none."""
+        return self._entry.details.metadata or {}
 
     @property
     def embedding(self) -> CachedEmbedding:

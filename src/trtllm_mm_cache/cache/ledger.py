@@ -7,11 +7,13 @@ An operation begins with `begin`, so that what was let go since the last one cou
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from trtllm_mm_cache.cache.ages import AgeCounter
 from trtllm_mm_cache.cache.arena import Arena
 from trtllm_mm_cache.cache.entry import CachedEmbedding, Details, Entry, EntryState
 from trtllm_mm_cache.cache.extents import Extent
@@ -47,7 +49,15 @@ class Ledger:
     `idle_bytes` the size of the rest of it. With `retain` False an entry that nobody holds is withdrawn.
     """
 
-    def __init__(self, arena: Arena, policy: EvictionPolicy, *, budget_bytes: int, retain: bool) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        policy: EvictionPolicy,
+        *,
+        budget_bytes: int,
+        retain: bool,
+        clock: Callable[[], float],
+    ) -> None:
         self.guard = Guard()
         self.arena = arena
         self.policy = policy
@@ -61,7 +71,9 @@ class Ledger:
         self.visible_bytes = 0
         self.idle_bytes = 0
         self.counters = Counters()
+        self.eviction_ages = AgeCounter()
         self.holds = HoldRegistry()
+        self._clock = clock
         self._closing = False
 
     def begin(self) -> None:
@@ -166,6 +178,7 @@ class Ledger:
         entry.advance("commit")
         self.pending.discard(entry)
         entry.dtype, entry.shape, entry.details = dtype, shape, details
+        entry.committed_at = self._clock()
         replaced = self.visible.get(entry.key)
         if replaced is not None:
             self.withdraw(replaced)
@@ -190,6 +203,7 @@ class Ledger:
         """Withdraw an entry for want of room."""
         self.counters.evictions += 1
         self.counters.evicted_bytes += entry.extent.nbytes
+        self.eviction_ages.add(self._clock() - entry.committed_at)
         self.withdraw(entry, evicted=True)
 
     def withdraw(self, entry: Entry, *, evicted: bool = False) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,6 +61,7 @@ class MultimodalEmbeddingCacheManager:
     `set` refuses, and an entry that came in by `reserve` and `commit` goes when nobody holds it;
     `transfer_bytes` is the size of the arena for that and means nothing otherwise. `policy` says what is
     evicted: least recently used entries first, or another from `policy.make_policy`, for this cache alone.
+    `clock` counts seconds; it only tells how old entries were when they were evicted.
 
     What somebody holds (a lease, a reservation, a tensor or anything derived from it without a copy)
     is neither evicted nor rewritten; eviction passes over it. Raises `SharedMemoryError`.
@@ -71,6 +74,7 @@ class MultimodalEmbeddingCacheManager:
         transfer_bytes: int = 0,
         prefault: bool = True,
         policy: EvictionPolicy | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._capacity = capacity_bytes
         budget = capacity_bytes if capacity_bytes > 0 else transfer_bytes
@@ -78,7 +82,7 @@ class MultimodalEmbeddingCacheManager:
         # Without a transfer arena, capacity 0 is Dynamo's: it retains, but only tensors of 0 bytes.
         retain = capacity_bytes > 0 or transfer_bytes <= 0
         arena = Arena(budget + padding, prefault=prefault)
-        self._ledger = Ledger(arena, policy or LruPolicy(), budget_bytes=budget, retain=retain)
+        self._ledger = Ledger(arena, policy or LruPolicy(), budget_bytes=budget, retain=retain, clock=clock)
         logger.info("embedding cache: capacity %d bytes, arena %d bytes", capacity_bytes, budget + padding)
 
     @property

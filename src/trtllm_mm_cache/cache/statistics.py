@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trtllm_mm_cache.cache.ages import AgeStatistics
 from trtllm_mm_cache.cache.extents import ExtentStatistics
 
 
@@ -23,7 +24,8 @@ class CacheStatistics:
     `entries`/`current_bytes` count what look-ups find, `leased_*` the part of it that somebody holds,
     `withdrawn_*` what nobody finds any more but somebody still holds. Hits, misses, evictions, moves (of
     entries, to make a hole) and their bytes count since the start, as does `forgotten`: reservations
-    that were garbage-collected open. `queues` are those of the eviction policy named `policy`.
+    that were garbage-collected open. `eviction_ages` tells how long evicted entries had been visible.
+    `queues` are those of the eviction policy named `policy`.
     """
 
     entries: int
@@ -45,6 +47,7 @@ class CacheStatistics:
     quarantined: int
     quarantined_bytes: int
     forgotten: int
+    eviction_ages: AgeStatistics
     policy: str
     queues: tuple[QueueStatistics, ...]
     arena: ExtentStatistics

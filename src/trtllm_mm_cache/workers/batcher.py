@@ -11,6 +11,7 @@ from typing import Any
 
 from trtllm_mm_cache.engines.base import EncodedImage
 from trtllm_mm_cache.errors import EncodeFailedError, EncodeOverloadedError, MmCacheError
+from trtllm_mm_cache.observability.encode_metrics import EncodeMetrics
 
 EncodeBatch = Callable[[Sequence[Any]], list[EncodedImage | MmCacheError]]
 
@@ -37,6 +38,7 @@ class BatcherStatistics:
 class _Waiting:
     item: Any
     result: asyncio.Future[BatchedImage]
+    since: float
 
 
 class MicroBatcher:
@@ -47,8 +49,17 @@ class MicroBatcher:
     wait; one more is an `EncodeOverloadedError`. For use from one event loop.
     """
 
-    def __init__(self, encode: EncodeBatch, *, max_images: int, max_wait_s: float, max_queued: int) -> None:
+    def __init__(
+        self,
+        encode: EncodeBatch,
+        *,
+        max_images: int,
+        max_wait_s: float,
+        max_queued: int,
+        metrics: EncodeMetrics | None = None,
+    ) -> None:
         self._encode = encode
+        self._metrics = metrics or EncodeMetrics()
         self._max_images = max_images
         self._max_wait_s = max_wait_s
         self._max_queued = max_queued
@@ -68,7 +79,7 @@ class MicroBatcher:
             raise EncodeOverloadedError(
                 f"{self._max_queued} images already wait for the vision tower; retry in a moment"
             )
-        entry = _Waiting(item, asyncio.get_running_loop().create_future())
+        entry = _Waiting(item, asyncio.get_running_loop().create_future(), time.perf_counter())
         self._waiting.append(entry)
         self._arrived.set()
         try:
@@ -115,6 +126,9 @@ class MicroBatcher:
 
     async def _run_batch(self, batch: list[_Waiting]) -> None:
         started = time.perf_counter()
+        self._metrics.batch_images.observe(len(batch))
+        for entry in batch:
+            self._metrics.queue_wait.observe(started - entry.since)
         loop = asyncio.get_running_loop()
         run = loop.run_in_executor(self._thread, self._encode_all, [entry.item for entry in batch])
         try:
@@ -148,6 +162,8 @@ class MicroBatcher:
             failed = isinstance(result, MmCacheError)
             self._failures += failed
             self._images += not failed
+            if not failed:
+                self._metrics.encode.observe(seconds / len(batch))
             if entry.result.done():
                 continue
             if isinstance(result, MmCacheError):

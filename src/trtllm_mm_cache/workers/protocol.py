@@ -18,6 +18,9 @@ from trtllm_mm_cache.errors import MmCacheError, ProtocolMismatchError, from_wir
 
 PROTOCOL_VERSION: Final = 1
 
+ENCODE_SECONDS: Final = "encode_seconds"
+"""Under this name both workers keep what the vision tower took in the metadata of the cached entry."""
+
 MAX_EMBEDDING_BYTES = 4 * 1024**3
 HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -50,7 +53,7 @@ class EncodeReady(Message):
 
     `peer` is the NIXL metadata with its digest; `token` is the READ's notification; `checksum` is
     XXH3-64 over the `nbytes` at `address`. `dtype` is a torch dtype name without the prefix.
-    `metadata` is the engine's, with `encode_seconds` beside it: what the vision tower took.
+    `metadata` is the engine's. `encode_seconds` is what the vision tower took for it, when it was encoded.
     `origin` tells what this call cost: an encode, a flight that another call had started, or nothing.
     """
 
@@ -64,6 +67,7 @@ class EncodeReady(Message):
     dtype: str = Field(max_length=32)
     shape: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
     metadata: dict[str, Any]
+    encode_seconds: float = Field(ge=0, allow_inf_nan=False)
     origin: Literal["encoded", "joined", "cached"]
 
 

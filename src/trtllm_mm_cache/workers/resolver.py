@@ -40,9 +40,10 @@ from trtllm_mm_cache.errors import (
     TransferError,
 )
 from trtllm_mm_cache.media import MediaSettings, MediaSource, probe_image
+from trtllm_mm_cache.observability.pd_metrics import LookupOutcome, PdMetrics, scheme_of
 from trtllm_mm_cache.transfer import Export, PeerMetadata, Reader
 from trtllm_mm_cache.workers.encode_client import EncodeClient
-from trtllm_mm_cache.workers.protocol import EncodeReady, EncodeRequest
+from trtllm_mm_cache.workers.protocol import ENCODE_SECONDS, EncodeReady, EncodeRequest
 from trtllm_mm_cache.workers.threads import in_thread
 
 logger = logging.getLogger(__name__)
@@ -54,11 +55,15 @@ _UNCACHED = "resolver (uncached)"
 
 @dataclass(frozen=True)
 class ResolvedImages:
-    """Leases in prompt order, to be released by the caller, and what they cost."""
+    """Leases in prompt order, to be released by the caller, and what they cost.
+
+    `joined` of the `misses` waited for a flight that was under way. Each distinct reference counts once.
+    """
 
     leases: tuple[Lease, ...]
     hits: int
     misses: int
+    joined: int
     nbytes: int
     seconds: float
 
@@ -74,7 +79,14 @@ class ResolverStatistics:
 
     retries: int
     uncached: int
-    bytes_read: int
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One image's lease and how it was come by."""
+
+    lease: Lease
+    outcome: LookupOutcome
 
 
 @dataclass(frozen=True)
@@ -111,6 +123,7 @@ class ImageResolver:
         fingerprint: str,
         encode_timeout_s: float,
         transfer_timeout_s: float,
+        metrics: PdMetrics | None = None,
         require_salt: bool = False,
     ) -> None:
         self._source = source
@@ -123,8 +136,9 @@ class ImageResolver:
         self._encode_timeout_s = encode_timeout_s
         self._transfer_timeout_s = transfer_timeout_s
         self._require_salt = require_salt
+        self._metrics = metrics or PdMetrics()
         self._flights: SingleFlight[Lease] = SingleFlight()
-        self._retries = self._uncached = self._bytes_read = 0
+        self._retries = self._uncached = 0
 
     async def resolve(
         self,
@@ -143,7 +157,7 @@ class ImageResolver:
         retain = bool(salt) or not self._require_salt
         if not retain:
             salt = secrets.token_hex(32)
-        tasks: dict[str, asyncio.Task[tuple[Lease, bool]]] = {}
+        tasks: dict[str, asyncio.Task[_Found]] = {}
         try:
             async with asyncio.TaskGroup() as group:
                 for index, reference in enumerate(references):
@@ -157,19 +171,20 @@ class ImageResolver:
         except asyncio.CancelledError:
             _release_finished(tasks.values())
             raise
-        outcomes = [task.result() for task in tasks.values()]
+        outcomes = [task.result().outcome for task in tasks.values()]
         leases = self._in_prompt_order(references, tasks)
         return ResolvedImages(
             leases=leases,
-            hits=sum(hit for _, hit in outcomes),
-            misses=sum(not hit for _, hit in outcomes),
+            hits=outcomes.count("hit"),
+            misses=len(outcomes) - outcomes.count("hit"),
+            joined=outcomes.count("joined"),
             nbytes=sum(lease.nbytes for lease in leases),
             seconds=time.perf_counter() - started,
         )
 
     def statistics(self) -> ResolverStatistics:
         """Count what was retried and what was served uncached."""
-        return ResolverStatistics(self._retries, self._uncached, self._bytes_read)
+        return ResolverStatistics(self._retries, self._uncached)
 
     @property
     def flights(self) -> SingleFlight[Lease]:
@@ -189,26 +204,32 @@ class ImageResolver:
         salt: str | None,
         variant: str,
         retain: bool,
-    ) -> tuple[Lease, bool]:
-        """Steps 2 to 7 for one image; returns its lease and whether the lookup was a hit."""
+    ) -> _Found:
+        """Steps 2 to 7 for one image."""
         try:
             media = await self._fetch(reference)
             key = await self._key(media, processor_kwargs, salt, variant)
-            item = _Item(key, media, processor_kwargs, variant, retain)
-            if retain and (lease := self._lookup(key)) is not None:
-                return lease, True
-            return await self._fly(item), False
+            looked_up = time.perf_counter()
+            found = await self._find(_Item(key, media, processor_kwargs, variant, retain))
+            self._metrics.found(
+                found.outcome,
+                nbytes=found.lease.nbytes,
+                seconds=time.perf_counter() - looked_up,
+                saved_seconds=found.lease.metadata.get(ENCODE_SECONDS, 0.0),
+            )
         except MmCacheError as error:
             raise error.for_image(index) from error
+        return found
 
     # 2 bytes
     async def _fetch(self, reference: str) -> bytes:
-        media = await self._source.fetch(reference)
-        # A header of megabytes (metadata) can take long to read; that of a small file cannot.
-        if len(media) > _OFF_LOOP_BYTES:
-            await asyncio.to_thread(probe_image, media, self._media_settings)
-        else:
-            probe_image(media, self._media_settings)
+        with self._metrics.fetch.labels(scheme_of(reference)).time():
+            media = await self._source.fetch(reference)
+            # A header of megabytes (metadata) can take long to read; that of a small file cannot.
+            if len(media) > _OFF_LOOP_BYTES:
+                await asyncio.to_thread(probe_image, media, self._media_settings)
+            else:
+                probe_image(media, self._media_settings)
         return media
 
     # 3 key
@@ -224,18 +245,17 @@ class ImageResolver:
                 variant=variant,
             )
 
-        return await asyncio.to_thread(compute) if len(media) > _OFF_LOOP_BYTES else compute()
+        with self._metrics.key.time():
+            return await asyncio.to_thread(compute) if len(media) > _OFF_LOOP_BYTES else compute()
 
-    # 4 lookup
-    def _lookup(self, key: EmbeddingKey) -> Lease | None:
-        return self._cache.lease(key.hex)
-
-    # 5 miss
-    async def _fly(self, item: _Item) -> Lease:
-        lease, _joined = await self._flights.run(
+    # 4 lookup, 5 miss
+    async def _find(self, item: _Item) -> _Found:
+        if item.retain and (lease := self._cache.lease(item.key.hex)) is not None:
+            return _Found(lease, "hit")
+        lease, joined = await self._flights.run(
             item.key.hex, lambda: self._load(item), share=Lease.clone, discard=Lease.release
         )
-        return lease
+        return _Found(lease, "joined" if joined else "miss")
 
     async def _load(self, item: _Item) -> Lease:
         """One flight: ask an encode worker, READ, commit; once more on the next worker if that can help."""
@@ -266,7 +286,8 @@ class ImageResolver:
                 break
             instance = instances[attempt % len(instances)]
             try:
-                ready = await self._client.encode(instance, request)
+                with self._metrics.encode_call.time():
+                    ready = await self._client.encode(instance, request)
                 return await self._read_and_commit(request, ready)
             except MmCacheError as error:
                 failure = error
@@ -283,13 +304,16 @@ class ImageResolver:
         peer = PeerMetadata.from_wire(ready.peer)
         # In a thread: making room may move other entries, which copies megabytes.
         reserve = partial(self._reserve, request.key, ready.nbytes, retain=request.retain)
-        reservation = await in_thread(reserve, undo=Reservation.abandon)
+        with self._metrics.reserve.time():
+            reservation = await in_thread(reserve, undo=Reservation.abandon)
         self._uncached += reservation.owner == _UNCACHED
         export = Export(ready.token, ready.address, ready.nbytes, ready.checksum)
-        await self._reader.read_into(reservation, peer, export, deadline_s=self._transfer_timeout_s)
-        self._bytes_read += ready.nbytes
+        with self._metrics.transfer.time():
+            await self._reader.read_into(reservation, peer, export, deadline_s=self._transfer_timeout_s)
+        metadata = {**ready.metadata, ENCODE_SECONDS: ready.encode_seconds}
         try:
-            return reservation.commit(dtype=dtype, shape=ready.shape, metadata=ready.metadata)
+            with self._metrics.commit.time():
+                return reservation.commit(dtype=dtype, shape=ready.shape, metadata=metadata)
         except MmCacheError:
             reservation.abandon()
             raise
@@ -306,13 +330,13 @@ class ImageResolver:
 
     @staticmethod
     def _in_prompt_order(
-        references: Sequence[str], tasks: Mapping[str, asyncio.Task[tuple[Lease, bool]]]
+        references: Sequence[str], tasks: Mapping[str, asyncio.Task[_Found]]
     ) -> tuple[Lease, ...]:
         """One lease a position: a reference that stands twice gets a second lease on the same view."""
         given: set[str] = set()
         leases = []
         for reference in references:
-            lease, _ = tasks[reference].result()
+            lease = tasks[reference].result().lease
             leases.append(lease.clone() if reference in given else lease)
             given.add(reference)
         return tuple(leases)
@@ -328,7 +352,7 @@ def _dtype(name: str) -> torch.dtype:
 def _release_finished(tasks: Any) -> None:
     for task in tasks:
         if task.done() and not task.cancelled() and task.exception() is None:
-            task.result()[0].release()
+            task.result().lease.release()
 
 
 def _first_error(failures: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -1,0 +1,65 @@
+"""What the parts of a PD worker count, as metrics at the moment of a scrape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client.core import Metric
+
+from trtllm_mm_cache.observability.cache_readings import arena_readings, cache_readings
+from trtllm_mm_cache.observability.exposition import PREFIX, Reading
+from trtllm_mm_cache.observability.flight_readings import flight_readings
+from trtllm_mm_cache.transfer import Reader
+from trtllm_mm_cache.workers.encode_client import EncodeClient
+from trtllm_mm_cache.workers.memory import PdMemory
+from trtllm_mm_cache.workers.resolver import ImageResolver
+
+
+def pd_readings(
+    memory: PdMemory, resolver: ImageResolver, client: EncodeClient
+) -> Iterable[Reading | Metric]:
+    """Yield the snapshots of a PD worker's parts. Any thread."""
+    cache, transit = memory.cache.statistics(), memory.transit.statistics()
+    yield from cache_readings(cache)
+    retains = memory.cache is not memory.transit
+    yield from arena_readings({"cache": cache, "transit": transit} if retains else {"transit": transit})
+    yield from flight_readings(resolver.flights.statistics())
+    yield from _resolver_readings(resolver)
+    yield from _read_readings(memory.reader)
+    yield from _encode_worker_readings(client)
+
+
+def _resolver_readings(resolver: ImageResolver) -> Iterable[Reading]:
+    counts = resolver.statistics()
+    yield Reading(f"{PREFIX}_encode_retries", "Second attempts at an embedding.", "counter", counts.retries)
+    yield Reading(
+        f"{PREFIX}_uncached", "Embeddings served without entering the cache.", "counter", counts.uncached
+    )
+
+
+def _read_readings(reader: Reader) -> Iterable[Reading]:
+    reads = reader.statistics()
+    outcomes = {
+        "done": reads.reads - reads.corrupt,
+        "failed": reads.failed,
+        "timed_out": reads.timed_out,
+        "corrupt": reads.corrupt,
+    }
+    for outcome, count in outcomes.items():
+        yield Reading(f"{PREFIX}_reads", "NIXL READs that ended.", "counter", count, (("outcome", outcome),))
+    yield Reading(f"{PREFIX}_read_bytes", "Bytes that READs brought.", "counter", reads.read_bytes)
+    yield Reading(f"{PREFIX}_reads_in_flight", "READs NIXL works on.", "gauge", reads.in_flight)
+    yield Reading(f"{PREFIX}_reads_unsettled", "Those past their deadline.", "gauge", reads.unsettled)
+
+
+def _encode_worker_readings(client: EncodeClient) -> Iterable[Reading]:
+    instances = client.instances
+    yield Reading(f"{PREFIX}_encode_workers", "Encode workers in discovery.", "gauge", len(instances))
+    for instance in instances:
+        yield Reading(
+            f"{PREFIX}_encode_worker_live",
+            "1 for each encode worker in discovery, by instance id.",
+            "gauge",
+            1,
+            (("instance", f"{instance:x}"),),
+        )

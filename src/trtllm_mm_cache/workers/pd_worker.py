@@ -1,0 +1,113 @@
+"""One request at a PD worker: its images are resolved, then the model's tokens streamed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from dynamo.runtime import Context
+
+from trtllm_mm_cache.config import PdSettings
+from trtllm_mm_cache.engines.base import Generator, TokenDelta
+from trtllm_mm_cache.errors import MmCacheError
+from trtllm_mm_cache.observability.pd_metrics import PdMetrics
+from trtllm_mm_cache.workers.answer_record import AnswerRecord
+from trtllm_mm_cache.workers.detached import detached
+from trtllm_mm_cache.workers.faults import as_dynamo_error
+from trtllm_mm_cache.workers.request import PdRequest, parse_request
+from trtllm_mm_cache.workers.resolver import ImageResolver, ResolvedImages
+from trtllm_mm_cache.workers.runtime import RequestStoppedError, stream_until_stopped, until_stopped
+
+logger = logging.getLogger(__name__)
+
+
+class PdWorker:
+    """Answers generation requests of Dynamo's frontend. For use from one event loop."""
+
+    def __init__(
+        self, generator: Generator, resolver: ImageResolver, metrics: PdMetrics, settings: PdSettings
+    ) -> None:
+        self._generator = generator
+        self._resolver = resolver
+        self._metrics = metrics
+        self._max_images = settings.max_images_per_request
+
+    async def handle(self, payload: Any, context: Context) -> AsyncIterator[dict[str, Any]]:
+        """Stream the answer to one request, in the form Dynamo's frontend expects of a worker."""
+        async for output in detached(self._answer(payload, context)):
+            yield output
+
+    async def _answer(self, payload: Any, context: Context) -> AsyncGenerator[dict[str, Any]]:
+        record = AnswerRecord(context.id(), self._metrics)
+        try:
+            async with aclosing(self._serve(payload, context, record)) as outputs:
+                async for output in outputs:
+                    yield output
+        except (RequestStoppedError, GeneratorExit, asyncio.CancelledError) as ending:
+            record.ended("stopped")
+            if not isinstance(ending, RequestStoppedError):
+                raise
+        except MmCacheError as error:
+            logger.warning("request %s: %s: %s", context.id(), error.code, error, exc_info=error.__cause__)
+            record.ended("failed", code=error.code)
+            raise as_dynamo_error(error) from error
+        except Exception as error:
+            # An engine may raise anything; its text may hold paths and addresses, so the log alone gets it.
+            logger.exception("request %s: the engine failed", context.id())
+            record.ended("failed", code=MmCacheError.code)
+            raise as_dynamo_error(MmCacheError("the engine failed on this request")) from error
+        else:
+            record.ended("served")
+
+    async def _serve(
+        self, payload: Any, context: Context, record: AnswerRecord
+    ) -> AsyncGenerator[dict[str, Any]]:
+        request = parse_request(payload, context.id(), max_images=self._max_images)
+        images: ResolvedImages = await until_stopped(context, self._resolve(request))
+        try:
+            record.resolved(images)
+            async with aclosing(self._generate(request, images, context, record)) as outputs:
+                async for output in outputs:
+                    yield output
+        finally:
+            images.release()
+
+    async def close(self) -> None:
+        """Stop flights and generation, free the model."""
+        await self._resolver.close()
+        await self._generator.close()
+
+    async def _resolve(self, request: PdRequest) -> ResolvedImages:
+        return await self._resolver.resolve(
+            request.image_references,
+            processor_kwargs=request.processor_kwargs,
+            salt=request.generation.cache_salt,
+            variant=self._generator.variant(len(request.image_references)),
+        )
+
+    async def _generate(
+        self, request: PdRequest, images: ResolvedImages, context: Context, record: AnswerRecord
+    ) -> AsyncGenerator[dict[str, Any]]:
+        """Step 8: generate; the leases are held until the engine is done with them."""
+        count = 0
+        tokens = self._generator.generate(request.generation, images.leases)
+        async with aclosing(stream_until_stopped(context, tokens)) as deltas:
+            async for delta in deltas:
+                count += len(delta.token_ids)
+                record.generated(len(delta.token_ids))
+                yield _output(delta, count)
+
+
+def _output(delta: TokenDelta, completion_tokens: int) -> dict[str, Any]:
+    output: dict[str, Any] = {"token_ids": list(delta.token_ids)}
+    if delta.finish_reason is not None:
+        output["finish_reason"] = delta.finish_reason
+        output["completion_usage"] = {
+            "prompt_tokens": delta.prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": delta.prompt_tokens + completion_tokens,
+        }
+    return output

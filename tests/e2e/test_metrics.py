@@ -1,0 +1,180 @@
+"""The metrics of real workers: named and labelled as documented, and exact after known traffic."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import openai
+import pytest
+from prometheus_client import Metric
+from prometheus_client.samples import Sample
+
+from tests.e2e.stack import REPOSITORY, Process, Stack, new_picture, wait_until
+
+QUESTION = "What is this?"
+OURS = ("dynamo_component_embedding_cache_", "trtllm_mm_cache_")
+COMMON = {"model", "dynamo_component"}
+# Dynamo adds these to every sample that a worker exposes.
+DYNAMO_LABELS = {"dynamo_namespace", "dynamo_endpoint", "worker_id"}
+
+
+@dataclass(frozen=True)
+class Documented:
+    """One row of the table in docs/observability.md."""
+
+    name: str
+    kind: str
+    labels: frozenset[str]
+    component: str
+
+
+def documented() -> list[Documented]:
+    text = (REPOSITORY / "docs/observability.md").read_text()
+    rows = re.findall(r"^\| `([a-z_]+)` \| (\w+) \|([^|]*)\|[^|]*\| (\w+) \|", text, re.MULTILINE)
+    return [
+        Documented(name, kind, frozenset(re.findall(r"`(\w+)`", labels)), component)
+        for name, kind, labels, component in rows
+    ]
+
+
+def families(process: Process) -> Iterator[tuple[str, Metric]]:
+    for family in process.families():
+        if family.name.startswith(OURS):
+            yield family.name + ("_total" if family.type == "counter" else ""), family
+
+
+@pytest.fixture(scope="module")
+def busy(stack: Stack) -> Stack:
+    """The stack after one request of every kind, so that every label has been used."""
+    known = new_picture()
+    for _ in range(2):
+        stack.ask(known, QUESTION)
+    stack.ask(known, new_picture(), QUESTION)
+    stack.ask(QUESTION)
+    with pytest.raises(openai.BadRequestError):
+        stack.ask("data:image/png;base64,AAAA", QUESTION)
+    return stack
+
+
+@pytest.mark.parametrize("component", ["pd", "encode"])
+def test_what_a_worker_exposes_is_what_is_documented(busy: Stack, component: str) -> None:
+    (process,) = busy.workers({"pd": "PD"}.get(component, component))
+    exposed = dict(families(process))
+    rows = {row.name: row for row in documented() if row.component in (component, "both")}
+    assert exposed.keys() == rows.keys()
+    for name, family in exposed.items():
+        row = rows[name]
+        assert family.type == row.kind, name
+        for sample in family.samples:
+            assert sample.labels["dynamo_component"] == component
+            own = sample.labels.keys() - COMMON - {"le"} - DYNAMO_LABELS
+            assert own == row.labels, name
+
+
+def test_no_label_holds_anything_of_a_request(busy: Stack) -> None:
+    bounded = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
+    for process in [*busy.workers("PD"), *busy.workers("encode")]:
+        for name, family in families(process):
+            values = {value for sample in family.samples for value in sample.labels.values()}
+            assert all(bounded.fullmatch(value) for value in values), name
+            assert len(family.samples) < 200, name
+
+
+class Change:
+    """What has changed in one worker's metrics since this was made."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._before = self._samples()
+
+    def of(self, name: str, **labels: str) -> float:
+        def total(samples: list[Sample]) -> float:
+            return sum(
+                sample.value
+                for sample in samples
+                if sample.name == name and labels.items() <= sample.labels.items()
+            )
+
+        return total(self._samples()) - total(self._before)
+
+    def comes_to(self, value: float, name: str, **labels: str) -> None:
+        """Wait until it is `value`: what is counted after the answer has gone out."""
+        wait_until(lambda: self.of(name, **labels) == value, 5, f"{name} did not come to {value}")
+
+    def _samples(self) -> list[Sample]:
+        return [sample for family in self._process.families() for sample in family.samples]
+
+
+def test_hits_misses_and_bytes_are_exact(busy: Stack) -> None:
+    (pd,), (encode,) = busy.workers("PD"), busy.workers("encode")
+    first, second = new_picture(), new_picture()
+    at_pd, at_encode = Change(pd), Change(encode)
+    busy.ask(first, QUESTION)
+    nbytes = at_pd.of("dynamo_component_embedding_cache_current_bytes")
+    busy.ask(first, QUESTION)
+    busy.ask(first, second, QUESTION)
+    busy.ask("No picture.")
+    assert at_pd.of("dynamo_component_embedding_cache_hits_total") == 2
+    assert at_pd.of("dynamo_component_embedding_cache_misses_total") == 2
+    assert at_pd.of("dynamo_component_embedding_cache_entries") == 2
+    assert nbytes > 0
+    assert at_pd.of("trtllm_mm_cache_hit_bytes_total", arena="cache") == 2 * nbytes
+    assert at_pd.of("trtllm_mm_cache_served_bytes_total", outcome="hit") == 2 * nbytes
+    assert at_pd.of("trtllm_mm_cache_served_bytes_total", outcome="miss") == 2 * nbytes
+    assert at_pd.of("trtllm_mm_cache_read_bytes_total") == 2 * nbytes
+    assert at_pd.of("trtllm_mm_cache_reads_total", outcome="done") == 2
+    kinds = {
+        kind: at_pd.of("trtllm_mm_cache_time_to_first_token_seconds_count", kind=kind)
+        for kind in ("hit", "miss", "mixed", "text")
+    }
+    assert kinds == {"hit": 1, "miss": 1, "mixed": 1, "text": 1}
+    for step in ("key", "fetch"):
+        assert at_pd.of(f"trtllm_mm_cache_{step}_seconds_count") == 4, step
+    for step in ("encode_call", "reserve", "transfer", "commit"):
+        assert at_pd.of(f"trtllm_mm_cache_{step}_seconds_count") == 2, step
+    at_pd.comes_to(4, "trtllm_mm_cache_requests_total", outcome="served")
+    assert at_encode.of("trtllm_mm_cache_encodes_total") == 2
+    assert at_encode.of("trtllm_mm_cache_encode_seconds_count") == 2
+    assert at_encode.of("trtllm_mm_cache_preprocess_seconds_count") == 2
+    assert at_encode.of("trtllm_mm_cache_embeddings_total", origin="encoded") == 2
+    at_encode.comes_to(2, "trtllm_mm_cache_exports_total", outcome="read")
+    # Two hits on an entry save twice what the tower took for it, and both encodes were measured.
+    saved, spent = (
+        at_pd.of("trtllm_mm_cache_saved_encode_seconds_total"),
+        at_encode.of("trtllm_mm_cache_encode_seconds_sum"),
+    )
+    assert 0 < saved < 2 * spent
+
+
+def test_of_requests_for_one_new_picture_all_but_the_first_are_coalesced_or_hits(busy: Stack) -> None:
+    (pd,), (encode,) = busy.workers("PD"), busy.workers("encode")
+    picture = new_picture(336, 336)
+    at_pd, at_encode = Change(pd), Change(encode)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: busy.ask(picture, QUESTION, max_tokens=1), range(8)))
+    joined = at_pd.of("trtllm_mm_cache_flights_joined_total")
+    assert at_pd.of("trtllm_mm_cache_flights_total") == 1
+    assert joined + at_pd.of("dynamo_component_embedding_cache_hits_total") == 7
+    assert at_pd.of("trtllm_mm_cache_lookup_wait_seconds_count", outcome="joined") == joined
+    assert at_encode.of("trtllm_mm_cache_encodes_total") == 1
+
+
+def test_an_error_is_counted_by_its_code(busy: Stack) -> None:
+    (pd,) = busy.workers("PD")
+    at_pd = Change(pd)
+    with pytest.raises(openai.BadRequestError):
+        busy.ask("data:image/png;base64,AAAA", QUESTION)
+    assert at_pd.of("trtllm_mm_cache_errors_total", code="unsupported_media") == 1
+    at_pd.comes_to(1, "trtllm_mm_cache_requests_total", outcome="failed")
+
+
+def test_the_encode_worker_is_seen_and_nothing_is_left_over(busy: Stack) -> None:
+    (pd,) = busy.workers("PD")
+    assert pd.metric("trtllm_mm_cache_encode_workers") == 1
+    assert pd.metric("trtllm_mm_cache_encode_worker_live") == 1
+    for process in [pd, *busy.workers("encode")]:
+        for name in ("arena_unaccounted_bytes", "reserved_bytes", "quarantined_bytes", "flights_in_progress"):
+            assert process.metric(f"trtllm_mm_cache_{name}") == 0, name
