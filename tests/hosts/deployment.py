@@ -1,0 +1,166 @@
+"""A deployment over two hosts: etcd, frontend and PD worker on one, encode workers on either."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+from PIL import Image
+
+from tests.e2e.stack import message, wait_until
+from tests.hosts.network import INTERFACE, Cable, Host, two_hosts
+from tests.services import CLI, Service
+
+DEMO_MODEL = Path(__file__).parents[2] / "models/shapes-qwen2-vl"
+LARGEST_SIDE = 560
+"""Pixels; the demo model itself makes larger pictures smaller than a READ of theirs could be watched."""
+ETCD_LEASE_TTL_S = 20
+TRANSFER_TIMEOUT_S = 1
+ENCODE_TIMEOUT_S = 8
+LEASE_TIMEOUT_S = 2
+
+_METRICS_PORT = 9000
+
+
+@dataclass
+class Deployment:
+    """What runs where. All but `far_encoder` is on the `near` host, where the clients are too."""
+
+    near: Host
+    far: Host
+    cable: Cable
+    folder: Path
+    model: Path
+    client: openai.OpenAI
+    pd: Service
+    far_encoder: Service
+
+    def begin(self, *parts: str | Image.Image, max_tokens: int = 24, **options: Any) -> Future[str]:
+        """Ask from the near host, in a thread."""
+
+        def ask() -> str:
+            answer = self.client.chat.completions.create(
+                model=self.model.name,
+                messages=[message(*parts)],
+                max_tokens=max_tokens,
+                temperature=0,
+                **options,
+            )
+            return answer.choices[0].message.content or ""
+
+        return self.near.begin(ask)
+
+    def ask(self, *parts: str | Image.Image, **options: Any) -> str:
+        """Ask from the near host and return the answer."""
+        return self.begin(*parts, **options).result()
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return a metric of the PD worker."""
+        return self.near.do(lambda: self.pd.process.metric(name, **labels))
+
+    def far_metric(self, name: str, **labels: str) -> float:
+        """Return a metric of the encode worker on the far host."""
+        return self.far.do(lambda: self.far_encoder.process.metric(name, **labels))
+
+    def encode_worker(self, host: Host, name: str) -> Service:
+        """Return a further encode worker, not yet started."""
+        return _worker(host, self.near, self.model, "encode", name, _METRICS_PORT + 2)
+
+
+@contextmanager
+def deployed(folder: Path) -> Iterator[Deployment]:
+    """Bring everything up, and down in the end."""
+    with ExitStack() as stack:
+        near, far, cable = stack.enter_context(two_hosts())
+        model = _model(folder)
+        etcd = _etcd(near, folder)
+        pd = _worker(near, near, model, "pd", "pd", _METRICS_PORT)
+        frontend = Service(
+            "frontend",
+            near.command(*CLI, "frontend", "--http-host", near.address),
+            folder,
+            "frontend listens",
+            _environment(near),
+        )
+        encoder = _worker(far, near, model, "encode", "far-encoder", _METRICS_PORT + 1)
+        for service in (etcd, frontend, pd, encoder):
+            service.start()
+            stack.callback(service.kill)
+            if service is etcd:
+                etcd.wait_ready()
+        pd.wait_ready()
+        encoder.wait_ready()
+        client = openai.OpenAI(
+            base_url=f"http://{near.address}:8000/v1",
+            api_key="none",
+            timeout=60,
+            max_retries=0,
+            http_client=openai.DefaultHttpxClient(trust_env=False),
+        )
+        stack.callback(client.close)
+        wait_until(
+            lambda: near.do(lambda: _lists_model(client, model.name)), 30, "the frontend lists no model"
+        )
+        yield Deployment(near, far, cable, folder, model, client, pd, encoder)
+
+
+def _lists_model(client: openai.OpenAI, name: str) -> bool:
+    try:
+        return name in [model.id for model in client.models.list().data]
+    except openai.APIConnectionError:
+        return False
+
+
+def _etcd(host: Host, folder: Path) -> Service:
+    client, peer = f"http://{host.address}:2379", "http://127.0.0.1:2380"
+    command = host.command(
+        *("etcd", "--data-dir", str(folder / "etcd"), "--logger", "zap", "--log-outputs", "stderr"),
+        *("--listen-client-urls", client, "--advertise-client-urls", client),
+        *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
+        *("--initial-cluster", f"default={peer}"),
+    )
+    return Service("etcd", command, folder, "serving client traffic")
+
+
+def _environment(near: Host) -> dict[str, str]:
+    return {
+        "DYN_DISCOVERY_BACKEND": "etcd",
+        "ETCD_ENDPOINTS": f"http://{near.address}:2379",
+        "ETCD_LEASE_TTL": str(ETCD_LEASE_TTL_S),
+        "DYN_TCP_REQUEST_TIMEOUT": "2",  # how long Dynamo waits for a worker to take a request; its own is 5
+        "DYN_LOG": "warn",
+        "HF_HUB_OFFLINE": "1",
+        "UCX_TLS": "tcp",
+        "UCX_TCP_SNDBUF": "32k",
+        "UCX_NET_DEVICES": INTERFACE,
+    }
+
+
+def _model(folder: Path) -> Path:
+    """Return a copy of the demo model that takes large pictures as they are; cards it sees as ever."""
+    model = folder / DEMO_MODEL.name
+    shutil.copytree(DEMO_MODEL, model)
+    config = model / "preprocessor_config.json"
+    settings = json.loads(config.read_text())
+    settings["size"]["longest_edge"] = LARGEST_SIDE**2
+    config.write_text(json.dumps(settings))
+    return model
+
+
+def _worker(host: Host, near: Host, model: Path, role: str, name: str, port: int) -> Service:
+    options = ["--model-path", str(model), "--transfer-timeout-s", str(TRANSFER_TIMEOUT_S)]
+    cache = "--multimodal-embedding-cache-capacity-gb"
+    if role == "pd":
+        options += [cache, "0.03125", "--encode-timeout-s", str(ENCODE_TIMEOUT_S)]
+        options += ["--transfer-arena-mb", "8"]
+    else:
+        options += [cache, "0.03125", "--lease-timeout-s", str(LEASE_TIMEOUT_S)]
+    ready = "PD worker ready" if role == "pd" else "encode worker ready"
+    return Service(name, host.command(*CLI, role, *options), model.parent, ready, _environment(near), port)
