@@ -10,7 +10,7 @@ Every argument goes to the PD worker, for example
   launch/disagg_e_pd.sh --multimodal-embedding-cache-capacity-gb 10
 (`trtllm-mm-cache pd --help` lists them). The rest is set by environment variables:
 
-  MODEL_PATH                    model directory or hub name   [a small demo model, made on the spot; on
+  MODEL_PATH                    model directory or hub name   [the demo model, models/shapes-qwen2-vl; on
                                 a machine with TensorRT-LLM: llava-hf/llava-v1.6-mistral-7b-hf]
   SERVED_MODEL_NAME             name that clients use         [the last part of MODEL_PATH]
   ENGINE                        trtllm or transformers        [trtllm if it and a GPU are there]
@@ -80,14 +80,8 @@ has_module "$module" || die "ENGINE=$engine needs the Python package $module: pi
 
 model=${MODEL_PATH:-}
 if [[ -z $model && $engine == trtllm ]]; then model=llava-hf/llava-v1.6-mistral-7b-hf; fi
-if [[ -z $model ]]; then
-    model=$root/.run/models/cpu-demo
-    if [[ ! -f $model/model.safetensors ]]; then
-        say "no MODEL_PATH: making a small model with random weights in $model"
-        "$python" "$root/tools/make_tiny_model.py" --architecture qwen2_vl --out "$model" >"$run_dir/model.log" 2>&1 ||
-            { tail -n 20 "$run_dir/model.log" >&2; die "the demo model could not be made; see $run_dir/model.log"; }
-    fi
-fi
+demo_model=$root/models/shapes-qwen2-vl
+model=${model:-$demo_model}
 name=${SERVED_MODEL_NAME:-$(basename "$model")}
 
 config=$root/configs/$(basename "$model" | tr '[:upper:]' '[:lower:]')
@@ -244,12 +238,15 @@ until lists_model; do
     sleep 0.2
 done
 
+picture=photo.jpg question="What is this?"
+# The demo model knows drawn cards alone, and the wordings it was trained on.
+if [[ $model == "$demo_model" ]]; then picture=$root/models/card.png question="Where is the yellow cross?"; fi
 cat <<TEXT
 [launch] serving $name with $engine on http://127.0.0.1:$DYN_HTTP_PORT after $((SECONDS - began)) s. Try:
 
-  $python -m trtllm_mm_cache.cli ask --url http://127.0.0.1:$DYN_HTTP_PORT/v1 photo.jpg "What is this?"
+  $python -m trtllm_mm_cache.cli ask --url http://127.0.0.1:$DYN_HTTP_PORT/v1 $picture "$question"
 
-  curl -s http://127.0.0.1:$DYN_HTTP_PORT/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": "$name", "max_tokens": 32, "messages": [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAADgAAAA4AQMAAACSSKldAAAABlBMVEX////IHh7kMBY6AAAAhElEQVR42qXQwQ2CUAyA4e8VEjmygYyCm7iJKzjSG4UROGJCeB6ASPSk9tL8bdM2P/9FhZIynMoIzmUmuKqoyKQcEnoh0Ak1WqFBI7SoxbY3dGzTK/dIB97vZ0jv9W9zRY/LZz+jHHjAcuARszBhEmaMwoJBKKw/3kp5+dl9BQ/33/0/AfXcH1ndzUB7AAAAAElFTkSuQmCC"}}]}]}'
+  curl -s http://127.0.0.1:$DYN_HTTP_PORT/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": "$name", "max_tokens": 32, "messages": [{"role": "user", "content": [{"type": "text", "text": "$question"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,$(base64 <"$root/models/card.png" | tr -d '\n')"}}]}]}'
 
 [launch] Ctrl-C stops everything.
 TEXT

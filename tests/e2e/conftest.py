@@ -1,26 +1,26 @@
-"""Stacks that several tests share, started once each, and the model's own answer as the oracle."""
+"""Stacks that several tests share, started once each, and two oracles: the truth and the model by itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from tools.tiny_models import make_tiny_model
 
+from tests.e2e.cards import Deal, Oracle
 from tests.e2e.image_server import ImageServer, image_server
-from tests.e2e.stack import Stack, launched
+from tests.e2e.stack import REPOSITORY, Stack, launched
 from tests.engines.contract import Case, chat_case, reference_inputs, reference_model, reference_processor
 
-Oracle = Callable[..., str]
+CARDS_SEED = 20261124
 
 
 @pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the model that the stacks serve: the same architecture and seed as the launch script's own."""
-    return make_tiny_model("qwen2_vl", tmp_path_factory.mktemp("model") / "cpu-demo")
+def model_dir() -> Path:
+    """Return the model that the stacks serve: the launch script's own, which answers truly."""
+    return REPOSITORY / "models/shapes-qwen2-vl"
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +53,12 @@ def oracle(model_dir: Path) -> Oracle:
         return generate_answer(chat_case(model_dir, list(images), texts), max_tokens)
 
     return answer
+
+
+@pytest.fixture(scope="session")
+def deal(oracle: Oracle) -> Deal:
+    """Cards, with questions that the model answers truly in this process."""
+    return Deal(oracle, CARDS_SEED)
 
 
 def generate_answer(case: Case, max_tokens: int) -> str:

@@ -9,20 +9,18 @@ from pathlib import Path
 
 import openai
 import pytest
-from PIL import Image
 
-from tests.e2e.conftest import Oracle
+from tests.e2e.cards import Asked, Deal, Oracle
 from tests.e2e.stack import Process, Stack, launched, new_picture, wait_until
 
 QUESTION = "What is this?"
 
 
-def test_capacity_zero_serves_and_retains_nothing(tmp_path: Path, model_dir: Path, oracle: Oracle) -> None:
+def test_capacity_zero_serves_and_retains_nothing(tmp_path: Path, model_dir: Path, deal: Deal) -> None:
     with launched(tmp_path / "run", MODEL_PATH=str(model_dir)) as stack:
         (pd,) = stack.workers("PD")
-        picture = new_picture()
-        expected = oracle([picture], ["", QUESTION])
-        assert [stack.ask(picture, QUESTION) for _ in range(2)] == [expected, expected]
+        asked = deal()
+        assert [stack.ask(*asked.parts) for _ in range(2)] == [asked.answer, asked.answer]
         assert pd.metric("trtllm_mm_cache_flights_total") == 2
         assert pd.metric("dynamo_component_embedding_cache_hits_total") == 0
         wait_until(
@@ -31,17 +29,14 @@ def test_capacity_zero_serves_and_retains_nothing(tmp_path: Path, model_dir: Pat
         assert stack.encodes() == 1, "the second read comes from the encode worker's arena"
 
 
-def test_two_pd_workers_share_the_encode_workers_arena(
-    tmp_path: Path, model_dir: Path, oracle: Oracle
-) -> None:
+def test_two_pd_workers_share_the_encode_workers_arena(tmp_path: Path, model_dir: Path, deal: Deal) -> None:
     capacity = ("--multimodal-embedding-cache-capacity-gb", "0.125")
     with launched(tmp_path / "run", *capacity, MODEL_PATH=str(model_dir), PD_WORKERS="2") as stack:
-        picture = new_picture()
-        expected = oracle([picture], ["", QUESTION])
+        asked = deal()
         misses = "dynamo_component_embedding_cache_misses_total"
 
         def both_have_seen_it() -> bool:
-            assert stack.ask(picture, QUESTION) == expected
+            assert stack.ask(*asked.parts) == asked.answer
             return all(worker.metric(misses) == 1 for worker in stack.workers("PD"))
 
         wait_until(both_have_seen_it, 30, "one PD worker got no request")
@@ -49,17 +44,17 @@ def test_two_pd_workers_share_the_encode_workers_arena(
         delivered = "trtllm_mm_cache_embeddings_total"
         assert stack.total("encode", delivered, origin="encoded") == 1
         assert stack.total("encode", delivered, origin="cached") == 1
-        the_other_pd_worker_goes_on(stack, picture, expected)
+        the_other_pd_worker_goes_on(stack, asked)
 
 
-def the_other_pd_worker_goes_on(stack: Stack, picture: Image.Image, expected: str) -> None:
+def the_other_pd_worker_goes_on(stack: Stack, asked: Asked) -> None:
     """Kill one of two PD workers: the stack stays up, and serves as soon as the frontend knows."""
     victim = stack.workers("PD")[0]
     os.kill(victim.pid, signal.SIGKILL)
 
     def serves() -> bool:
         try:
-            return stack.ask(picture, QUESTION) == expected
+            return stack.ask(*asked.parts) == asked.answer
         except openai.InternalServerError:
             return False
 
@@ -84,15 +79,15 @@ def served_by(stack: Stack) -> dict[str, float]:
 
 
 def test_a_key_goes_to_the_same_encode_worker_and_to_the_other_when_that_is_gone(
-    two_encoders: Stack, oracle: Oracle
+    two_encoders: Stack, deal: Deal
 ) -> None:
     stack = two_encoders
-    pictures = [new_picture() for _ in range(8)]
+    cards = [deal() for _ in range(8)]
     homes: list[str] = []
-    for picture in pictures:
+    for asked in cards:
         before = served_by(stack)
         for _ in range(2):
-            stack.ask(picture, QUESTION, max_tokens=1)
+            assert stack.ask(*asked.parts) == asked.answer
         gained = {name: count - before[name] for name, count in served_by(stack).items()}
         assert sorted(gained.values()) == [0, 2], "both requests for a picture must go to one worker"
         homes.append(max(gained, key=lambda name: gained[name]))
@@ -103,21 +98,20 @@ def test_a_key_goes_to_the_same_encode_worker_and_to_the_other_when_that_is_gone
     wait_until(lambda: not victim.alive(), 10, "the encode worker did not end")
     survivor = next(worker for worker in stack.workers("encode") if worker.name != victim.name)
     before_death = survivor.metric("trtllm_mm_cache_encodes_total")
-    assert stack.ask(pictures[0], QUESTION) == oracle([pictures[0]], ["", QUESTION])
+    assert stack.ask(*cards[0].parts) == cards[0].answer
     assert survivor.metric("trtllm_mm_cache_encodes_total") == before_death + 1
     kept = homes.index(survivor.name)
-    assert stack.ask(pictures[kept], QUESTION, max_tokens=1)
+    assert stack.ask(*cards[kept].parts) == cards[kept].answer
     assert survivor.metric("trtllm_mm_cache_encodes_total") == before_death + 1, "its own keys stay"
 
 
 def test_without_any_encode_worker_text_and_cached_pictures_go_on(
-    tmp_path: Path, model_dir: Path, oracle: Oracle
+    tmp_path: Path, model_dir: Path, deal: Deal, oracle: Oracle
 ) -> None:
     capacity = ("--multimodal-embedding-cache-capacity-gb", "0.125")
     with launched(tmp_path / "run", *capacity, MODEL_PATH=str(model_dir)) as stack:
-        cached = new_picture()
-        expected = oracle([cached], ["", QUESTION])
-        assert stack.ask(cached, QUESTION) == expected
+        cached = deal()
+        assert stack.ask(*cached.parts) == cached.answer
         (encoder,) = stack.workers("encode")
         os.kill(encoder.pid, signal.SIGKILL)
         wait_until(lambda: not encoder.alive(), 10, "the encode worker did not end")
@@ -125,6 +119,6 @@ def test_without_any_encode_worker_text_and_cached_pictures_go_on(
             with pytest.raises(openai.InternalServerError) as refused:
                 stack.ask(new_picture(), QUESTION)
             assert refused.value.status_code == 503
-            assert stack.ask(cached, QUESTION) == expected
+            assert stack.ask(*cached.parts) == cached.answer
             assert stack.ask("Hello there!") == oracle([], ["Hello there!"])
         assert "encode worker 1 has ended" in stack.log.read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -59,23 +60,24 @@ def test_ctrl_c_stops_every_process_and_removes_the_shared_memory(tmp_path: Path
         assert "Traceback" not in log, log
 
 
-def test_the_printed_curl_line_and_ask_line_work(tmp_path: Path, model_dir: Path) -> None:
-    with launched(tmp_path / "run", MODEL_PATH=str(model_dir)) as stack:
+def test_without_a_model_path_the_printed_curl_line_and_ask_line_give_true_answers(tmp_path: Path) -> None:
+    with launched(tmp_path / "run", MODEL_PATH="") as stack:
+        assert stack.model == "shapes-qwen2-vl"
         lines = [line.strip() for line in stack.log.read_text().splitlines()]
         curl = next(line for line in lines if line.startswith("curl "))
         answer = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, timeout=30, check=True)
-        assert '"choices"' in answer.stdout, answer.stdout
+        content = json.loads(answer.stdout)["choices"][0]["message"]["content"]
+        assert content == "top right", answer.stdout
         ask = next(line for line in lines if " ask " in line)
-        picture = REPOSITORY / "tests/e2e/red_circle.png"
         asked = subprocess.run(
-            ["bash", "-c", ask.replace("photo.jpg", str(picture))],
+            ["bash", "-c", ask],
             env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
             capture_output=True,
             text=True,
             timeout=60,
             check=True,
         )
-        assert asked.stdout.strip()
+        assert asked.stdout.strip() == "top right"
         assert "first token after" in asked.stderr
 
 

@@ -1,4 +1,4 @@
-"""The main job: pictures in, the model's own answers out, one encode a picture."""
+"""The main job: pictures in, true answers out that are the model's own, one encode a picture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.e2e.conftest import Oracle
+from tests.e2e.cards import MAX_TOKENS, Deal, Oracle
 from tests.e2e.image_server import ImageServer
 from tests.e2e.stack import Stack, data_url, message, new_picture, png, wait_until
 
@@ -23,36 +23,31 @@ def test_text_alone_is_answered_as_the_model_does(stack: Stack, oracle: Oracle) 
     assert stack.encodes() == before
 
 
-def test_a_picture_is_encoded_once_and_answered_as_the_model_does(stack: Stack, oracle: Oracle) -> None:
-    picture = new_picture()
-    expected = oracle([picture], ["", QUESTION])
+@pytest.mark.parametrize("kind", ["colour", "shape", "where", "place", "number", "describe"])
+def test_a_picture_is_encoded_once_and_answered_truly_both_times(stack: Stack, deal: Deal, kind: str) -> None:
+    asked = deal(kind)
     before = stack.encodes()
-    assert stack.ask(picture, QUESTION) == expected
-    assert stack.encodes() == before + 1
-    assert stack.ask(picture, QUESTION) == expected
-    assert stack.encodes() == before + 1
+    for _ in ("miss", "hit"):
+        assert stack.ask(*asked.parts, max_tokens=MAX_TOKENS) == asked.answer
+        assert stack.encodes() == before + 1
 
 
-def test_one_content_from_three_sources_is_one_encode(stack: Stack, images: ImageServer) -> None:
-    body = png(new_picture())
+def test_one_content_from_three_sources_is_one_encode(stack: Stack, images: ImageServer, deal: Deal) -> None:
+    asked = deal()
+    body = png(asked.pictures[0])
     urls = [data_url(body), images.put("/first.png", body), images.put("/second.png", body)]
     before = stack.encodes()
-    answers = {stack.ask(url, QUESTION) for url in urls}
-    assert len(answers) == 1
+    assert [stack.ask(url, asked.text) for url in urls] == [asked.answer] * 3
     assert stack.encodes() == before + 1
 
 
 def test_changed_bytes_under_one_url_are_a_new_encode_and_a_new_answer(
-    stack: Stack, images: ImageServer, oracle: Oracle
+    stack: Stack, images: ImageServer, deal: Deal
 ) -> None:
-    first, second = new_picture(), new_picture()
-    expected = [oracle([picture], ["", QUESTION], 16) for picture in (first, second)]
-    assert expected[0] != expected[1], "the two pictures must not look alike to the model"
     before = stack.encodes()
-    url = images.put("/changing.png", png(first))
-    assert stack.ask(url, QUESTION, max_tokens=16) == expected[0]
-    images.put("/changing.png", png(second))
-    assert stack.ask(url, QUESTION, max_tokens=16) == expected[1]
+    for asked in deal.same_question():
+        url = images.put("/changing.png", png(asked.pictures[0]))
+        assert stack.ask(url, asked.text) == asked.answer
     assert stack.encodes() == before + 2
 
 
@@ -72,60 +67,59 @@ def test_several_pictures_of_which_one_repeats(stack: Stack, oracle: Oracle) -> 
     assert stack.encodes() == before + 2
 
 
-def test_a_mix_of_hit_and_miss_in_either_order(stack: Stack, oracle: Oracle) -> None:
-    known, fresh, other = new_picture(), new_picture(168, 56), new_picture(56, 168)
-    stack.ask(known, QUESTION)
+@pytest.mark.parametrize("known", [0, 1], ids=["hit-miss", "miss-hit"])
+def test_a_mix_of_hit_and_miss_in_either_order(stack: Stack, deal: Deal, known: int) -> None:
+    asked = deal("in one picture")
+    stack.ask(asked.pictures[known], QUESTION)
     before = stack.encodes()
-    assert stack.ask(known, fresh, QUESTION) == oracle([known, fresh], ["", "", QUESTION])
-    assert stack.ask(other, known, QUESTION) == oracle([other, known], ["", "", QUESTION])
+    assert stack.ask(*asked.parts) == asked.answer
+    assert stack.encodes() == before + 1
+
+
+def test_swapped_pictures_are_another_answer(stack: Stack, deal: Deal) -> None:
+    before = stack.encodes()
+    for asked in deal.both_orders():
+        assert stack.ask(*asked.parts) == asked.answer
     assert stack.encodes() == before + 2
 
 
-def test_swapped_pictures_are_another_question(stack: Stack, oracle: Oracle) -> None:
-    first, second = new_picture(), new_picture()
-    one = oracle([first, second], ["", "", QUESTION], 24)
-    other = oracle([second, first], ["", "", QUESTION], 24)
-    assert one != other, "the order must matter to the model"
-    assert stack.ask(first, second, QUESTION, max_tokens=24) == one
-    assert stack.ask(second, first, QUESTION, max_tokens=24) == other
-
-
-def test_sixteen_requests_for_one_new_picture_are_one_encode(stack: Stack) -> None:
-    picture = new_picture(336, 336)
+def test_sixteen_requests_for_one_new_picture_are_one_encode(stack: Stack, deal: Deal) -> None:
+    asked = deal("number")
     before = stack.encodes()
     with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda _: stack.ask(picture, QUESTION), range(16)))
-    assert len(set(answers)) == 1
+        answers = list(pool.map(lambda _: stack.ask(*asked.parts), range(16)))
+    assert answers == [asked.answer] * 16
     assert stack.encodes() == before + 1
 
 
 def test_streaming_gives_the_same_text_in_pieces_and_the_expanded_prompt_in_usage(
-    stack: Stack, oracle: Oracle
+    stack: Stack, deal: Deal
 ) -> None:
-    picture = new_picture()
+    asked = deal("describe")
+    (picture,) = asked.pictures
     stream = stack.client.chat.completions.create(
         model=stack.model,
-        messages=[message(picture, QUESTION)],
-        max_tokens=8,
+        messages=[message(*asked.parts)],
+        max_tokens=MAX_TOKENS,
         stream=True,
         stream_options={"include_usage": True},
     )
     chunks = list(stream)
     pieces = [choice.delta.content or "" for chunk in chunks for choice in chunk.choices]
-    assert "".join(pieces) == oracle([picture], ["", QUESTION])
+    assert "".join(pieces) == asked.answer
     assert sum(piece != "" for piece in pieces) > 1
     finish = [choice.finish_reason for chunk in chunks for choice in chunk.choices if choice.finish_reason]
-    assert finish == ["length"]
+    assert finish == ["stop"]
     usage = chunks[-1].usage
     assert usage is not None
-    assert usage.completion_tokens == 8
-    # 112 x 112 pixels in patches of 14, merged 2 x 2: 16 rows in place of one placeholder.
+    assert usage.completion_tokens >= len(pieces) > 1
+    # Patches of 14 pixels, merged 2 x 2: a row for each cell of 28 in place of one placeholder.
     text_only = stack.client.chat.completions.create(
-        model=stack.model, messages=[message(QUESTION)], max_tokens=1
+        model=stack.model, messages=[message(asked.text)], max_tokens=1
     ).usage
     assert text_only is not None
-    vision_markers = 2
-    assert usage.prompt_tokens == text_only.prompt_tokens + 16 + vision_markers
+    rows, vision_markers = picture.width * picture.height // 28**2, 2
+    assert usage.prompt_tokens == text_only.prompt_tokens + rows + vision_markers
 
 
 def test_a_client_that_leaves_stops_the_computation_and_leaves_nothing(stack: Stack) -> None:
@@ -190,12 +184,13 @@ def rgb(body: bytes) -> Image.Image:
         return picture.convert("RGB")
 
 
-def test_a_file_below_the_allowed_folder(stack: Stack, tmp_path: Path) -> None:
-    picture = new_picture()
+def test_a_file_below_the_allowed_folder(stack: Stack, deal: Deal, tmp_path: Path) -> None:
+    asked = deal()
+    (picture,) = asked.pictures
     arguments = Path(f"/proc/{stack.workers('PD')[0].pid}/cmdline").read_bytes().decode().split("\0")
     folder = Path(arguments[arguments.index("--allowed-local-media-path") + 1])
     (folder / "inside.png").write_bytes(png(picture))
     (tmp_path / "outside.png").write_bytes(png(picture))
-    assert stack.ask(f"file://{folder}/inside.png", QUESTION) == stack.ask(picture, QUESTION)
+    assert stack.ask(f"file://{folder}/inside.png", asked.text) == asked.answer
     with pytest.raises(Exception, match="image 1"):
         stack.ask(f"file://{tmp_path}/outside.png", QUESTION)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Oracle
+from tests.e2e.cards import Deal
 from tests.e2e.stack import Stack, launched, message, new_picture, wait_until
 from tests.mpi.jobs import END_TIMEOUT_S, children_of, runs
 from trtllm_mm_cache.config import MB
@@ -29,14 +29,13 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iter
         yield running
 
 
-def test_answers_are_the_models_own_and_a_hit_encodes_nothing(two_ranks: Stack, oracle: Oracle) -> None:
-    first, second = new_picture(140, 112), new_picture()
-    expected = oracle([first, second], ["", "", QUESTION])
+def test_answers_are_true_and_a_hit_encodes_nothing(two_ranks: Stack, deal: Deal) -> None:
+    asked, swapped = deal.both_orders()
     for encodes in (2, 0):
         before = two_ranks.encodes()
-        assert two_ranks.ask(first, second, QUESTION) == expected
+        assert two_ranks.ask(*asked.parts) == asked.answer
         assert two_ranks.encodes() - before == encodes
-    assert two_ranks.ask(second, first, QUESTION) == oracle([second, first], ["", "", QUESTION])
+    assert two_ranks.ask(*swapped.parts) == swapped.answer
 
 
 def test_a_client_that_leaves_stops_both_ranks(two_ranks: Stack) -> None:

@@ -102,12 +102,15 @@ class PdWorker:
 
 
 def _output(delta: TokenDelta, completion_tokens: int) -> dict[str, Any]:
-    output: dict[str, Any] = {"token_ids": list(delta.token_ids)}
-    if delta.finish_reason is not None:
-        output["finish_reason"] = delta.finish_reason
-        output["completion_usage"] = {
+    # With every delta: the frontend ends an answer by itself at the end token and looks no further.
+    output: dict[str, Any] = {
+        "token_ids": list(delta.token_ids),
+        "completion_usage": {
             "prompt_tokens": delta.prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": delta.prompt_tokens + completion_tokens,
-        }
+        },
+    }
+    if delta.finish_reason is not None:
+        output["finish_reason"] = delta.finish_reason
     return output
