@@ -6,13 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from tests.e2e.stack import free_port
 from trtllm_mm_cache.ask import AskError, ask_server
 from trtllm_mm_cache.cli import cli
+from trtllm_mm_cache.cli_options import settings_options
 from trtllm_mm_cache.config import EncodeSettings, FrontendSettings, PdSettings, Settings
+from trtllm_mm_cache.media import MediaSettings
+from trtllm_mm_cache.workers.media_limits import image_limits
 
 ROLES = {"frontend": FrontendSettings, "encode": EncodeSettings, "pd": PdSettings}
 
@@ -42,6 +46,34 @@ def test_a_mistake_is_answered_with_the_way_out(arguments: list[str], says: str)
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 2
     assert says in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "formats"),
+    [
+        ([], frozenset({"PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"})),
+        (["--image-formats", "PNG", "--image-formats", "JPEG"], frozenset({"PNG", "JPEG"})),
+    ],
+)
+def test_limits_on_images_reach_what_reads_them(arguments: list[str], formats: frozenset[str]) -> None:
+    taken: list[EncodeSettings] = []
+
+    @click.command()
+    @settings_options(EncodeSettings)
+    def command(settings: EncodeSettings) -> None:
+        taken.append(settings)
+
+    limits = ["--max-file-size-mb", "1", "--max-image-megapixels", "2", "--max-image-side", "3"]
+    command(
+        ["--model-path", "m", *limits, "--max-image-aspect-ratio", "4", *arguments], standalone_mode=False
+    )
+    assert MediaSettings(**image_limits(taken[0])) == MediaSettings(
+        max_file_size_bytes=1024**2,
+        max_image_pixels=2_000_000,
+        max_image_side=3,
+        max_image_aspect_ratio=4,
+        image_formats=formats,
+    )
 
 
 def test_help_loads_no_engine_and_no_transfer_library() -> None:

@@ -37,8 +37,10 @@ def settings_options(settings: type[Model]) -> Callable[[Callable[[Model], Any]]
 
 
 def _build(settings: type[Model], values: dict[str, Any]) -> Model:
+    # click's word for a flag that was not given: None, or an empty tuple where there may be several.
+    given = {name: value for name, value in values.items() if value not in (None, ())}
     try:
-        return settings.model_validate({name: value for name, value in values.items() if value is not None})
+        return settings.model_validate(given)
     except ValidationError as error:
         problems = "; ".join(f"{_flag(str(p['loc'][0]))}: {p['msg']}" for p in error.errors())
         raise click.UsageError(problems) from error
@@ -52,10 +54,12 @@ def _option(name: str, field: FieldInfo) -> Callable[..., Any]:
         return click.option(
             f"{_flag(name)}/--no-{_flag(name)[2:]}", name, default=None, envvar=env, help=_help(field)
         )
+    several = typing.get_origin(field.annotation) is tuple
     return click.option(
         _flag(name),
         name,
         type=_click_type(field),
+        multiple=several,
         required=required,
         envvar=env,
         show_envvar=env is not None,
@@ -70,6 +74,8 @@ def _help(field: FieldInfo) -> str:
     default = field.default
     if isinstance(default, bool):
         default = "yes" if default else "no"
+    if isinstance(default, tuple):
+        default = ", ".join(default)
     return f"{text}  [default: {default}]"
 
 
@@ -81,6 +87,8 @@ def _click_type(field: FieldInfo) -> click.ParamType[Any] | type:
     annotation = field.annotation
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
+    if typing.get_origin(annotation) is tuple:
+        annotation = typing.get_args(annotation)[0]
     if typing.get_origin(annotation) is Literal:
         return click.Choice([str(choice) for choice in typing.get_args(annotation)])
     if annotation is Path:

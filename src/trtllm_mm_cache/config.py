@@ -23,6 +23,7 @@ MB = 1024**2
 EngineName = Literal["transformers", "trtllm"]
 EvictionPolicyName = Literal["lru", "s3fifo"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+ImageFormat = Literal["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]
 
 DEFAULT_NAMESPACE = "dynamo"
 DEFAULT_PD_ENDPOINT = f"dyn://{DEFAULT_NAMESPACE}.pd.generate"
@@ -80,7 +81,24 @@ class EngineSettings(RuntimeSettings):
         50, gt=0, le=1024, description="Largest image file accepted, in MB of encoded bytes."
     )
     max_image_megapixels: float = Field(
-        89.4, gt=0, description="Largest image accepted, in millions of pixels, checked before decoding."
+        89.4,
+        gt=0,
+        le=178.9,
+        description="Largest image accepted, in millions of pixels, checked before decoding.",
+    )
+    max_image_side: int = Field(
+        65_535, ge=1, description="Longest side of an image in pixels, checked before decoding."
+    )
+    max_image_aspect_ratio: float = Field(
+        200,
+        ge=1,
+        description="Most times that an image may be longer than wide, or wider than long. Processors that "
+        "scale by the shorter side make gigabytes of a narrow strip.",
+    )
+    image_formats: tuple[ImageFormat, ...] = Field(
+        ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"),
+        min_length=1,
+        description="Image format that is decoded; give the flag once for each.",
     )
     transfer_timeout_s: Seconds = Field(
         10, description="Deadline of one NIXL READ; past it the extent is quarantined until the READ settles."

@@ -45,6 +45,20 @@ def frames(data: bytes) -> list[Image.Image]:
         return [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
 
 
+def many_frames(image_format: str, count: int) -> bytes:
+    """An animation or a file of many pages; only its first picture counts."""
+    first, *others = [Image.new("RGB", (9, 7), (n % 256, 255 - n % 256, 90)) for n in range(count)]
+    return saved(first, image_format, save_all=True, append_images=others)
+
+
+def png_of_16_bits(size: tuple[int, int], *, alpha: bool = False) -> bytes:
+    """A PNG of 16 bits a channel, which Pillow reads and cannot write."""
+    channels = 4 if alpha else 3
+    values = np.random.default_rng(7).integers(0, 65536, (size[1], size[0] * channels), dtype=np.uint16)
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+    return png(*size, png_chunk(b"IDAT", zlib.compress(lines)), colour=6 if alpha else 2, depth=16)
+
+
 # Headers that lie.
 
 
@@ -148,6 +162,13 @@ def jpeg_of_scans(extra: int, side: int = 1000) -> bytes:
     data = saved(Image.new("L", (side, side)), "JPEG", progressive=True)
     scan = data[data.rindex(b"\xff\xda") : -2]
     return data[:-2] + scan * extra + data[-2:]
+
+
+def exif_of_tags(count: int, size: int) -> bytes:
+    """EXIF of `count` tags that each claim the same `size` bytes as their value."""
+    start = 8 + 2 + 12 * count + 4
+    entries = b"".join(struct.pack("<HHII", 0x4000 + each, 7, size, start) for each in range(count))
+    return b"II*\0" + struct.pack("<IH", 8, count) + entries + bytes(4) + bytes(size)
 
 
 def exif(orientation: int) -> bytes:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+import tracemalloc
 import zlib
 from collections.abc import Callable
 
 import pytest
+from PIL import Image
 
 from tests.media import pictures
 from tests.media.conftest import check_politeness
@@ -105,6 +107,24 @@ def test_the_pixel_limit_is_exact() -> None:
         probe_image(data, MediaSettings(max_image_side=99))
 
 
+def test_a_narrow_strip_is_refused_however_few_its_pixels() -> None:
+    """A processor that scales by the shorter side made 22 million by 336 pixels of 65,535 by 1."""
+    strip = saved(picture("L", (20_000, 100)), "PNG")
+    assert probe_image(strip, SETTINGS)
+    for size in ((20_001, 100), (100, 20_001), (1, 201), (1, 65_535)):
+        with pytest.raises(MediaTooLargeError, match="one side more than 200 times the other"):
+            probe_image(saved(Image.new("L", size), "PNG"), SETTINGS)
+    with pytest.raises(MediaTooLargeError, match="1x100000 pixels, a side longer"):
+        probe_image(saved(Image.new("L", (1, 100_000)), "PNG"), SETTINGS)
+
+
+def test_more_bytes_than_a_file_may_have_are_not_looked_into() -> None:
+    data = saved(picture(), "PNG")
+    assert decode_image(data, MediaSettings(max_file_size_bytes=len(data)))
+    with pytest.raises(MediaTooLargeError, match=f"{len(data)} bytes"):
+        decode_image(data, MediaSettings(max_file_size_bytes=len(data) - 1))
+
+
 MANY = 100_000
 INFLATING = zlib.compress(bytes(1_000_000))
 EXIF_SEGMENT = jpeg_segment(0xE1, b"Exif\0\0II*\0\x08\0\0\0\0\0" + bytes(65_000))
@@ -139,6 +159,43 @@ COSTLY = {
         *[(number, 1, 5_000_000, 50_000) for number in range(40_000, 44_000)], body=bytes(6_000_000)
     ),
 }
+
+
+# Each of these may be read to its end, or refused; it must not cost more than its size explains.
+OVERGROWN = {
+    "webp, tags over the same bytes": lambda: saved(
+        picture(), "WEBP", exif=pictures.exif_of_tags(4000, 1_000_000)
+    ),
+    "png, tags over the same bytes": lambda: saved(
+        picture(), "PNG", exif=b"Exif\0\0" + pictures.exif_of_tags(4000, 1_000_000)
+    ),
+    "jpeg, tags over the same bytes": lambda: jpeg_with(
+        jpeg_segment(0xE1, b"Exif\0\0" + pictures.exif_of_tags(2000, 40_000))
+    ),
+    "webp, huge exif": lambda: saved(picture(), "WEBP", exif=pictures.exif_of_tags(1, 30_000_000)),
+    "webp, huge profile": lambda: saved(picture(), "WEBP", icc_profile=bytes(30_000_000)),
+    "png, huge exif": lambda: saved(picture(), "PNG", exif=b"Exif\0\0" + pictures.exif_of_tags(1, 7_000_000)),
+    "tiff, huge profile": lambda: saved(picture(), "TIFF", icc_profile=bytes(30_000_000)),
+    "gif, frames": lambda: pictures.many_frames("GIF", 3000),
+    "tiff, pages": lambda: pictures.many_frames("TIFF", 500),
+    "jpeg, mpo": lambda: pictures.many_frames("MPO", 500),
+}
+
+
+@pytest.mark.parametrize("name", OVERGROWN)
+def test_what_is_not_looked_at_costs_nothing(name: str) -> None:
+    data = OVERGROWN[name]()
+    started = time.process_time()
+    tracemalloc.start()
+    try:
+        decode_image(data, SETTINGS)
+    except InvalidImageError as error:
+        check_politeness(error)
+    finally:
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert time.process_time() - started < 5
+    assert most < 4 * len(data) + 32 * 1024**2
 
 
 @pytest.mark.parametrize("name", COSTLY)

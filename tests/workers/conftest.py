@@ -62,6 +62,8 @@ class PeerEncodeWorkers:
         assert lease is not None
         export = await self.exporter.export(lease)
         answer = {
+            "fingerprint": request.fingerprint,
+            "key": request.key,
             "peer": self.agent.metadata.to_wire(),
             "token": export.token,
             "address": export.address,

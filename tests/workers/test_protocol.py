@@ -37,6 +37,8 @@ def ready(**changes: Any) -> dict[str, Any]:
     return {
         "version": 1,
         "status": "ready",
+        "fingerprint": DIGEST,
+        "key": DIGEST,
         "peer": {"agent_name": "a"},
         "token": "t",
         "address": 4096,
@@ -48,6 +50,13 @@ def ready(**changes: Any) -> dict[str, Any]:
         "encode_seconds": 0.25,
         "origin": "encoded",
     } | changes
+
+
+def nested(depth: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
 
 
 def over_the_wire(message: EncodeRequest | EncodeReady | EncodeFault) -> Any:
@@ -73,6 +82,18 @@ def test_messages_survive_the_wire() -> None:
         ({"media": "text"}, "media"),
         ({"variant": "x" * 65}, "variant"),
         ({"path": "/etc/passwd"}, "path"),
+        ({"media": None}, "media"),
+        ({"media": {"path": "/etc/passwd"}}, "media"),
+        ({"retain": 1}, "retain"),
+        ({"processor_kwargs": []}, "processor_kwargs"),
+        ({"processor_kwargs": {1: 1}}, "processor_kwargs"),
+        ({"processor_kwargs": {"a": b"bytes"}}, "processor_kwargs"),
+        ({"processor_kwargs": {"a": float("nan")}}, "processor_kwargs"),
+        ({"processor_kwargs": {"a": 2**64}}, "processor_kwargs"),
+        ({"processor_kwargs": {str(n): n for n in range(300)}}, "processor_kwargs"),
+        ({"processor_kwargs": {"a": "x" * 10_000}}, "processor_kwargs"),
+        ({"processor_kwargs": nested(9)}, "processor_kwargs"),
+        ({"processor_kwargs": nested(100_000)}, "processor_kwargs"),
     ],
 )
 def test_another_request_is_refused_by_field(changes: dict[str, Any], field: str) -> None:
@@ -96,6 +117,13 @@ def test_another_request_is_refused_by_field(changes: dict[str, Any], field: str
         ({"dtype": "f" * 33}, "dtype"),
         ({"origin": "stolen"}, "origin"),
         ({"encode_seconds": float("nan")}, "encode_seconds"),
+        ({"fingerprint": "../../etc/passwd"}, "fingerprint"),
+        ({"key": None}, "key"),
+        ({"token": "x" * 129}, "token"),
+        ({"metadata": {"placeholder": "x" * 5_000_000}}, "metadata"),
+        ({"metadata": {"a": [0] * 5000}}, "metadata"),
+        ({"metadata": nested(100_000)}, "metadata"),
+        ({"metadata": None}, "metadata"),
         ({"extra": 1}, "extra"),
         ({"status": "maybe"}, "status"),
     ],
@@ -123,6 +151,17 @@ def test_errors_cross_the_wire_as_themselves() -> None:
 def test_an_error_of_a_newer_release_keeps_its_name() -> None:
     with pytest.raises(EncodeFailedError, match="shiny_new: why"):
         parse_answer({"version": 1, "status": "error", "code": "shiny_new", "message": "why"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"fingerprint": "cd" * 32}, "another model"), ({"key": "cd" * 32}, "another image")],
+)
+def test_an_answer_to_another_question_is_refused(changes: dict[str, Any], says: str) -> None:
+    asked = parse(EncodeRequest, request())
+    parse_answer(ready()).check_answers(asked)
+    with pytest.raises(ProtocolMismatchError, match=says):
+        parse_answer(ready(**changes)).check_answers(asked)
 
 
 instances = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=8, unique=True)

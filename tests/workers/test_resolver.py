@@ -22,6 +22,7 @@ from trtllm_mm_cache.errors import (
     InvalidImageError,
     MediaReferenceError,
     MmCacheError,
+    ProtocolMismatchError,
     TransferError,
     UnsupportedMediaError,
 )
@@ -132,6 +133,16 @@ async def test_a_bad_answer_is_retried_once_on_the_other_worker_and_never_cached
     healed = await bench.resolve([reference])
     assert_holds(healed.leases[0])
     healed.release()
+
+
+@pytest.mark.parametrize("field", ["fingerprint", "key"])
+async def test_an_embedding_of_another_model_or_image_is_never_read(bench: Bench, field: str) -> None:
+    bench.peer.changes = [lambda answer: answer | {field: "cd" * 32}]
+    with pytest.raises(ProtocolMismatchError, match="image 1"):
+        await bench.resolve([picture()])
+    assert bench.reader.statistics().reads == 0
+    assert bench.held() == (0, 0, 0)
+    assert bench.cache.keys() == []
 
 
 async def test_a_clients_mistake_is_not_retried(bench: Bench) -> None:

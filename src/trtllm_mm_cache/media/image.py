@@ -24,6 +24,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from trtllm_mm_cache.config import ImageFormat
 from trtllm_mm_cache.errors import InvalidImageError, MediaTooLargeError, MmCacheError, UnsupportedMediaError
 from trtllm_mm_cache.media.image_limits import (
     BudgetedBytes,
@@ -32,7 +33,7 @@ from trtllm_mm_cache.media.image_limits import (
     check_size,
     check_webp_canvas,
 )
-from trtllm_mm_cache.media.settings import ImageFormat, MediaSettings
+from trtllm_mm_cache.media.settings import MediaSettings
 
 _PLUGINS: dict[ImageFormat, type[ImageFile.ImageFile]] = {
     "PNG": PngImagePlugin.PngImageFile,
@@ -123,6 +124,11 @@ def _open(data: bytes, settings: MediaSettings) -> tuple[ImageFormat, ImageFile.
     """Return the format and the image with its header read, its file ready for the pixels."""
     if not data:
         raise InvalidImageError("the image is empty")
+    if len(data) > settings.max_file_size_bytes:
+        raise MediaTooLargeError(
+            f"the image has {len(data)} bytes, more than the limit of {settings.max_file_size_bytes}; "
+            "use a smaller one"
+        )
     image_format = _format_of(data)
     if image_format is None or image_format not in settings.image_formats:
         accepted = ", ".join(sorted(settings.image_formats))

@@ -75,6 +75,11 @@ def check_size(size: tuple[int, int], settings: MediaSettings) -> None:
             f"the image is {width}x{height} pixels, a side longer than the limit of "
             f"{settings.max_image_side}; scale it down"
         )
+    if max(width, height) > settings.max_image_aspect_ratio * min(width, height):
+        raise MediaTooLargeError(
+            f"the image is {width}x{height} pixels, one side more than {settings.max_image_aspect_ratio:g} "
+            "times the other; crop it"
+        )
     if width * height > settings.max_image_pixels:
         raise MediaTooLargeError(
             f"the image is {width}x{height} pixels, more than the limit of "

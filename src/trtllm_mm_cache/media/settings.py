@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-ImageFormat = Literal["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]
+from trtllm_mm_cache.config import ImageFormat
 
 MIB = 1024**2
 
@@ -68,6 +68,15 @@ class MediaSettings(BaseModel):
     )
     max_image_side: int = Field(
         default=65_535, gt=0, description="Most pixels one side of an image may have (JPEG's own limit)."
+    )
+    max_image_aspect_ratio: float = Field(
+        default=200.0,
+        ge=1,
+        description=(
+            "Most times that the longer side of an image may be the shorter one. A processor that scales "
+            "the shorter side to 336 pixels makes 88 GB of floats of an image of 1 x 65,535. The default is "
+            "the limit that Qwen's own processor has."
+        ),
     )
     image_formats: Annotated[frozenset[ImageFormat], Field(min_length=1)] = Field(
         default=frozenset({"PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"}),

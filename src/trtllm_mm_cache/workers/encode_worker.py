@@ -19,7 +19,7 @@ from prometheus_client.core import Metric
 
 from trtllm_mm_cache.cache.flight import SingleFlight
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
-from trtllm_mm_cache.config import MB, EncodeSettings
+from trtllm_mm_cache.config import EncodeSettings
 from trtllm_mm_cache.engines.base import EncodeItem, VisionEncoder
 from trtllm_mm_cache.errors import (
     ArenaFullError,
@@ -35,6 +35,7 @@ from trtllm_mm_cache.transfer import Exporter, PeerMetadata
 from trtllm_mm_cache.transfer.checksum import checksum
 from trtllm_mm_cache.workers.batcher import BatchedImage, MicroBatcher
 from trtllm_mm_cache.workers.encode_readings import encode_readings
+from trtllm_mm_cache.workers.media_limits import image_limits
 from trtllm_mm_cache.workers.protocol import ENCODE_SECONDS, EncodeFault, EncodeReady, EncodeRequest, parse
 from trtllm_mm_cache.workers.runtime import RequestStoppedError, until_stopped
 from trtllm_mm_cache.workers.threads import in_thread
@@ -61,10 +62,7 @@ class EncodeWorker:
         self._manager = manager
         self._exporter = exporter
         self._peer = peer.to_wire()
-        self._media_settings = MediaSettings(
-            max_file_size_bytes=int(settings.max_file_size_mb * MB),
-            max_image_pixels=int(settings.max_image_megapixels * 1e6),
-        )
+        self._media_settings = MediaSettings(**image_limits(settings))
         self._batcher = MicroBatcher(
             encoder.encode,
             max_images=settings.max_batch_images,
@@ -178,6 +176,8 @@ class EncodeWorker:
         encode_seconds = metadata.pop(ENCODE_SECONDS)
         export = await self._exporter.export(lease, checksum=metadata.pop(_CHECKSUM))
         return EncodeReady(
+            fingerprint=self._encoder.fingerprint,
+            key=lease.key,
             peer=self._peer,
             token=export.token,
             address=export.address,

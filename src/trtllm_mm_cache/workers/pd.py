@@ -18,6 +18,7 @@ from trtllm_mm_cache.observability.exposition import Exposition
 from trtllm_mm_cache.observability.logs import configure_logging
 from trtllm_mm_cache.observability.pd_metrics import PdMetrics
 from trtllm_mm_cache.workers.encode_client import EncodeClient
+from trtllm_mm_cache.workers.media_limits import image_limits
 from trtllm_mm_cache.workers.memory import PdMemory
 from trtllm_mm_cache.workers.model_files import local_model_path
 from trtllm_mm_cache.workers.pd_readings import pd_readings
@@ -116,9 +117,8 @@ async def _serve_endpoint(
 def _media_settings(settings: PdSettings) -> MediaSettings:
     return MediaSettings(
         allowed_local_media_path=settings.allowed_local_media_path,
-        max_file_size_bytes=int(settings.max_file_size_mb * MB),
         allow_private_addresses=settings.allow_private_addresses,
         http_total_timeout=settings.media_timeout_s,
         http_cache_bytes=int(settings.http_cache_mb * MB),
-        max_image_pixels=int(settings.max_image_megapixels * 1e6),
+        **image_limits(settings),
     )

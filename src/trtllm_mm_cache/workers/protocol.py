@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from trtllm_mm_cache.errors import MmCacheError, ProtocolMismatchError, from_wire
+from trtllm_mm_cache.workers.json_bounds import METADATA, PROCESSOR_KWARGS, JsonBounds
 
 PROTOCOL_VERSION: Final = 1
 
@@ -22,7 +23,18 @@ ENCODE_SECONDS: Final = "encode_seconds"
 """Under this name both workers keep what the vision tower took in the metadata of the cached entry."""
 
 MAX_EMBEDDING_BYTES = 4 * 1024**3
+MAX_MEDIA_BYTES = 1024**3
+"""The most that `--max-file-size-mb` can be set to; each worker has its own, smaller limit besides."""
+
 HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _within(bounds: JsonBounds) -> AfterValidator:
+    def check(value: dict[str, Any]) -> dict[str, Any]:
+        bounds.check(value)
+        return value
+
+    return AfterValidator(check)
 
 
 class Message(BaseModel):
@@ -42,8 +54,8 @@ class EncodeRequest(Message):
     version: Literal[1] = PROTOCOL_VERSION
     fingerprint: HexDigest
     key: HexDigest
-    media: bytes
-    processor_kwargs: dict[str, Any] = Field(default_factory=dict)
+    media: bytes = Field(max_length=MAX_MEDIA_BYTES)
+    processor_kwargs: Annotated[dict[str, Any], _within(PROCESSOR_KWARGS)] = Field(default_factory=dict)
     variant: str = Field("", max_length=64)
     retain: bool = True
 
@@ -51,14 +63,17 @@ class EncodeRequest(Message):
 class EncodeReady(Message):
     """Says that the embedding lies in the encode worker's arena, pinned until the READ's notification.
 
-    `peer` is the NIXL metadata with its digest; `token` is the READ's notification; `checksum` is
-    XXH3-64 over the `nbytes` at `address`. `dtype` is a torch dtype name without the prefix.
+    `fingerprint` is that of the model which made it and `key` the one that was asked for: the PD worker
+    compares both. `peer` is the NIXL metadata with its digest; `token` is the READ's notification;
+    `checksum` is XXH3-64 over the `nbytes` at `address`. `dtype` is a torch dtype name without the prefix.
     `metadata` is the engine's. `encode_seconds` is what the vision tower took for it, when it was encoded.
     `origin` tells what this call cost: an encode, a flight that another call had started, or nothing.
     """
 
     version: Literal[1] = PROTOCOL_VERSION
     status: Literal["ready"] = "ready"
+    fingerprint: HexDigest
+    key: HexDigest
     peer: dict[str, Any]
     token: str = Field(max_length=128)
     address: int = Field(gt=0, lt=2**64)
@@ -66,9 +81,19 @@ class EncodeReady(Message):
     checksum: int = Field(ge=0, lt=2**64)
     dtype: str = Field(max_length=32)
     shape: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
-    metadata: dict[str, Any]
+    metadata: Annotated[dict[str, Any], _within(METADATA)]
     encode_seconds: float = Field(ge=0, allow_inf_nan=False)
     origin: Literal["encoded", "joined", "cached"]
+
+    def check_answers(self, request: EncodeRequest) -> None:
+        """Raise `ProtocolMismatchError` unless this is the embedding that `request` asked for."""
+        if self.fingerprint != request.fingerprint:
+            raise ProtocolMismatchError(
+                "the encode worker offers an embedding that another model, engine or stored dtype made; "
+                "start both workers with the same --model-path, --engine and embedding dtype"
+            )
+        if self.key != request.key:
+            raise ProtocolMismatchError("the encode worker offers the embedding of another image")
 
 
 class EncodeFault(Message):

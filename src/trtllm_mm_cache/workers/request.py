@@ -1,21 +1,28 @@
 """Reads what Dynamo's frontend sends a worker; the field names are Dynamo 1.6.1's.
 
-Nothing is dropped silently: a modality, media form or sampling option that is not served is an
-`InvalidRequestError` that names the field.
+Nothing is dropped silently and nothing converted: a modality, media form or sampling option that is not
+served, or a value of another type, is an `InvalidRequestError` that names the field.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
 from trtllm_mm_cache.engines.base import GenerationRequest, SamplingParams
 from trtllm_mm_cache.errors import InvalidRequestError
+from trtllm_mm_cache.workers.json_bounds import PROCESSOR_KWARGS
 
-_TokenId = Annotated[int, Field(ge=0)]
+_Integer = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**64)]
+_TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
+_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_StopText = Annotated[str, Field(max_length=1024)]
+_StopIds = Annotated[list[_TokenId], Field(max_length=4096)]
+
+_MAX_SALT_CHARACTERS = 1024
 
 # Options that change the answer and that no engine here implements. A value equal to the one
 # named means "off", as clients send it.
@@ -39,31 +46,31 @@ class _Lenient(BaseModel):
 
 
 class _StopConditions(_Lenient):
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
-    stop: list[str] | None = Field(None, max_length=64)
-    stop_token_ids: list[_TokenId] | None = None
-    stop_token_ids_visible: list[_TokenId] | None = None
-    stop_token_ids_hidden: list[_TokenId] | None = None
-    ignore_eos: bool | None = None
+    max_tokens: Annotated[_Integer, Field(ge=1)] | None = None
+    min_tokens: Annotated[_Integer, Field(ge=0)] | None = None
+    stop: list[_StopText] | None = Field(None, max_length=64)
+    stop_token_ids: _StopIds | None = None
+    stop_token_ids_visible: _StopIds | None = None
+    stop_token_ids_hidden: _StopIds | None = None
+    ignore_eos: StrictBool | None = None
 
 
 class _SamplingOptions(_Lenient):
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
-    seed: int | None = None
+    temperature: Annotated[_Number, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[_Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[_Integer, Field(ge=-1)] | None = None
+    seed: _Integer | None = None
 
 
 class _Request(_Lenient):
     token_ids: list[_TokenId] = Field(min_length=1)
     multi_modal_data: dict[str, list[dict[str, Any]]] | None = None
-    mm_processor_kwargs: dict[str, Any] | None = None
+    mm_processor_kwargs: Any = None
     stop_conditions: _StopConditions = _StopConditions()
     sampling_options: _SamplingOptions = _SamplingOptions()
-    eos_token_ids: list[_TokenId] | None = None
+    eos_token_ids: _StopIds | None = None
     routing: dict[str, Any] | None = None
     extra_args: dict[str, Any] | None = None
 
@@ -83,31 +90,57 @@ def parse_request(payload: Any, request_id: str, *, max_images: int) -> PdReques
         request = _Request.model_validate(payload)
     except ValidationError as error:
         problem = error.errors()[0]
-        field = ".".join(str(part) for part in problem["loc"]) or "request"
+        field = ".".join(str(part) for part in problem["loc"])[:80] or "request"
         raise InvalidRequestError(f"{field}: {problem['msg']}") from None
     references = _image_references(request.multi_modal_data or {}, max_images)
     extra = request.extra_args or {}
-    kwargs = request.mm_processor_kwargs or extra.get("mm_processor_kwargs") or {}
-    if not isinstance(kwargs, dict):
-        raise InvalidRequestError("mm_processor_kwargs: must be an object")
     prompt_text = extra.get("formatted_prompt")
-    salt = (request.routing or {}).get("cache_salt") or (extra.get("nvext") or {}).get("cache_salt")
-    if salt is not None and not isinstance(salt, str):
-        raise InvalidRequestError("cache_salt: must be a string")
+    if not isinstance(prompt_text, str | None):
+        raise InvalidRequestError("formatted_prompt: must be a string")
     generation = GenerationRequest(
         request_id=request_id,
         token_ids=tuple(request.token_ids),
-        prompt_text=prompt_text if isinstance(prompt_text, str) else None,
+        prompt_text=prompt_text,
         sampling=_sampling(request),
-        cache_salt=salt,
+        cache_salt=_salt(request.routing or {}, extra.get("nvext")),
     )
-    return PdRequest(generation, references, kwargs)
+    return PdRequest(generation, references, _processor_kwargs(request, extra))
+
+
+def _processor_kwargs(request: _Request, extra: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what the image processor is asked for: the first that is given of the frontend's two places."""
+    for kwargs in (request.mm_processor_kwargs, extra.get("mm_processor_kwargs")):
+        if kwargs is None:
+            continue
+        try:
+            PROCESSOR_KWARGS.check(kwargs)
+        except ValueError as error:
+            raise InvalidRequestError(f"mm_processor_kwargs: {error}") from None
+        if kwargs:
+            return cast("Mapping[str, Any]", kwargs)
+    return {}
+
+
+def _salt(routing: Mapping[str, Any], nvext: Any) -> str | None:
+    """Return the first salt that is given and not empty.
+
+    One of another type must be an error: taken for none, it would let a tenant's images be shared.
+    """
+    if not isinstance(nvext, dict | None):
+        raise InvalidRequestError("nvext: must be an object")
+    salts = [routing.get("cache_salt"), (nvext or {}).get("cache_salt")]
+    if not all(isinstance(salt, str | None) for salt in salts):
+        raise InvalidRequestError("cache_salt: must be a string")
+    salt = salts[0] or salts[1]
+    if salt is not None and len(salt) > _MAX_SALT_CHARACTERS:
+        raise InvalidRequestError(f"cache_salt: must have at most {_MAX_SALT_CHARACTERS} characters")
+    return salt
 
 
 def _image_references(media: Mapping[str, list[dict[str, Any]]], max_images: int) -> tuple[str, ...]:
     for kind, parts in media.items():
         if kind != "image_url" and parts:
-            raise InvalidRequestError(f"{kind}: only images are served")
+            raise InvalidRequestError(f"{kind[:80]}: only images are served")
     parts = media.get("image_url", [])
     if len(parts) > max_images:
         raise InvalidRequestError(

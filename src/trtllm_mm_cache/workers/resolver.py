@@ -288,6 +288,7 @@ class ImageResolver:
             try:
                 with self._metrics.encode_call.time():
                     ready = await self._client.encode(instance, request)
+                ready.check_answers(request)
                 return await self._read_and_commit(request, ready)
             except MmCacheError as error:
                 failure = error

@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from trtllm_mm_cache.engines.base import EncodeItem
+from trtllm_mm_cache.engines.foreign_text import fit_for_client
 from trtllm_mm_cache.engines.transformers.architectures import MULTI_IMAGE, Architecture
-from trtllm_mm_cache.engines.transformers.loading import first_line
 from trtllm_mm_cache.engines.transformers.processor_kwargs import configured_bounds, image_kwargs
 from trtllm_mm_cache.errors import InvalidImageError
 
@@ -65,7 +65,9 @@ class ImagePreprocessor:
                 return_tensors="pt",
             )
         except (ValueError, TypeError, OSError, ArithmeticError, LookupError) as error:
-            raise InvalidImageError(f"the model cannot take this image: {first_line(error)}") from error
+            width, height = item.image.size
+            reason = fit_for_client(error, f"its processor refuses {width}x{height} pixels")
+            raise InvalidImageError(f"the model cannot take this image: {reason}") from error
         return self._processed(output, alone=len(images) == 1)
 
     def _processed(self, output: Mapping[str, Any], *, alone: bool) -> ProcessedImage:

@@ -12,6 +12,7 @@ from typing import Any
 from trtllm_mm_cache.cache.manager import Lease
 from trtllm_mm_cache.engines.base import FinishReason, GenerationRequest, TokenDelta
 from trtllm_mm_cache.engines.fingerprint import model_fingerprint
+from trtllm_mm_cache.engines.foreign_text import fit_for_client
 from trtllm_mm_cache.engines.trtllm.handles import PositionBufferPool
 from trtllm_mm_cache.engines.trtllm.layout import ModelLayout, embedding_dtype_name
 from trtllm_mm_cache.engines.trtllm.prepare import PreparedRequest, RequestPreparer
@@ -158,7 +159,8 @@ class TrtllmGenerator:
         try:
             return self._llm.generate_async(**prepared.arguments)
         except self._refusals as error:
-            raise InvalidRequestError(f"TensorRT-LLM refuses the request: {error}") from error
+            reason = fit_for_client(error, "see the PD worker's log")
+            raise InvalidRequestError(f"TensorRT-LLM refuses the request: {reason}") from error
         except (RuntimeError, AssertionError) as error:
             raise GenerationError("TensorRT-LLM could not take the request; see the log") from error
 
