@@ -57,8 +57,33 @@ def shifting(seed: int, length: int) -> Trace:
     return _sized(source, objects, length)
 
 
+def uniform(seed: int, length: int) -> Trace:
+    """Every picture is as likely as every other."""
+    source = random.Random(seed)
+    return _sized(source, (source.randrange(4000) for _ in itertools.count()), length)
+
+
+def conversations(seed: int, length: int) -> Trace:
+    """200 chats at a time, each of 8 turns, each turn with the last 5 of the chat's 12 pictures."""
+    source = random.Random(seed)
+
+    def objects() -> Iterator[int]:
+        numbers = itertools.count(step=12)
+        chats = [(next(numbers), turn % 8) for turn in range(200)]
+        while True:
+            place = source.randrange(len(chats))
+            first, turn = chats[place]
+            yield from range(first + turn, first + turn + 5)
+            chats[place] = (first, turn + 1) if turn < 7 else (next(numbers), 0)
+
+    return _sized(source, objects(), length)
+
+
 TRACES: dict[str, Callable[[int, int], Trace]] = {
     "zipf": zipf,
     "scan-polluted": scan_polluted,
     "shifting": shifting,
 }
+
+REUSE_TRACES = {**TRACES, "uniform": uniform, "conversations": conversations}
+"""Those, and two on which the policies differ little."""

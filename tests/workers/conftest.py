@@ -14,6 +14,7 @@ import torch
 from tests.e2e.stack import data_url, new_picture, png
 from trtllm_mm_cache.cache.key import EmbeddingKey
 from trtllm_mm_cache.cache.manager import CachedEmbedding, Lease, MultimodalEmbeddingCacheManager
+from trtllm_mm_cache.cache.what_if import WhatIf
 from trtllm_mm_cache.errors import MmCacheError
 from trtllm_mm_cache.media import MediaSettings, MediaSource
 from trtllm_mm_cache.observability.pd_metrics import PdMetrics
@@ -88,6 +89,7 @@ class Bench:
     resolver: ImageResolver
     reader: Reader
     metrics: PdMetrics
+    what_if: WhatIf
 
     async def resolve(self, references: Sequence[str], *, salt: str | None = None) -> ResolvedImages:
         return await self.resolver.resolve(references, processor_kwargs={}, salt=salt, variant="")
@@ -125,7 +127,7 @@ async def bench(require_salt: bool) -> AsyncIterator[Bench]:
     peer.gate.set()
     settings = MediaSettings()
     reader = Reader(reading)
-    metrics = PdMetrics()
+    metrics, what_if = PdMetrics(), WhatIf("lru", cache.capacity_bytes)
     resolver = ImageResolver(
         source=MediaSource(settings),
         media_settings=settings,
@@ -138,8 +140,9 @@ async def bench(require_salt: bool) -> AsyncIterator[Bench]:
         transfer_timeout_s=5,
         metrics=metrics,
         require_salt=require_salt,
+        what_if=what_if,
     )
-    bench = Bench(peer, cache, transit, resolver, reader, metrics)
+    bench = Bench(peer, cache, transit, resolver, reader, metrics, what_if)
     yield bench
     await resolver.close()
     await bench.nothing_held()

@@ -239,6 +239,7 @@ async def test_an_unsalted_request_is_served_past_the_cache_and_leaves_nothing(
     assert bench.resolver.statistics().uncached == 2
     statistics = bench.cache.statistics()
     assert (statistics.entries, statistics.hits, statistics.misses) == (0, 0, 0), "the cache was touched"
+    assert bench.what_if.curve().lookups == 0
 
 
 @salt_required
@@ -277,3 +278,14 @@ async def test_unsalted_requests_end_at_the_transit_arena(bench: Bench) -> None:
         images.release()
     (await bench.resolve([picture()])).release()
     assert bench.cache.keys() == []
+
+
+async def test_the_what_if_curve_follows_the_look_ups(bench: Bench) -> None:
+    """The cache holds 4 embeddings; 6 in turn hit only where twice as many fit."""
+    references = [picture() for _ in range(6)]
+    for _ in range(2):
+        for reference in references:
+            (await bench.resolve([reference])).release()
+    curve = bench.what_if.curve()
+    assert curve.lookups == 12
+    assert [point.hit_ratio for point in curve.points] == [0, 0, 0.5, 0.5]

@@ -38,6 +38,9 @@ class LruPolicy:
                 return entry
         return None
 
+    def resize(self, capacity_bytes: int) -> None:
+        """Do nothing: the order is that of any size."""
+
     def entries(self) -> Iterator[Entry]:
         """Iterate, least recently used first."""
         return iter(self._order)

@@ -47,6 +47,10 @@ class EvictionPolicy(Protocol):
         """
         ...
 
+    def resize(self, capacity_bytes: int) -> None:
+        """Go on as the policy of a cache of that size; the caller evicts what no longer fits."""
+        ...
+
     def entries(self) -> Iterator[Entry]:
         """Iterate over all entries, those that would leave first, were none used any more, in front. O(n)."""
         ...

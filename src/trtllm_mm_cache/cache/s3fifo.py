@@ -63,14 +63,19 @@ class S3FifoPolicy:
     name = "s3fifo"
 
     def __init__(self, capacity_bytes: int) -> None:
-        self._small_limit = capacity_bytes // 10
-        self._main_limit = capacity_bytes - self._small_limit
-        self._ghost_limit = capacity_bytes * 9 // 10
         self._small = _Queue()
         self._main = _Queue()
         self._ghosts: OrderedDict[str, int] = OrderedDict()  # key to the bytes it counts for
         self._ghost_bytes = 0
         self._filling = True
+        self.resize(capacity_bytes)
+
+    def resize(self, capacity_bytes: int) -> None:
+        """Set the queues' limits; ghosts beyond theirs are forgotten."""
+        self._small_limit = capacity_bytes // 10
+        self._main_limit = capacity_bytes - self._small_limit
+        self._ghost_limit = capacity_bytes * 9 // 10
+        self._forget_ghosts()
 
     def admit(self, entry: Entry) -> None:
         """File in main when the key was evicted from small not long ago, else in small."""
@@ -160,5 +165,8 @@ class S3FifoPolicy:
         nbytes = max(entry.extent.nbytes, _LEAST_GHOST_BYTES)
         self._ghosts[entry.key] = nbytes
         self._ghost_bytes += nbytes
+        self._forget_ghosts()
+
+    def _forget_ghosts(self) -> None:
         while self._ghost_bytes > self._ghost_limit:
             self._ghost_bytes -= self._ghosts.popitem(last=False)[1]

@@ -6,6 +6,7 @@ import asyncio
 
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.policy import make_policy
+from trtllm_mm_cache.cache.what_if import WhatIf
 from trtllm_mm_cache.config import GB, MB, PdSettings
 from trtllm_mm_cache.transfer import Reader, TransferAgent
 
@@ -15,7 +16,7 @@ _CLOSE_DEADLINE_S = 5.0
 class PdMemory:
     """The PD worker's memory: the cache, the transit arena, and the NIXL reader that fills both.
 
-    With capacity 0 there is one arena only, and it retains nothing.
+    With capacity 0 there is one arena only, it retains nothing, and `what_if` is None.
     """
 
     def __init__(
@@ -24,10 +25,12 @@ class PdMemory:
         transit: MultimodalEmbeddingCacheManager,
         agent: TransferAgent,
         reader: Reader,
+        what_if: WhatIf | None,
     ) -> None:
         self.cache = cache
         self.transit = transit
         self.reader = reader
+        self.what_if = what_if
         self._agent = agent
 
     @classmethod
@@ -37,14 +40,15 @@ class PdMemory:
         transit = await asyncio.to_thread(
             MultimodalEmbeddingCacheManager, 0, transfer_bytes=int(settings.transfer_arena_mb * MB)
         )
-        cache = transit
+        cache, what_if = transit, None
         if capacity > 0:
             policy = make_policy(settings.multimodal_embedding_cache_policy, capacity)
+            what_if = WhatIf(policy.name, capacity)
             cache = await asyncio.to_thread(MultimodalEmbeddingCacheManager, capacity, policy=policy)
         agent = await TransferAgent.start()
         for manager in {cache, transit}:
             await agent.register(manager.arena.base_address, manager.arena.capacity_bytes)
-        return cls(cache, transit, agent, Reader(agent))
+        return cls(cache, transit, agent, Reader(agent), what_if)
 
     async def close(self) -> None:
         """Close NIXL first, so that nothing is written into memory that is about to go."""

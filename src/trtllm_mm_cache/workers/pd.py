@@ -75,6 +75,7 @@ async def _serve_model(
         transfer_timeout_s=settings.transfer_timeout_s,
         metrics=metrics,
         require_salt=settings.multimodal_embedding_cache_require_salt,
+        what_if=memory.what_if,
     )
     worker = PdWorker(generator, resolver, metrics, settings)
     exposition = Exposition(

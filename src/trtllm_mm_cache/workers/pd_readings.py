@@ -9,6 +9,7 @@ from prometheus_client.core import Metric
 from trtllm_mm_cache.observability.cache_readings import arena_readings, cache_readings
 from trtllm_mm_cache.observability.exposition import PREFIX, Reading
 from trtllm_mm_cache.observability.flight_readings import flight_readings
+from trtllm_mm_cache.observability.what_if_readings import what_if_readings
 from trtllm_mm_cache.transfer import Reader
 from trtllm_mm_cache.workers.encode_client import EncodeClient
 from trtllm_mm_cache.workers.memory import PdMemory
@@ -23,6 +24,8 @@ def pd_readings(
     yield from cache_readings(cache)
     retains = memory.cache is not memory.transit
     yield from arena_readings({"cache": cache, "transit": transit} if retains else {"transit": transit})
+    if memory.what_if is not None:
+        yield from what_if_readings(memory.what_if.curve())
     yield from flight_readings(resolver.flights.statistics())
     yield from _resolver_readings(resolver)
     yield from _read_readings(memory.reader)

@@ -30,6 +30,7 @@ import torch
 from trtllm_mm_cache.cache.flight import SingleFlight
 from trtllm_mm_cache.cache.key import EmbeddingKey, embedding_key
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager, Reservation
+from trtllm_mm_cache.cache.what_if import WhatIf
 from trtllm_mm_cache.errors import (
     ArenaFullError,
     EmbeddingMismatchError,
@@ -104,7 +105,7 @@ class ImageResolver:
     """Resolves images for one PD worker. For use from one event loop.
 
     `transit` is a manager that retains nothing; it takes what `cache` has no room for, and is the
-    same object as `cache` where the capacity is 0.
+    same object as `cache` where the capacity is 0. `what_if` follows the lookups.
 
     With `require_salt`, a request without a salt bypasses the cache: it gets a random salt of its own, so
     that no key of it can meet another request's, here or on an encode worker; its images are not looked
@@ -125,6 +126,7 @@ class ImageResolver:
         transfer_timeout_s: float,
         metrics: PdMetrics | None = None,
         require_salt: bool = False,
+        what_if: WhatIf | None = None,
     ) -> None:
         self._source = source
         self._media_settings = media_settings
@@ -136,6 +138,7 @@ class ImageResolver:
         self._encode_timeout_s = encode_timeout_s
         self._transfer_timeout_s = transfer_timeout_s
         self._require_salt = require_salt
+        self._what_if = what_if
         self._metrics = metrics or PdMetrics()
         self._flights: SingleFlight[Lease] = SingleFlight()
         self._retries = self._uncached = 0
@@ -250,12 +253,18 @@ class ImageResolver:
 
     # 4 lookup, 5 miss
     async def _find(self, item: _Item) -> _Found:
-        if item.retain and (lease := self._cache.lease(item.key.hex)) is not None:
+        if item.retain and (lease := self._look_up(item.key)) is not None:
             return _Found(lease, "hit")
         lease, joined = await self._flights.run(
             item.key.hex, lambda: self._load(item), share=Lease.clone, discard=Lease.release
         )
         return _Found(lease, "joined" if joined else "miss")
+
+    def _look_up(self, key: EmbeddingKey) -> Lease | None:
+        lease = self._cache.lease(key.hex)
+        if self._what_if is not None:
+            self._what_if.looked_up(key.hex, None if lease is None else lease.nbytes)
+        return lease
 
     async def _load(self, item: _Item) -> Lease:
         """One flight: ask an encode worker, READ, commit; once more on the next worker if that can help."""
@@ -314,10 +323,13 @@ class ImageResolver:
         metadata = {**ready.metadata, ENCODE_SECONDS: ready.encode_seconds}
         try:
             with self._metrics.commit.time():
-                return reservation.commit(dtype=dtype, shape=ready.shape, metadata=metadata)
+                lease = reservation.commit(dtype=dtype, shape=ready.shape, metadata=metadata)
         except MmCacheError:
             reservation.abandon()
             raise
+        if request.retain and self._what_if is not None:
+            self._what_if.loaded(request.key, ready.nbytes)
+        return lease
 
     def _reserve(self, key: str, nbytes: int, *, retain: bool) -> Reservation:
         """Reserve room in the cache; where every byte is leased, in the transit arena: served, not cached."""
