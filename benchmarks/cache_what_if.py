@@ -1,6 +1,6 @@
 """How exact the what-if curve is at its production settings, and what it costs a look-up.
 
-    python benchmarks/what_if.py [--length 200000] [--seeds 2]
+    python benchmarks/cache_what_if.py [--length 200000] [--seeds 2]
 
 Traffic over 100,000 pictures of 1 to 32 KiB (log-uniform; embeddings are some 300 times larger), a cache of
 100 MiB. Each trace runs through the curve and through caches of 0.5, 1, 2 and 4 times the capacity that see
@@ -157,7 +157,7 @@ def main() -> None:
     worst = max(abs(points) for row in rows.values() for points in row["error_points"])
     results = {"worst_error_points": worst, "us_a_call": costs(), "rows": rows}
     say(f"worst error {worst} points; costs {results['us_a_call']}")
-    finish("what_if", results)
+    finish("cache_what_if", results)
 
 
 if __name__ == "__main__":
