@@ -121,4 +121,4 @@ def test_without_any_encode_worker_text_and_cached_pictures_go_on(
             assert refused.value.status_code == 503
             assert stack.ask(*cached.parts) == cached.answer
             assert stack.ask("Hello there!") == oracle([], ["Hello there!"])
-        assert "encode worker 1 has ended" in stack.log.read_text()
+        wait_until(lambda: "encode worker 1 has ended" in stack.log.read_text(), 10, "nothing was said")

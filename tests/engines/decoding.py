@@ -36,6 +36,7 @@ async def read(stream: AsyncGenerator[TokenDelta, None]) -> Answer:
     async with asyncio.timeout(DEADLINE_S):
         async for delta in stream:
             assert finish_reason is None, "a delta came after the last"
+            assert delta.token_ids or delta.finish_reason != "stop", "the end token came without its reason"
             tokens += delta.token_ids
             finish_reason = delta.finish_reason
             deltas += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ class PeerGenerator:
 
     def __init__(self) -> None:
         self.failure: Exception | None = None
+        self.stalls_after = 0
         self.held: list[int] = []
 
     def variant(self, image_count: int) -> str:
@@ -35,9 +37,13 @@ class PeerGenerator:
     ) -> AsyncGenerator[TokenDelta, None]:
         self.held = [lease.nbytes for lease in leases if not lease.released]
         yield TokenDelta((1,), 10)
+        if self.stalls_after == 1:
+            await asyncio.Event().wait()
         if self.failure is not None:
             raise self.failure
         yield TokenDelta((2, 3), 10, "stop")
+        if self.stalls_after == 2:
+            await asyncio.Event().wait()
 
     async def close(self) -> None:
         """Nothing to free."""
@@ -84,6 +90,26 @@ async def test_tokens_and_usage_are_streamed_while_the_leases_are_held(
     }
     assert len(generator.held) == 2
     await bench.nothing_held()
+
+
+@pytest.mark.parametrize(("heard", "outcome"), [(1, "stopped"), (2, "served")], ids=["early", "at-the-end"])
+async def test_who_leaves_with_the_last_token_was_served(
+    worker: PdWorker, generator: PeerGenerator, bench: Bench, heard: int, outcome: str
+) -> None:
+    """As Dynamo's frontend does, which knows the model's end token."""
+    generator.stalls_after = heard
+    outputs = worker.handle(request(picture()), Context())
+    for _ in range(heard):
+        await anext(outputs)
+    await outputs.aclose()  # type: ignore[attr-defined]
+    await bench.nothing_held()
+    counted = {
+        sample.labels["outcome"]: sample.value
+        for family in bench.metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == "trtllm_mm_cache_requests_total" and sample.value
+    }
+    assert counted == {outcome: 1}
 
 
 async def test_an_engines_own_failure_is_a_500_whose_text_stays_in_the_log(

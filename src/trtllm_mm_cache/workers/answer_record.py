@@ -12,7 +12,10 @@ logger = logging.getLogger(__name__)
 
 
 class AnswerRecord:
-    """Begins when the request arrives; call `ended` exactly once. Times in seconds since the arrival."""
+    """Begins when the request arrives; call `ended` or `left` exactly once.
+
+    Times in seconds since the arrival.
+    """
 
     def __init__(self, request_id: str, metrics: PdMetrics) -> None:
         self._request_id = request_id
@@ -21,19 +24,25 @@ class AnswerRecord:
         self._images: ResolvedImages | None = None
         self._first_token: float | None = None
         self._tokens = 0
+        self._finished = False
         metrics.in_flight.inc()
 
     def resolved(self, images: ResolvedImages) -> None:
         """The images are there."""
         self._images = images
 
-    def generated(self, tokens: int) -> None:
-        """`tokens` more tokens go to the client."""
+    def generated(self, tokens: int, *, finished: bool) -> None:
+        """`tokens` more tokens go to the client, the answer's last ones if it is `finished`."""
         self._tokens += tokens
+        self._finished = finished
         if self._first_token is None and tokens and self._images is not None:
             self._first_token = self._elapsed()
             kind = kind_of(self._images.hits, self._images.misses)
             self._metrics.first_token.labels(kind).observe(self._first_token)
+
+    def left(self) -> None:
+        """Nobody listens any more. Dynamo's frontend leaves with the last token, as soon as it has it."""
+        self.ended("served" if self._finished else "stopped")
 
     def ended(self, outcome: RequestOutcome, *, code: str | None = None) -> None:
         """Say how it ended; `code` is that of the error, where there was one."""

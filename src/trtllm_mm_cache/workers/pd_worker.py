@@ -47,7 +47,7 @@ class PdWorker:
                 async for output in outputs:
                     yield output
         except (RequestStoppedError, GeneratorExit, asyncio.CancelledError) as ending:
-            record.ended("stopped")
+            record.left()
             if not isinstance(ending, RequestStoppedError):
                 raise
         except MmCacheError as error:
@@ -97,7 +97,7 @@ class PdWorker:
         async with aclosing(stream_until_stopped(context, tokens)) as deltas:
             async for delta in deltas:
                 count += len(delta.token_ids)
-                record.generated(len(delta.token_ids))
+                record.generated(len(delta.token_ids), finished=delta.finish_reason is not None)
                 yield _output(delta, count)
 
 

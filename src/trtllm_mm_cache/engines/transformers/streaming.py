@@ -23,6 +23,7 @@ class TokenStream:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[int | Future[FinishReason]] = asyncio.Queue()
+        self._outcome_follows = False
         self._cancelled = threading.Event()
         self._ended = asyncio.Event()
 
@@ -35,9 +36,13 @@ class TokenStream:
         """Ask the thread to stop at its next token."""
         self._cancelled.set()
 
-    def put(self, token: int) -> None:
-        """Hand one token to the reader."""
-        self._loop.call_soon_threadsafe(self._items.put_nowait, token)
+    def put(self, token: int, *, last: bool) -> None:
+        """Hand one token to the reader; after the `last` one only the outcome follows, and soon."""
+        self._loop.call_soon_threadsafe(self._put, token, last)
+
+    def _put(self, token: int, last: bool) -> None:
+        self._outcome_follows = last
+        self._items.put_nowait(token)
 
     def end(self, work: Future[FinishReason]) -> None:
         """Hand the outcome to the reader; nothing may follow."""
@@ -50,6 +55,7 @@ class TokenStream:
     async def next(self) -> tuple[list[int], FinishReason | None]:
         """Wait for tokens; return all that are there, and the finish reason with the last.
 
+        A token that ends the answer waits for the reason: a frontend that knows the end token leaves with it.
         Raises what the thread raised, once its tokens are read. Work that was taken back before it
         began has the reason "cancelled".
         """
@@ -57,9 +63,9 @@ class TokenStream:
         item = await self._items.get()
         while not isinstance(item, Future):
             tokens.append(item)
-            if self._items.empty():
+            if self._items.empty() and not self._outcome_follows:
                 return tokens, None
-            item = self._items.get_nowait()
+            item = await self._items.get()
         if item.cancelled():
             return tokens, "cancelled"
         if tokens and item.exception() is not None:
@@ -104,8 +110,8 @@ class AnswerEnd(StoppingCriteria):  # type: ignore[misc]
         # On cuda, generate looks at the answer one step late and then takes that step back.
         if not ended:
             answer = input_ids[0, self._prompt_tokens :]
-            self._stream.put(int(answer[-1]))
             ended = self._ends(answer)
+            self._stream.put(int(answer[-1]), last=ended)
         return torch.full((input_ids.shape[0],), ended, device=input_ids.device)
 
     def _ends(self, answer: torch.Tensor) -> bool:
