@@ -134,3 +134,34 @@ async def test_a_body_cut_short_is_neither_returned_nor_kept(
     await refused(source, origin.url("/a"), MediaFetchError)
     origin.routes["/a"] = Resource(BODY)
     assert await source.fetch(origin.url("/a")) == BODY
+
+
+async def test_each_tenant_fetches_for_itself(origin: Origin, source: MediaSource) -> None:
+    resource = origin.routes["/a"] = Resource(BODY, {"Cache-Control": "max-age=60", "ETag": '"a"'})
+    for tenant in ("one", "one", "other", "", "one", "other"):
+        assert await source.fetch(origin.url("/a"), tenant=tenant) == BODY
+    assert resource.bodies_sent == 3
+    assert not any("if-none-match" in asked.headers for asked in origin.asked), "a 304 would tell as much"
+
+
+async def test_a_redirect_is_followed_within_the_tenant(origin: Origin, source: MediaSource) -> None:
+    origin.routes["/a"] = Resource(b"", {"Location": "/b"}, status="302 Found")
+    resource = origin.routes["/b"] = Resource(BODY, {"Cache-Control": "max-age=60"})
+    for tenant in ("one", "other", "one"):
+        assert await source.fetch(origin.url("/a"), tenant=tenant) == BODY
+    assert resource.bodies_sent == 2
+
+
+async def test_no_two_pairs_of_tenant_and_url_look_alike(origin: Origin, source: MediaSource) -> None:
+    resource = origin.routes["/a"] = Resource(BODY, {"Cache-Control": "max-age=60"})
+    url = origin.url("/a")
+    for tenant in ("", "1:", f"{url}", "0:", "\x00", "é"):
+        await source.fetch(url, tenant=tenant)
+    assert resource.bodies_sent == 6
+
+
+async def test_without_a_tenant_nothing_is_reused_or_kept(origin: Origin, source: MediaSource) -> None:
+    resource = origin.routes["/a"] = Resource(BODY, {"Cache-Control": "max-age=60", "ETag": '"a"'})
+    for tenant in ("one", None, None, "one"):
+        assert await source.fetch(origin.url("/a"), tenant=tenant) == BODY
+    assert resource.bodies_sent == 3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from dynamo.runtime import Context
 from tools.tiny_models import make_tiny_model
 
 from tests.e2e.stack import new_picture, png
+from trtllm_mm_cache.cache.key import embedding_key
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.config import EncodeSettings
 from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, TransformersVisionEncoder
@@ -35,10 +36,9 @@ class Bench:
     exporter: Exporter
     fingerprint: str
 
-    async def call(self, media: bytes, *, retain: bool) -> EncodeReady:
-        request = EncodeRequest(
-            fingerprint=self.fingerprint, key=hashlib.sha256(media).hexdigest(), media=media, retain=retain
-        )
+    async def call(self, media: bytes, *, retain: bool = True, salt: str | None = None) -> EncodeReady:
+        key = embedding_key(media, fingerprint=self.fingerprint, salt=salt)
+        request = EncodeRequest(fingerprint=self.fingerprint, key=key.hex, media=media, retain=retain)
         answers = [answer async for answer in self.worker.handle(request.model_dump(), Context("test"))]
         assert len(answers) == 1
         return parse_answer(answers[0])
@@ -76,3 +76,18 @@ async def test_what_may_not_be_retained_is_gone_after_its_read(bench: Bench) -> 
         assert bench.manager.statistics().arena.used_bytes == ready.nbytes, "the READ still needs it"
         assert bench.exporter.release(ready.token)
         assert bench.manager.statistics().arena.used_bytes == 0
+
+
+async def test_a_tenants_embedding_is_no_second_level_for_another(bench: Bench) -> None:
+    media = png(new_picture(32, 32))
+    asked = [await bench.call(media, salt=salt) for salt in ("a", "a", "b", None, "b")]
+    assert [ready.origin for ready in asked] == ["encoded", "cached", "encoded", "encoded", "cached"]
+    assert len({ready.key for ready in asked}) == len({ready.address for ready in asked}) == 3
+    assert bench.worker._batcher.statistics().images == 3
+
+
+async def test_tenants_join_no_flight_of_each_other(bench: Bench) -> None:
+    media = png(new_picture(32, 32))
+    asked = await asyncio.gather(*(bench.call(media, salt=salt) for salt in ("a", "b", "a", "b")))
+    assert [ready.origin for ready in asked] == ["encoded", "encoded", "joined", "joined"]
+    assert bench.worker._batcher.statistics().images == 2

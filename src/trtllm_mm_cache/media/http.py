@@ -10,6 +10,7 @@ URLs in logs) must not happen here.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import AsyncIterator
 from email.utils import formatdate, mktime_tz, parsedate_tz
@@ -50,20 +51,22 @@ class HttpFetcher:
             resolver or self._system_resolver, allow_private=settings.allow_private_addresses
         )
         self._storage = MemoryStorage(settings.http_cache_bytes)
+        self._nothing = MemoryStorage(0)
         self._transport = AsyncCacheTransport(
             _OriginTransport(settings, backend), storage=self._storage, rfc=CacheOptions(shared=False)
         )
 
-    async def fetch(self, reference: str) -> bytes:
+    async def fetch(self, reference: str, tenant: str | None) -> bytes:
         """Return the body that `reference` leads to: from the cache while it is fresh, else from the server.
 
+        Each tenant has cached responses of its own; None finds none and leaves none.
         Raises `MediaReferenceError`, `MediaForbiddenError`, `MediaFetchError`, `MediaTooLargeError`.
         """
         url = _parse(reference)
         seconds = self._settings.http_total_timeout
         try:
             async with asyncio.timeout(seconds):
-                return await self._follow(url)
+                return await self._follow(url, tenant)
         except (TimeoutError, httpcore2.TimeoutException) as error:
             raise MediaFetchError(f"the media server did not deliver within {seconds:g} seconds") from error
         except (httpcore2.NetworkError, httpcore2.ProtocolError, httpx2.HTTPError) as error:
@@ -74,9 +77,9 @@ class HttpFetcher:
         await self._transport.aclose()
         self._system_resolver.close()
 
-    async def _follow(self, url: httpx2.URL) -> bytes:
+    async def _follow(self, url: httpx2.URL, tenant: str | None) -> bytes:
         for _ in range(self._settings.http_max_redirects + 1):
-            response = await self._transport.handle_async_request(self._request(url))
+            response = await self._transport.handle_async_request(self._request(url, tenant))
             try:
                 if response.status_code in _REDIRECTS:
                     url = _redirected(url, response)
@@ -88,10 +91,12 @@ class HttpFetcher:
             f"the URL is redirected more than {self._settings.http_max_redirects} times; send the final one"
         )
 
-    def _request(self, url: httpx2.URL) -> httpx2.Request:
+    def _request(self, url: httpx2.URL, tenant: str | None) -> httpx2.Request:
         connect, total = self._settings.http_connect_timeout, self._settings.http_total_timeout
         timeouts = {"connect": connect, "read": total, "write": total, "pool": total}
-        return httpx2.Request("GET", url, headers=_HEADERS, extensions={"timeout": timeouts})
+        caching = {"storage": self._nothing} if tenant is None else {"key": _cache_key(tenant, url)}
+        extensions = {"timeout": timeouts, "caching": caching}
+        return httpx2.Request("GET", url, headers=_HEADERS, extensions=extensions)
 
     async def _body(self, response: httpx2.Response) -> bytes:
         if response.status_code not in {200, 203}:
@@ -183,6 +188,11 @@ def _with_cache_policy(status: int, headers: httpx2.Headers) -> httpx2.Headers:
     addition = "no-cache" if "etag" in headers or "last-modified" in headers else "no-store"
     headers["cache-control"] = f"{control}, {addition}" if control else addition
     return headers
+
+
+def _cache_key(tenant: str, url: httpx2.URL) -> str:
+    """Return hishel's key for a response; the length before the tenant keeps two pairs from looking alike."""
+    return hashlib.sha256(f"{len(tenant)}:{tenant}{url}".encode()).hexdigest()
 
 
 def _lies_in_the_past(date: str) -> bool:

@@ -38,9 +38,11 @@ class MediaSource:
         self._readers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="media-file")
         self._closed = False
 
-    async def fetch(self, reference: str) -> bytes:
+    async def fetch(self, reference: str, *, tenant: str | None = "") -> bytes:
         """Return the bytes that `reference` stands for, unchanged and not yet looked into.
 
+        What a `tenant` fetched over HTTP is reused for that tenant alone: a URL that answers at once would
+        tell the others that it was asked for. With None nothing is reused or kept.
         Raises `MediaReferenceError` where it cannot be parsed or has another scheme,
         `MediaForbiddenError` where this server does not go, `MediaFetchError` where nothing usable
         came back in time, `MediaTooLargeError` beyond `max_file_size_bytes`. No message repeats the
@@ -58,7 +60,7 @@ class MediaSource:
                 return decode_data_url(reference, limit)
             return await _run_in(self._decoders, lambda: decode_data_url(reference, limit))
         if scheme in {"http", "https"}:
-            return await self._http.fetch(reference)
+            return await self._http.fetch(reference, tenant)
         if scheme == "file":
             folder = self._settings.allowed_local_media_path
             try:

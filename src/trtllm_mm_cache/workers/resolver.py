@@ -109,7 +109,7 @@ class ImageResolver:
 
     With `require_salt`, a request without a salt bypasses the cache: it gets a random salt of its own, so
     that no key of it can meet another request's, here or on an encode worker; its images are not looked
-    up, pass through the transit arena and are retained nowhere.
+    up, pass through the transit arena and are retained nowhere, nor is what was fetched for them.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class ImageResolver:
     ) -> _Found:
         """Steps 2 to 7 for one image."""
         try:
-            media = await self._fetch(reference)
+            media = await self._fetch(reference, tenant=(salt or "") if retain else None)
             key = await self._key(media, processor_kwargs, salt, variant)
             looked_up = time.perf_counter()
             found = await self._find(_Item(key, media, processor_kwargs, variant, retain))
@@ -225,9 +225,9 @@ class ImageResolver:
         return found
 
     # 2 bytes
-    async def _fetch(self, reference: str) -> bytes:
+    async def _fetch(self, reference: str, *, tenant: str | None) -> bytes:
         with self._metrics.fetch.labels(scheme_of(reference)).time():
-            media = await self._source.fetch(reference)
+            media = await self._source.fetch(reference, tenant=tenant)
             # A header of megabytes (metadata) can take long to read; that of a small file cannot.
             if len(media) > _OFF_LOOP_BYTES:
                 await asyncio.to_thread(probe_image, media, self._media_settings)
@@ -310,7 +310,7 @@ class ImageResolver:
 
     # 6 READ, 7 commit
     async def _read_and_commit(self, request: EncodeRequest, ready: EncodeReady) -> Lease:
-        dtype = _dtype(ready.dtype)
+        dtype = _dtype(ready)
         peer = PeerMetadata.from_wire(ready.peer)
         # In a thread: making room may move other entries, which copies megabytes.
         reserve = partial(self._reserve, request.key, ready.nbytes, retain=request.retain)
@@ -355,10 +355,19 @@ class ImageResolver:
         return tuple(leases)
 
 
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
+def _dtype(ready: EncodeReady) -> torch.dtype:
+    """Return the dtype that is announced, if the size is what it makes of the shape.
+
+    Looked at again at the commit; here, before room is made for what may be a wrong size.
+    """
+    dtype = getattr(torch, ready.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise EmbeddingMismatchError("the encode worker announced an embedding of an unknown dtype")
+    rows, width = ready.shape
+    if rows * width * dtype.itemsize != ready.nbytes:
+        raise EmbeddingMismatchError(
+            f"the encode worker announced {ready.nbytes} bytes for {rows} rows of {width} {ready.dtype}"
+        )
     return dtype
 
 

@@ -1,0 +1,131 @@
+"""Tenants by `cache_salt`: nothing that a request shows tells whether another tenant's image is cached.
+
+Each test asks twice, from a tenant that has never seen a picture: once where another tenant has it (in the
+cache, in a flight, in the HTTP cache), once where nobody has. Everything countable must be the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.e2e.stack import new_picture, png
+from tests.media.origin import Resource, serving
+from tests.workers.conftest import Bench, assert_holds, picture
+from trtllm_mm_cache.errors import EncodeUnavailableError
+from trtllm_mm_cache.media import MediaSettings, MediaSource
+from trtllm_mm_cache.workers.resolver import ResolvedImages
+
+
+def counts(bench: Bench) -> dict[tuple[str, str], float]:
+    """Every count that a PD worker shows, without those that are durations."""
+    shown = {
+        (sample.name, str(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(generate_latest(bench.metrics.registry).decode())
+        for sample in family.samples
+        if not sample.name.endswith(("_sum", "_bucket", "_created"))
+    }
+    flights, cache = bench.resolver.flights.statistics(), bench.cache.statistics()
+    reads = bench.reader.statistics()
+    return shown | {
+        ("flights", "started"): flights.started,
+        ("flights", "joined"): flights.joined,
+        ("cache", "hits"): cache.hits,
+        ("cache", "misses"): cache.misses,
+        ("reads", "bytes"): reads.read_bytes,
+        ("encode worker", "calls"): len(bench.peer.calls),
+    }
+
+
+def shown(images: ResolvedImages) -> dict[str, Any]:
+    """What a request's log line and the metrics by kind of request are made of."""
+    values = {field.name: getattr(images, field.name) for field in dataclasses.fields(images)}
+    del values["leases"], values["seconds"]
+    return values
+
+
+async def observed(bench: Bench, ask: Callable[[], Awaitable[ResolvedImages]]) -> Any:
+    """Everything that changes by one request."""
+    before = counts(bench)
+    images = await ask()
+    assert_holds(images.leases[0])
+    values = shown(images)
+    images.release()
+    after = counts(bench)
+    return values, {name: after[name] - before.get(name, 0) for name in after}
+
+
+async def test_another_tenants_hit_is_a_miss_like_any_other(bench: Bench) -> None:
+    known, unknown = picture(), picture()
+    (await bench.resolve([known], salt="a")).release()
+    (await bench.resolve([known], salt="a")).release()
+    seen = await observed(bench, lambda: bench.resolve([known], salt="b"))
+    unseen = await observed(bench, lambda: bench.resolve([unknown], salt="b"))
+    assert seen == unseen
+    assert seen[0]["misses"] == 1
+    assert seen[1]["encode worker", "calls"] == 1
+
+
+@pytest.mark.parametrize("salt", ["b", None])
+async def test_no_request_joins_another_tenants_flight(bench: Bench, salt: str | None) -> None:
+    known, unknown = picture(), picture()
+
+    async def ask_while_a_flies(reference: str) -> ResolvedImages:
+        bench.peer.gate.clear()
+        flying = asyncio.create_task(bench.resolve([known], salt="a"))
+        while bench.resolver.flights.statistics().in_flight < 1:
+            await asyncio.sleep(0)
+        asking = asyncio.create_task(bench.resolve([reference], salt=salt))
+        while bench.resolver.flights.statistics().in_flight < 2:
+            await asyncio.sleep(0)
+        bench.peer.gate.set()
+        (await flying).release()
+        bench.cache.clear()
+        return await asking
+
+    seen = await observed(bench, lambda: ask_while_a_flies(known))
+    unseen = await observed(bench, lambda: ask_while_a_flies(unknown))
+    assert seen == unseen
+    assert seen[0]["joined"] == seen[1]["flights", "joined"] == 0
+
+
+async def test_without_an_encode_worker_another_tenants_image_is_as_missing_as_any(bench: Bench) -> None:
+    known = picture()
+    (await bench.resolve([known], salt="a")).release()
+    bench.peer.instances = []
+    messages = set()
+    for reference in (known, picture()):
+        with pytest.raises(EncodeUnavailableError) as caught:
+            await bench.resolve([reference], salt="b")
+        messages.add(str(caught.value))
+    assert len(messages) == 1
+    (await bench.resolve([known], salt="a")).release()
+
+
+@pytest.mark.parametrize("require_salt", [False, True])
+@pytest.mark.parametrize("salt", ["b", None])
+async def test_a_url_that_another_tenant_fetched_is_fetched_again(bench: Bench, salt: str | None) -> None:
+    await bench.resolver._source.close()
+    bench.resolver._source = MediaSource(MediaSettings(allow_private_addresses=True))
+    async with serving() as origin:
+        resource = origin.routes["/a"] = Resource(png(new_picture(32, 32)), {"Cache-Control": "max-age=60"})
+        for asker in ("a", "a", salt):
+            (await bench.resolve([origin.url("/a")], salt=asker)).release()
+        assert resource.bodies_sent == 2
+        assert len(origin.asked) == 2
+
+
+async def test_keys_of_tenants_never_meet(bench: Bench) -> None:
+    reference = picture()
+    keys = set()
+    for salt in ("a", "b", "ab", "a\0", "", None, "a "):
+        images = await bench.resolve([reference], salt=salt)
+        keys.add(images.leases[0].key)
+        images.release()
+    assert len(keys) == 7
