@@ -76,14 +76,18 @@ async def test_another_tenants_hit_is_a_miss_like_any_other(bench: Bench) -> Non
 async def test_no_request_joins_another_tenants_flight(bench: Bench, salt: str | None) -> None:
     known, unknown = picture(), picture()
 
+    async def until_called(count: int) -> None:
+        async with asyncio.timeout(5):
+            while len(bench.peer.calls) < count:
+                await asyncio.sleep(0)
+
     async def ask_while_a_flies(reference: str) -> ResolvedImages:
+        calls = len(bench.peer.calls)
         bench.peer.gate.clear()
         flying = asyncio.create_task(bench.resolve([known], salt="a"))
-        while bench.resolver.flights.statistics().in_flight < 1:
-            await asyncio.sleep(0)
+        await until_called(calls + 1)
         asking = asyncio.create_task(bench.resolve([reference], salt=salt))
-        while bench.resolver.flights.statistics().in_flight < 2:
-            await asyncio.sleep(0)
+        await until_called(calls + 2)
         bench.peer.gate.set()
         (await flying).release()
         bench.cache.clear()
