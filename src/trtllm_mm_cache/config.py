@@ -54,6 +54,11 @@ class RuntimeSettings(Settings):
         "zmq", description="Transport of events.", json_schema_extra={"env": "DYN_EVENT_PLANE"}
     )
     log_level: LogLevel = Field("INFO", description="Least severe log line to print.")
+    log_format: Literal["text", "json"] = Field(
+        "text",
+        description="Form of the log lines: `text`, or `json` for one object a line.",
+        json_schema_extra={"env": "MM_CACHE_LOG_FORMAT"},
+    )
 
 
 class FrontendSettings(RuntimeSettings):

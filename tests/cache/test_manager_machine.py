@@ -27,9 +27,11 @@ from trtllm_mm_cache.cache.manager import (
     Reservation,
 )
 from trtllm_mm_cache.cache.policy import make_policy
+from trtllm_mm_cache.cache.selection import Selection
 from trtllm_mm_cache.errors import ArenaFullError, EmbeddingMismatchError, EntryTooLargeError
 
 KEYS = st.sampled_from("abcdefghijkl")
+TAGS = st.sampled_from([None, b"one", b"two"])
 # In thousandths of the capacity, with some bytes more: mostly small enough that several fit.
 SIZES = st.tuples(
     st.one_of(st.integers(0, 1001), st.integers(0, 350), st.sampled_from([60, 125, 250])), st.integers(0, 70)
@@ -62,6 +64,7 @@ class Open:
 
     reservation: Reservation
     content: torch.Tensor
+    tag: bytes | None
     quarantined: bool = field(default=False)
 
 
@@ -87,6 +90,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.budget = capacity
         self.transfer = transfer
         self.written: dict[str, torch.Tensor] = {}
+        self.tags: dict[str, bytes | None] = {}
         self.alive: list[Held] = []
         self.reservations: list[Open] = []
         self.serial = 0
@@ -119,13 +123,13 @@ class CacheMachine(RuleBasedStateMachine):
 
     # -- reservations
 
-    @rule(target=open, key=KEYS, size=SIZES)
-    def reserve(self, key: str, size: tuple[int, int]) -> object:
+    @rule(target=open, key=KEYS, size=SIZES, tag=TAGS)
+    def reserve(self, key: str, size: tuple[int, int], tag: bytes | None) -> object:
         nbytes = self.nbytes(size)
         before = self.manager.statistics()
         keys = self.manager.keys()
         try:
-            reservation = self.manager.reserve(key, nbytes, owner="machine")
+            reservation = self.manager.reserve(key, nbytes, owner="machine", tag=tag)
         except EntryTooLargeError:
             assert nbytes > self.budget
         except ArenaFullError:
@@ -140,13 +144,13 @@ class CacheMachine(RuleBasedStateMachine):
         else:
             content = self.content(nbytes)
             reservation.view.copy_(content)
-            opened = Open(reservation, content)
+            opened = Open(reservation, content, tag)
             self.reservations.append(opened)
             return opened
         return multiple()
 
-    @rule(target=held, opened=consumes(open))
-    def commit(self, opened: Open) -> object:
+    @rule(target=held, opened=consumes(open), retain=st.booleans())
+    def commit(self, opened: Open, retain: bool) -> object:
         if opened.quarantined:
             opened.reservation.settle()
             self.reservations.remove(opened)
@@ -154,10 +158,16 @@ class CacheMachine(RuleBasedStateMachine):
         nbytes = opened.reservation.nbytes
         with pytest.raises(EmbeddingMismatchError):
             opened.reservation.commit(dtype=torch.uint8, shape=(nbytes + 1,))
-        lease = opened.reservation.commit(dtype=torch.uint8, shape=(1, nbytes), metadata={"n": nbytes})
+        keys = self.manager.keys()
+        lease = opened.reservation.commit(
+            dtype=torch.uint8, shape=(1, nbytes), metadata={"n": nbytes}, retain=retain
+        )
         self.reservations.remove(opened)
-        self.written[lease.key] = opened.content
-        assert self.manager.peek(lease.key)
+        if retain:
+            self.written[lease.key], self.tags[lease.key] = opened.content, opened.tag
+            assert self.manager.peek(lease.key)
+        else:
+            assert self.manager.keys() == keys
         return self.keep(Held(opened.content.reshape(1, -1), lease=lease))
 
     @rule(opened=consumes(open))
@@ -224,7 +234,7 @@ class CacheMachine(RuleBasedStateMachine):
         stored, added, removed = self.manager.set_with_delta(key, CachedEmbedding(content))
         assert set(self.manager.keys()) == (set(keys) | set(added)) - set(removed)
         if stored:
-            self.written[key] = content
+            self.written[key], self.tags[key] = content, None
             assert self.manager.keys()[-1] == key or not self.lru
             assert added == ([] if key in keys else [key])
         else:
@@ -245,6 +255,14 @@ class CacheMachine(RuleBasedStateMachine):
     def drop(self, key: str) -> None:
         assert self.manager.peek(key) == self.manager.drop(key)
         assert not self.manager.peek(key)
+
+    @rule(tag=TAGS)
+    def drop_tagged(self, tag: bytes | None) -> None:
+        keys = self.manager.keys()
+        gone = [key for key in keys if tag is None or self.tags[key] == tag]
+        nbytes = sum(self.written[key].nbytes for key in gone)
+        assert self.manager.drop_selected(Selection(tag=tag)) == (len(gone), nbytes)
+        assert self.manager.keys() == [key for key in keys if key not in gone]
 
     @invariant()
     def everything_is_true(self) -> None:

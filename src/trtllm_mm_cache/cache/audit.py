@@ -26,6 +26,8 @@ def take_statistics(ledger: Ledger, capacity_bytes: int) -> CacheStatistics:
         hit_bytes=counters.hit_bytes,
         evictions=counters.evictions,
         evicted_bytes=counters.evicted_bytes,
+        dropped=counters.dropped,
+        dropped_bytes=counters.dropped_bytes,
         moves=counters.moves,
         moved_bytes=counters.moved_bytes,
         leased_entries=len(ledger.leased),

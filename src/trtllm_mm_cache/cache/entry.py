@@ -67,6 +67,7 @@ class EntryState(StrEnum):
 # The whole life of an extent. Anything else is a defect of the caller and raises IntegrityError.
 TRANSITIONS: dict[tuple[EntryState, str], EntryState] = {
     (EntryState.RESERVED, "commit"): EntryState.VISIBLE,
+    (EntryState.RESERVED, "pass"): EntryState.WITHDRAWN,
     (EntryState.RESERVED, "abandon"): EntryState.WITHDRAWN,
     (EntryState.RESERVED, "quarantine"): EntryState.QUARANTINED,
     (EntryState.QUARANTINED, "settle"): EntryState.WITHDRAWN,
@@ -79,16 +80,28 @@ class Entry:
     """An extent and what is known about its content. Guarded by the manager's lock.
 
     `holders` counts leases and tensors that are alive, and the open reservation. `owner` says who
-    reserved it. `dtype`, `shape`, `details` and `committed_at` (in seconds of the cache's clock) mean
-    something once it is visible.
+    reserved it; `tag` marks entries that can be dropped together. `dtype`, `shape`, `details` and
+    `committed_at` (seconds of the cache's clock) mean something once it is visible.
     """
 
-    __slots__ = ("committed_at", "details", "dtype", "extent", "holders", "key", "owner", "shape", "state")
+    __slots__ = (
+        "committed_at",
+        "details",
+        "dtype",
+        "extent",
+        "holders",
+        "key",
+        "owner",
+        "shape",
+        "state",
+        "tag",
+    )
 
-    def __init__(self, key: str, extent: Extent, owner: str) -> None:
+    def __init__(self, key: str, extent: Extent, owner: str, tag: bytes | None = None) -> None:
         self.key = key
         self.extent = extent
         self.owner = owner
+        self.tag = tag
         self.state = EntryState.RESERVED
         self.holders = 0
         self.dtype = torch.uint8

@@ -36,6 +36,8 @@ class Counters:
     hit_bytes: int = 0
     evictions: int = 0
     evicted_bytes: int = 0
+    dropped: int = 0
+    dropped_bytes: int = 0
     moves: int = 0
     moved_bytes: int = 0
     forgotten: int = 0
@@ -153,12 +155,12 @@ class Ledger:
 
     # -- the life of an entry --------------------------------------------------------------------
 
-    def open_reservation(self, key: str, nbytes: int, owner: str) -> Entry:
+    def open_reservation(self, key: str, nbytes: int, owner: str, tag: bytes | None = None) -> Entry:
         """Allocate an extent, for which room has been made."""
         extent = self.arena.allocate(nbytes)
         if extent is None:
             raise IntegrityError(f"no hole of {nbytes} bytes although room was made")
-        entry = Entry(key, extent, owner)
+        entry = Entry(key, extent, owner, tag)
         self.pending.add(entry)
         if nbytes:
             self.at[extent.offset] = entry
@@ -188,6 +190,13 @@ class Ledger:
         self.visible_bytes += entry.extent.nbytes
         return replaced is not None
 
+    def pass_on(self, entry: Entry, dtype: torch.dtype, shape: tuple[int, ...], details: Details) -> None:
+        """Let a reserved entry be held and read without ever becoming visible."""
+        entry.advance("pass")
+        self.pending.discard(entry)
+        self.withdrawn.add(entry)
+        entry.dtype, entry.shape, entry.details = dtype, shape, details
+
     def look_up(self, key: str) -> Entry | None:
         """Count a hit or a miss; a hit is a use for the eviction policy."""
         entry = self.visible.get(key)
@@ -205,6 +214,12 @@ class Ledger:
         self.counters.evicted_bytes += entry.extent.nbytes
         self.eviction_ages.add(self._clock() - entry.committed_at)
         self.withdraw(entry, evicted=True)
+
+    def drop(self, entry: Entry) -> None:
+        """Withdraw an entry because somebody wants it gone."""
+        self.counters.dropped += 1
+        self.counters.dropped_bytes += entry.extent.nbytes
+        self.withdraw(entry)
 
     def withdraw(self, entry: Entry, *, evicted: bool = False) -> None:
         """Hide a visible entry; its bytes are free when nobody holds it."""

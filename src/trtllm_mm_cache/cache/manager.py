@@ -30,6 +30,7 @@ from trtllm_mm_cache.cache.lru import LruPolicy
 from trtllm_mm_cache.cache.policy import EvictionPolicy
 from trtllm_mm_cache.cache.reservation import Reservation
 from trtllm_mm_cache.cache.room import make_room
+from trtllm_mm_cache.cache.selection import Dropped, Selection
 from trtllm_mm_cache.cache.statistics import CacheStatistics
 from trtllm_mm_cache.errors import ArenaFullError
 
@@ -119,8 +120,10 @@ class MultimodalEmbeddingCacheManager:
     def __contains__(self, key: str) -> bool:
         return self.peek(key)
 
-    def reserve(self, key: str, nbytes: int, *, owner: str) -> Reservation:
+    def reserve(self, key: str, nbytes: int, *, owner: str, tag: bytes | None = None) -> Reservation:
         """Return room for an entry of `nbytes` bytes, evicting what nobody holds; `owner` is for the log.
+
+        `tag` marks the entry as one of those that `drop_selected` can drop together.
 
         An entry under the same key stays visible until the commit. Does not wait for room, but may copy
         up to `nbytes` bytes (1 MiB at least) of other entries to make a hole. Raises at once
@@ -131,7 +134,7 @@ class MultimodalEmbeddingCacheManager:
         with ledger.guard:
             ledger.begin()
             make_room(ledger, nbytes)
-            return Reservation(ledger, ledger.open_reservation(key, nbytes, owner))
+            return Reservation(ledger, ledger.open_reservation(key, nbytes, owner, tag))
 
     def drop(self, key: str) -> bool:
         """Make the entry invisible; holders keep it. False when there was none. Counts no eviction."""
@@ -140,17 +143,24 @@ class MultimodalEmbeddingCacheManager:
             entry = self._ledger.visible.get(key)
             if entry is None:
                 return False
-            self._ledger.withdraw(entry)
+            self._ledger.drop(entry)
             return True
+
+    def drop_selected(self, selection: Selection) -> Dropped:
+        """Make what `selection` selects invisible; holders keep it. O(entries) unless it is one key."""
+        with self._ledger.guard:
+            self._ledger.begin()
+            visible = self._ledger.visible
+            candidates = visible.values() if selection.key is None else [visible.get(selection.key)]
+            entries = [entry for entry in candidates if entry and selection.matches(entry.key, entry.tag)]
+            nbytes = sum(entry.extent.nbytes for entry in entries)
+            for entry in entries:
+                self._ledger.drop(entry)
+            return Dropped(len(entries), nbytes)
 
     def clear(self) -> int:
         """Drop every entry and return how many there were."""
-        with self._ledger.guard:
-            self._ledger.begin()
-            entries = list(self._ledger.visible.values())
-            for entry in entries:
-                self._ledger.withdraw(entry)
-            return len(entries)
+        return self.drop_selected(Selection()).entries
 
     # -- as in Dynamo ----------------------------------------------------------------------------
 

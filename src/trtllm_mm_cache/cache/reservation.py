@@ -81,30 +81,37 @@ class Reservation:
         self._ledger.arena.write(self._entry.extent, tensor)
 
     def commit(
-        self, *, dtype: torch.dtype, shape: tuple[int, ...], metadata: Mapping[str, Any] | None = None
+        self,
+        *,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        metadata: Mapping[str, Any] | None = None,
+        retain: bool = True,
     ) -> Lease:
         """Make the entry visible under its key, in place of an older one, and return a lease on it.
 
+        Without `retain` no look-up ever finds it, and it is freed with its last holder.
         `metadata` is kept as a shallow copy; its "image_grid_thw" fills the embedding's field. Raises
         `EmbeddingMismatchError` when dtype and shape do not come to `nbytes`; it is still open then.
         """
         kept = None if metadata is None else dict(metadata)
         details = Details(image_grid_thw=kept.get("image_grid_thw") if kept else None, metadata=kept)
-        lease, _ = self.publish(dtype, shape, details)
+        self._check_size(dtype, shape)
+        with self._ledger.guard:
+            if retain:
+                self._ledger.publish(self._entry, dtype, tuple(shape), details)
+            else:
+                self._ledger.pass_on(self._entry, dtype, tuple(shape), details)
+            lease = Lease(self._ledger, self._entry)
+            self._ledger.end(self._hold)
         return lease
 
-    def publish(self, dtype: torch.dtype, shape: tuple[int, ...], details: Details) -> tuple[Lease, bool]:
-        """Commit with every detail given; also say whether an entry of the same key was replaced."""
+    def _check_size(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         expected = dtype.itemsize * math.prod(shape)
         if expected != self.nbytes or any(size < 0 for size in shape):
             raise EmbeddingMismatchError(
                 f"{list(shape)} of {dtype} is {expected} bytes, but {self.nbytes} bytes were reserved"
             )
-        with self._ledger.guard:
-            replaced = self._ledger.publish(self._entry, dtype, tuple(shape), details)
-            lease = Lease(self._ledger, self._entry)
-            self._ledger.end(self._hold)
-        return lease, replaced
 
     def abandon(self) -> None:
         """Give the extent back."""

@@ -22,9 +22,10 @@ class CacheStatistics:
     """A consistent snapshot. Sizes in bytes of tensors, without alignment padding.
 
     `entries`/`current_bytes` count what look-ups find, `leased_*` the part of it that somebody holds,
-    `withdrawn_*` what nobody finds any more but somebody still holds. Hits, misses, evictions, moves (of
-    entries, to make a hole) and their bytes count since the start, as does `forgotten`: reservations
-    that were garbage-collected open. `eviction_ages` tells how long evicted entries had been visible.
+    `withdrawn_*` what nobody finds any more but somebody still holds. Hits, misses, evictions, drops,
+    moves (of entries, to make a hole) and their bytes count since the start, as does `forgotten`:
+    reservations that were garbage-collected open. `eviction_ages` tells how long evicted entries had
+    been visible.
     `queues` are those of the eviction policy named `policy`.
     """
 
@@ -36,6 +37,8 @@ class CacheStatistics:
     hit_bytes: int
     evictions: int
     evicted_bytes: int
+    dropped: int
+    dropped_bytes: int
     moves: int
     moved_bytes: int
     leased_entries: int

@@ -64,6 +64,8 @@ def _gauges(stats: CacheStatistics) -> Iterable[tuple[str, str, float]]:
 def _counters(stats: CacheStatistics) -> Iterable[tuple[str, str, float]]:
     yield "hit_bytes", "Bytes of the embeddings that lookups found.", stats.hit_bytes
     yield "evicted_bytes", "Bytes displaced for want of space.", stats.evicted_bytes
+    yield "dropped", "Entries dropped on demand.", stats.dropped
+    yield "dropped_bytes", "Their bytes.", stats.dropped_bytes
     yield "moves", "Entries moved to make a hole.", stats.moves
     yield "moved_bytes", "Their bytes.", stats.moved_bytes
     yield "forgotten_reservations", "Reservations never ended by their owner; a defect.", stats.forgotten

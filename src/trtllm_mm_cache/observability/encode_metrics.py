@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from trtllm_mm_cache.observability.buckets import BATCH_IMAGES, STEP_SECONDS
 from trtllm_mm_cache.observability.exposition import PREFIX
+from trtllm_mm_cache.observability.step import Step
 
 ORIGINS: Final = ("encoded", "joined", "cached")
 """Where an embedding came from: the tower, a flight of another call, the worker's own arena."""
@@ -18,8 +19,13 @@ class EncodeMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.preprocess = self._histogram(
-            "preprocess_seconds", "Decoding and preprocessing one image.", STEP_SECONDS
+        self.preprocess = Step(
+            "preprocess",
+            self._histogram(
+                "preprocess_seconds",
+                "Decoding and preprocessing one image, the wait for a thread included.",
+                STEP_SECONDS,
+            ),
         )
         self.queue_wait = self._histogram(
             "encode_queue_wait_seconds", "An image's wait for the vision tower.", STEP_SECONDS

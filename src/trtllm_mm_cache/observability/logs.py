@@ -1,16 +1,51 @@
-"""Logging of a worker process: one format, to standard error."""
+"""Logging of a worker process: to standard error, as text or as one JSON object a line."""
 
 from __future__ import annotations
 
 import logging
+from datetime import UTC, datetime
+from typing import Literal
 
-_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+from opentelemetry import trace
+from pythonjsonlogger.json import JsonFormatter
+
+from trtllm_mm_cache.errors import MmCacheError, RequestError
+
+LogFormat = Literal["text", "json"]
+
+_TEXT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
-def configure_logging(level: str) -> None:
+def configure_logging(level: str, log_format: LogFormat = "text") -> None:
     """Send this package's log lines at `level` and above to standard error. Call once, at start.
 
     Third-party libraries are held to WARNING: their INFO lines may carry URLs of requests.
     """
-    logging.basicConfig(level=logging.WARNING, format=_FORMAT, force=True)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JsonLines() if log_format == "json" else logging.Formatter(_TEXT))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("trtllm_mm_cache").setLevel(level)
+
+
+def loggable_cause(error: MmCacheError) -> BaseException | None:
+    """Return the exception behind `error` where its text may be logged, for `exc_info`.
+
+    What a library says about a client's request can name the host, the path or the content that the
+    request led to; what the engine and the transfer say is about this deployment.
+    """
+    return None if isinstance(error, RequestError) else error.__cause__
+
+
+class _JsonLines(JsonFormatter):
+    """time, level, logger, message, the fields that the line was given, and the trace it belongs to."""
+
+    def __init__(self) -> None:
+        names = {"levelname": "level", "name": "logger"}
+        super().__init__(("levelname", "name", "message"), rename_fields=names)
+
+    def process_log_record(self, log_data: dict[str, object]) -> dict[str, object]:
+        span = trace.get_current_span().get_span_context()
+        if span.is_valid:
+            log_data["trace_id"] = trace.format_trace_id(span.trace_id)
+            log_data["span_id"] = trace.format_span_id(span.span_id)
+        return {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **log_data}

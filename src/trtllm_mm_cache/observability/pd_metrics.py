@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from trtllm_mm_cache.observability.buckets import FIRST_TOKEN_SECONDS, STEP_SECONDS
 from trtllm_mm_cache.observability.exposition import PREFIX
+from trtllm_mm_cache.observability.step import Step
 
 LookupOutcome = Literal["hit", "miss", "joined"]
 """`joined`: a miss that waited for a flight under way instead of starting one."""
@@ -26,17 +27,18 @@ class PdMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.fetch = self._seconds("fetch_seconds", "Step 2: reference to checked bytes.", "scheme")
-        self.key = self._seconds("key_seconds", "Step 3: hashing the bytes.")
-        self.lookup_wait = self._seconds(
-            "lookup_wait_seconds", "Steps 4 to 7: from the key to a lease on the embedding.", "outcome"
+        self.fetch = self._step("fetch", "Step 2: reference to checked bytes.", "scheme")
+        self.key = self._step("key", "Step 3: hashing the bytes.")
+        self.lookup_wait = self._histogram(
+            "lookup_wait_seconds",
+            "Steps 4 to 7: from the key to a lease on the embedding.",
+            STEP_SECONDS,
+            "outcome",
         )
-        self.encode_call = self._seconds(
-            "encode_call_seconds", "Step 5: asking an encode worker until its answer."
-        )
-        self.reserve = self._seconds("reserve_seconds", "Before step 6: making room in the arena.")
-        self.transfer = self._seconds("transfer_seconds", "Step 6: NIXL READ and checksum.")
-        self.commit = self._seconds("commit_seconds", "Step 7: checks until the entry is visible.")
+        self.encode_call = self._step("encode_call", "Step 5: asking an encode worker until its answer.")
+        self.reserve = self._step("reserve", "Before step 6: making room in the arena.")
+        self.transfer = self._step("transfer", "Step 6: NIXL READ and checksum.")
+        self.commit = self._step("commit", "Step 7: checks until the entry is visible.")
         self.first_token = self._histogram(
             "time_to_first_token_seconds",
             "From the request's arrival at this worker to its first token.",
@@ -69,8 +71,8 @@ class PdMetrics:
         if outcome == "hit":
             self.saved_encode_seconds.inc(saved_seconds)
 
-    def _seconds(self, name: str, text: str, *labels: str) -> Histogram:
-        return self._histogram(name, text, STEP_SECONDS, *labels)
+    def _step(self, name: str, text: str, *labels: str) -> Step:
+        return Step(name, self._histogram(f"{name}_seconds", text, STEP_SECONDS, *labels))
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(f"{PREFIX}_{name}", text, labels, buckets=buckets, registry=self.registry)

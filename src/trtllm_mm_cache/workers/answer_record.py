@@ -1,10 +1,14 @@
-"""The numbers of one request while it is answered: its metrics, and its one line in the log."""
+"""The numbers of one request while it is answered: its metrics, its span, its one line in the log."""
 
 from __future__ import annotations
 
 import logging
 import time
 
+from opentelemetry.trace import Span
+
+from trtllm_mm_cache.errors import MmCacheError
+from trtllm_mm_cache.observability.logs import loggable_cause
 from trtllm_mm_cache.observability.pd_metrics import PdMetrics, RequestOutcome, kind_of
 from trtllm_mm_cache.workers.resolver import ResolvedImages
 
@@ -17,9 +21,10 @@ class AnswerRecord:
     Times in seconds since the arrival.
     """
 
-    def __init__(self, request_id: str, metrics: PdMetrics) -> None:
+    def __init__(self, request_id: str, metrics: PdMetrics, span: Span) -> None:
         self._request_id = request_id
         self._metrics = metrics
+        self._span = span
         self._arrived = time.perf_counter()
         self._images: ResolvedImages | None = None
         self._first_token: float | None = None
@@ -37,6 +42,7 @@ class AnswerRecord:
         self._finished = finished
         if self._first_token is None and tokens and self._images is not None:
             self._first_token = self._elapsed()
+            self._span.add_event("first_token")
             kind = kind_of(self._images.hits, self._images.misses)
             self._metrics.first_token.labels(kind).observe(self._first_token)
 
@@ -44,19 +50,27 @@ class AnswerRecord:
         """Nobody listens any more. Dynamo's frontend leaves with the last token, as soon as it has it."""
         self.ended("served" if self._finished else "stopped")
 
-    def ended(self, outcome: RequestOutcome, *, code: str | None = None) -> None:
-        """Say how it ended; `code` is that of the error, where there was one."""
+    def ended(self, outcome: RequestOutcome, error: MmCacheError | None = None) -> None:
+        """Say how it ended; `error` is what the client is told. An engine's own error is its cause."""
         self._metrics.in_flight.dec()
         self._metrics.requests.labels(outcome).inc()
-        if code is not None:
-            self._metrics.errors.labels(code).inc()
-        fields = self._fields(outcome, code)
-        logger.info("request %s", " ".join(f"{name}={value}" for name, value in fields.items()), extra=fields)
+        if error is not None:
+            self._metrics.errors.labels(error.code).inc()
+        fields = self._fields(outcome, error)
+        self._span.set_attributes(fields)
+        logger.log(
+            _level(error),
+            "request %s%s",
+            " ".join(f"{name}={value}" for name, value in fields.items()),
+            "" if error is None else f": {error}",
+            extra=fields,
+            exc_info=None if error is None else loggable_cause(error),
+        )
 
-    def _fields(self, outcome: RequestOutcome, code: str | None) -> dict[str, str | int | float]:
+    def _fields(self, outcome: RequestOutcome, error: MmCacheError | None) -> dict[str, str | int | float]:
         fields: dict[str, str | int | float] = {"request_id": self._request_id, "outcome": outcome}
-        if code is not None:
-            fields["code"] = code
+        if error is not None:
+            fields["code"] = error.code
         if self._images is not None:
             fields |= {
                 "images": len(self._images.leases),
@@ -72,3 +86,10 @@ class AnswerRecord:
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._arrived
+
+
+def _level(error: MmCacheError | None) -> int:
+    """Choose: our own failures are errors, everybody else's warnings."""
+    if error is None:
+        return logging.INFO
+    return logging.ERROR if error.http_status == 500 else logging.WARNING

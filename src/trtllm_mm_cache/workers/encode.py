@@ -13,6 +13,7 @@ from trtllm_mm_cache.engines.registry import load_engine
 from trtllm_mm_cache.observability.encode_metrics import EncodeMetrics
 from trtllm_mm_cache.observability.exposition import Exposition
 from trtllm_mm_cache.observability.logs import configure_logging
+from trtllm_mm_cache.observability.tracing import configure_tracing
 from trtllm_mm_cache.transfer import Exporter, TransferAgent
 from trtllm_mm_cache.workers.encode_worker import EncodeWorker
 from trtllm_mm_cache.workers.model_files import local_model_path
@@ -25,7 +26,8 @@ _CLOSE_DEADLINE_S = 5.0
 
 def run_encode_worker(settings: EncodeSettings) -> None:
     """Load the model, serve until SIGTERM or SIGINT, drain, return. Raises `ConfigurationError` at start."""
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
+    configure_tracing("encode")
     asyncio.run(_serve(settings))
 
 

@@ -11,6 +11,7 @@ from dynamo.runtime import Client, Context
 
 from trtllm_mm_cache.cache.key import EmbeddingKey
 from trtllm_mm_cache.errors import EncodeFailedError, EncodeUnavailableError
+from trtllm_mm_cache.observability.tracing import trace_headers
 from trtllm_mm_cache.workers.protocol import EncodeReady, EncodeRequest, parse_answer
 
 logger = logging.getLogger(__name__)
@@ -53,8 +54,9 @@ class EncodeClient:
         """
         # A context of its own: the flight outlives the request that started it.
         context = Context()
+        message = request.model_dump() | {"trace_headers": trace_headers()}
         try:
-            stream = await self._client.direct(request.model_dump(), instance, context=context)
+            stream = await self._client.direct(message, instance, context=context)
             async for item in stream:
                 return parse_answer(_data(item))
         except asyncio.CancelledError:

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from dynamo.runtime import Context
+from opentelemetry.trace import SpanKind
 from prometheus_client.core import Metric
 
 from trtllm_mm_cache.cache.flight import SingleFlight
@@ -31,6 +32,8 @@ from trtllm_mm_cache.errors import (
 from trtllm_mm_cache.media import MediaSettings, decode_image
 from trtllm_mm_cache.observability.encode_metrics import EncodeMetrics
 from trtllm_mm_cache.observability.exposition import Reading
+from trtllm_mm_cache.observability.logs import loggable_cause
+from trtllm_mm_cache.observability.tracing import remote_parent, span
 from trtllm_mm_cache.transfer import Exporter, PeerMetadata
 from trtllm_mm_cache.transfer.checksum import checksum
 from trtllm_mm_cache.workers.batcher import BatchedImage, MicroBatcher
@@ -78,13 +81,21 @@ class EncodeWorker:
         try:
             request = parse(EncodeRequest, payload)
             self._check_fingerprint(request)
-            ready: EncodeReady = await until_stopped(context, self._answer(request))
+            parent = remote_parent(request.trace_headers)
+            with span("encode_request", parent=parent, kind=SpanKind.SERVER) as current:
+                ready: EncodeReady = await until_stopped(context, self._answer(request))
+                current.set_attributes({"origin": ready.origin, "bytes": ready.nbytes})
         except RequestStoppedError:
             return
         except MmCacheError as error:
             self._metrics.errors.labels(error.code).inc()
             logger.warning(
-                "embedding not delivered: %s: %s", error.code, error.message, exc_info=error.__cause__
+                "call %s: embedding not delivered: %s: %s",
+                context.id(),
+                error.code,
+                error.message,
+                extra={"call_id": context.id(), "code": error.code},
+                exc_info=loggable_cause(error),
             )
             yield EncodeFault.of(error).model_dump()
         else:
@@ -127,17 +138,20 @@ class EncodeWorker:
     async def _encode(self, request: EncodeRequest) -> Lease:
         """One flight: bytes to image to preprocessed input to embedding to arena."""
         loop = asyncio.get_running_loop()
-        prepared = await loop.run_in_executor(self._threads, self._prepare, request)
-        result = await self._batcher.submit(prepared)
+        with self._metrics.preprocess.time():
+            prepared = await loop.run_in_executor(self._threads, self._prepare, request)
+        with span("encode") as current:
+            result = await self._batcher.submit(prepared)
+            current.set_attribute("encode_seconds", result.encode_seconds)
         logger.debug("encoded %s… in %.3f s", request.key[:12], result.encode_seconds)
-        return await in_thread(
-            partial(self._store, request.key, result), undo=Lease.release, executor=self._threads
-        )
+        with span("store"):
+            return await in_thread(
+                partial(self._store, request.key, result), undo=Lease.release, executor=self._threads
+            )
 
     def _prepare(self, request: EncodeRequest) -> Any:
-        with self._metrics.preprocess.time():
-            image = decode_image(request.media, self._media_settings)
-            return self._encoder.preprocess(EncodeItem(image, request.processor_kwargs, request.variant))
+        image = decode_image(request.media, self._media_settings)
+        return self._encoder.preprocess(EncodeItem(image, request.processor_kwargs, request.variant))
 
     def _store(self, key: str, result: BatchedImage) -> Lease:
         """Copy the tower's output into the arena. Runs in a thread: a copy of megabytes.

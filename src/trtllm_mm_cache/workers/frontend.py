@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 def run_frontend(settings: FrontendSettings) -> None:
     """Serve until SIGTERM or SIGINT (Dynamo's server handles both: it finishes what runs, then ends)."""
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     asyncio.run(_serve(settings))
 
 

@@ -17,6 +17,7 @@ from trtllm_mm_cache.media import MediaSettings, MediaSource
 from trtllm_mm_cache.observability.exposition import Exposition
 from trtllm_mm_cache.observability.logs import configure_logging
 from trtllm_mm_cache.observability.pd_metrics import PdMetrics
+from trtllm_mm_cache.observability.tracing import configure_tracing
 from trtllm_mm_cache.workers.encode_client import EncodeClient
 from trtllm_mm_cache.workers.media_limits import image_limits
 from trtllm_mm_cache.workers.memory import PdMemory
@@ -34,7 +35,8 @@ def run_pd_worker(settings: PdSettings) -> None:
 
     Under mpirun this is rank 0; every other rank only computes with it, and returns when it has ended.
     """
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
+    configure_tracing("pd")
     if place_in_job().rank > 0:
         load_engine(settings.engine).follow(settings.extra_engine_args)
         return

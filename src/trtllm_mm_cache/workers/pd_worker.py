@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
 from dynamo.runtime import Context
+from opentelemetry.trace import SpanKind
 
 from trtllm_mm_cache.config import PdSettings
 from trtllm_mm_cache.engines.base import Generator, TokenDelta
 from trtllm_mm_cache.errors import MmCacheError
 from trtllm_mm_cache.observability.pd_metrics import PdMetrics
+from trtllm_mm_cache.observability.tracing import remote_parent, span
 from trtllm_mm_cache.workers.answer_record import AnswerRecord
 from trtllm_mm_cache.workers.detached import detached
 from trtllm_mm_cache.workers.faults import as_dynamo_error
 from trtllm_mm_cache.workers.request import PdRequest, parse_request
 from trtllm_mm_cache.workers.resolver import ImageResolver, ResolvedImages
 from trtllm_mm_cache.workers.runtime import RequestStoppedError, stream_until_stopped, until_stopped
-
-logger = logging.getLogger(__name__)
 
 
 class PdWorker:
@@ -41,37 +40,42 @@ class PdWorker:
             yield output
 
     async def _answer(self, payload: Any, context: Context) -> AsyncGenerator[dict[str, Any]]:
-        record = AnswerRecord(context.id(), self._metrics)
-        try:
-            async with aclosing(self._serve(payload, context, record)) as outputs:
-                async for output in outputs:
-                    yield output
-        except (RequestStoppedError, GeneratorExit, asyncio.CancelledError) as ending:
-            record.left()
-            if not isinstance(ending, RequestStoppedError):
+        parent = remote_parent(context.trace_headers())
+        with span("request", parent=parent, kind=SpanKind.SERVER) as current:
+            record = AnswerRecord(context.id(), self._metrics, current)
+            try:
+                async with aclosing(self._serve(payload, context, record)) as outputs:
+                    async for output in outputs:
+                        yield output
+            except RequestStoppedError:
+                record.left()
+            except (GeneratorExit, asyncio.CancelledError):
+                record.left()
                 raise
-        except MmCacheError as error:
-            logger.warning("request %s: %s: %s", context.id(), error.code, error, exc_info=error.__cause__)
-            record.ended("failed", code=error.code)
-            raise as_dynamo_error(error) from error
-        except Exception as error:
-            # An engine may raise anything; its text may hold paths and addresses, so the log alone gets it.
-            logger.exception("request %s: the engine failed", context.id())
-            record.ended("failed", code=MmCacheError.code)
-            raise as_dynamo_error(MmCacheError("the engine failed on this request")) from error
-        else:
-            record.ended("served")
+            except MmCacheError as error:
+                record.ended("failed", error)
+                raise as_dynamo_error(error) from error
+            except Exception as error:
+                # An engine may raise anything; its text may hold paths and addresses: for the log alone.
+                failure = MmCacheError("the engine failed on this request")
+                failure.__cause__ = error
+                record.ended("failed", failure)
+                raise as_dynamo_error(failure) from error
+            else:
+                record.ended("served")
 
     async def _serve(
         self, payload: Any, context: Context, record: AnswerRecord
     ) -> AsyncGenerator[dict[str, Any]]:
-        request = parse_request(payload, context.id(), max_images=self._max_images)
+        with span("references"):
+            request = parse_request(payload, context.id(), max_images=self._max_images)
         images: ResolvedImages = await until_stopped(context, self._resolve(request))
         try:
             record.resolved(images)
-            async with aclosing(self._generate(request, images, context, record)) as outputs:
-                async for output in outputs:
-                    yield output
+            with span("generate"):
+                async with aclosing(self._generate(request, images, context, record)) as outputs:
+                    async for output in outputs:
+                        yield output
         finally:
             images.release()
 

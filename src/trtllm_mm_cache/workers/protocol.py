@@ -48,7 +48,7 @@ class EncodeRequest(Message):
 
     `fingerprint` is the asker's: an encode worker that serves another model refuses.
     `media` are the image file's bytes; the encode worker decodes them itself. Without `retain` the
-    embedding is gone when this call's READ is over.
+    embedding is gone when this call's READ is over. `trace_headers` are the asker's span (W3C trace context).
     """
 
     version: Literal[1] = PROTOCOL_VERSION
@@ -58,6 +58,7 @@ class EncodeRequest(Message):
     processor_kwargs: Annotated[dict[str, Any], _within(PROCESSOR_KWARGS)] = Field(default_factory=dict)
     variant: str = Field("", max_length=64)
     retain: bool = True
+    trace_headers: dict[str, str] = Field(default_factory=dict, max_length=2)
 
 
 class EncodeReady(Message):

@@ -226,7 +226,7 @@ class ImageResolver:
 
     # 2 bytes
     async def _fetch(self, reference: str, *, tenant: str | None) -> bytes:
-        with self._metrics.fetch.labels(scheme_of(reference)).time():
+        with self._metrics.fetch.labels(scheme=scheme_of(reference)).time():
             media = await self._source.fetch(reference, tenant=tenant)
             # A header of megabytes (metadata) can take long to read; that of a small file cannot.
             if len(media) > _OFF_LOOP_BYTES:

@@ -1,0 +1,109 @@
+"""Spans along the eight steps, across both workers' code, collected in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from tests.workers.conftest import Bench, picture
+from trtllm_mm_cache.errors import EncodeUnavailableError, MmCacheError
+from trtllm_mm_cache.observability.tracing import configure_tracing, remote_parent, span, trace_headers
+
+
+@pytest.fixture(scope="module")
+def exporter() -> InMemorySpanExporter:
+    """The provider of a process can be set once; this file is the only one that sets it in the tests."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
+    return exporter
+
+
+@pytest.fixture
+def spans(exporter: InMemorySpanExporter) -> Iterator[InMemorySpanExporter]:
+    exporter.clear()
+    yield exporter
+    exporter.clear()
+
+
+def by_name(spans: InMemorySpanExporter) -> dict[str, ReadableSpan]:
+    return {one.name: one for one in spans.get_finished_spans()}
+
+
+def parents(spans: InMemorySpanExporter) -> dict[str, str | None]:
+    names = {one.context.span_id: one.name for one in spans.get_finished_spans() if one.context}
+    return {
+        one.name: names.get(one.parent.span_id) if one.parent else None for one in spans.get_finished_spans()
+    }
+
+
+async def test_the_steps_of_a_miss_and_of_a_hit(bench: Bench, spans: InMemorySpanExporter) -> None:
+    reference = picture()
+    with span("request"):
+        (await bench.resolve([reference])).release()
+    assert parents(spans) == {
+        "fetch": "request",
+        "key": "request",
+        "encode_call": "request",
+        "reserve": "request",
+        "transfer": "request",
+        "commit": "request",
+        "request": None,
+    }
+    spans.clear()
+    with span("request"):
+        (await bench.resolve([reference])).release()
+    assert set(by_name(spans)) == {"fetch", "key", "request"}
+
+
+async def test_a_failed_step_has_the_errors_code_and_nothing_of_its_text(
+    bench: Bench, spans: InMemorySpanExporter
+) -> None:
+    bench.peer.changes = [EncodeUnavailableError("at a secret address")] * 2
+    with pytest.raises(MmCacheError):
+        await bench.resolve([picture()])
+    failed = by_name(spans)["encode_call"]
+    assert failed.status.description == "encode_unavailable"
+    assert "secret" not in failed.to_json()
+
+
+async def test_no_span_holds_a_reference_or_content(bench: Bench, spans: InMemorySpanExporter) -> None:
+    reference = picture()
+    (await bench.resolve([reference])).release()
+    with pytest.raises(MmCacheError):
+        await bench.resolve(["https://user-secret.invalid/a.png?token=abc123"])
+    everything = "".join(one.to_json() for one in spans.get_finished_spans())
+    assert "user-secret" not in everything
+    assert "abc123" not in everything
+    assert reference[40:80] not in everything
+
+
+def test_a_span_is_continued_in_another_process(spans: InMemorySpanExporter) -> None:
+    with span("asking"):
+        headers: dict[str, Any] = trace_headers()
+    with span("answering", parent=remote_parent(headers)):
+        pass
+    assert parents(spans)["answering"] == "asking"
+
+
+@pytest.mark.parametrize("headers", [None, {}, {"traceparent": "nonsense"}, {"x-request-id": "1"}])
+def test_without_a_valid_parent_a_trace_begins(
+    spans: InMemorySpanExporter, headers: dict[str, str] | None
+) -> None:
+    with span("request", parent=remote_parent(headers)):
+        pass
+    assert by_name(spans)["request"].parent is None
+
+
+def test_tracing_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = trace.get_tracer_provider()
+    monkeypatch.setenv("OTEL_EXPORT_ENABLED", "0")
+    configure_tracing("pd")
+    assert trace.get_tracer_provider() is before
