@@ -1,4 +1,4 @@
-"""The command line: `trtllm-mm-cache frontend|encode|pd|ask`.
+"""The command line: `trtllm-mm-cache frontend|encode|pd|ask|plan`.
 
 Every subcommand imports what it needs when it runs, so that `--help` answers at once and no
 command loads an engine it does not use.
@@ -14,6 +14,7 @@ from trtllm_mm_cache import __version__
 from trtllm_mm_cache.cli_options import settings_options
 from trtllm_mm_cache.config import EncodeSettings, FrontendSettings, PdSettings
 from trtllm_mm_cache.errors import ConfigurationError, MmCacheError
+from trtllm_mm_cache.plan_settings import PlanSettings
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -97,6 +98,18 @@ def ask(
         temperature=temperature,
         timeout=timeout,
     )
+
+
+@cli.command()
+@settings_options(PlanSettings)
+def plan(settings: PlanSettings) -> None:
+    """Say how much memory a working set of images takes, and which flags to set.
+
+    Loads no weights: a directory with a model's configuration and tokenizer files is enough.
+    """
+    from trtllm_mm_cache.plan import make_plan
+
+    click.echo(make_plan(settings).text())
 
 
 def main() -> None:

@@ -45,6 +45,20 @@ class EncodedImage:
     metadata: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class EmbeddingShape:
+    """What an image's embedding will be, known without encoding it: `[rows, width]` of `dtype`."""
+
+    rows: int
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.rows * self.width * self.dtype.itemsize
+
+
 class VisionEncoder(Protocol):
     """Images to embeddings. Blocking: the encode worker calls it from worker threads."""
 

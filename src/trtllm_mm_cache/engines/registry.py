@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """What the package of an engine offers. All load a model: blocking, seconds to minutes.
+    """What the package of an engine offers. To load a model blocks for seconds to minutes.
 
     All raise `ConfigurationError` when the model is not one that the engine serves, or when
     `args_file` holds a key that it does not know.
@@ -22,6 +22,10 @@ class Engine(Protocol):
 
     def load_vision_encoder(self, model_path: Path, args_file: Path | None) -> VisionEncoder:
         """Load the model's vision tower."""
+        ...
+
+    def embedding_dtype(self, model_path: Path, args_file: Path | None) -> str:
+        """Return the name of the dtype that embeddings are stored in. Loads no weights."""
         ...
 
     def load_generator(self, model_path: Path, args_file: Path | None) -> Generator:

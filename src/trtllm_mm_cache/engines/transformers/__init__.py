@@ -9,12 +9,15 @@ from trtllm_mm_cache.engines.transformers.encoder import TransformersVisionEncod
 from trtllm_mm_cache.engines.transformers.follower import follow as follow_rank_0
 from trtllm_mm_cache.engines.transformers.generator import TransformersGenerator
 from trtllm_mm_cache.engines.transformers.leader import ranks_of_job
-from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs
+from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs, dtype_name
+from trtllm_mm_cache.engines.transformers.sizing import embedding_shape
 
 __all__ = [
     "TransformersEngineArgs",
     "TransformersGenerator",
     "TransformersVisionEncoder",
+    "embedding_dtype",
+    "embedding_shape",
     "follow",
     "load_generator",
     "load_vision_encoder",
@@ -24,6 +27,12 @@ __all__ = [
 def load_vision_encoder(model_path: Path, args_file: Path | None) -> TransformersVisionEncoder:
     """Load the vision half with the settings in `args_file`. See `engines.registry`."""
     return TransformersVisionEncoder(model_path, load_engine_args(args_file, TransformersEngineArgs))
+
+
+def embedding_dtype(model_path: Path, args_file: Path | None) -> str:
+    """Return the dtype of embeddings by the settings in `args_file`. See `engines.registry`."""
+    del model_path
+    return dtype_name(load_engine_args(args_file, TransformersEngineArgs).resolved_embedding_dtype())
 
 
 def load_generator(model_path: Path, args_file: Path | None) -> TransformersGenerator:

@@ -48,11 +48,16 @@ def read_config(model_path: Path) -> tuple[PreTrainedConfig, Architecture]:
 
     Raises `ConfigurationError` when it cannot be read or the architecture is not served.
     """
+    config = load_config(model_path)
+    return config, architecture_of(config.model_type)
+
+
+def load_config(model_path: Path) -> PreTrainedConfig:
+    """Return the model's configuration, of whatever architecture. Raises `ConfigurationError`."""
     try:
-        config = AutoConfig.from_pretrained(model_path, local_files_only=True)
+        return AutoConfig.from_pretrained(model_path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"the model's config.json cannot be used: {first_line(error)}") from error
-    return config, architecture_of(config.model_type)
 
 
 def fingerprint_of(model_path: Path, args: TransformersEngineArgs) -> str:
