@@ -134,6 +134,11 @@ class EncodeSettings(EngineSettings):
     max_queued_images: int = Field(
         256, ge=1, description="Images that may wait for the vision tower; beyond it the answer is 503."
     )
+    max_queued_mb: float = Field(
+        1024,
+        ge=1,
+        description="Bytes of the image files that may wait for the vision tower, in MB; likewise.",
+    )
     preprocess_threads: int = Field(2, ge=1, le=256, description="Threads that decode and preprocess images.")
     lease_timeout_s: Seconds = Field(
         30, description="How long an exported embedding stays pinned for a PD worker that does not READ it."
@@ -179,7 +184,35 @@ class PdSettings(EngineSettings):
         "capacity 0, else those that may not enter the cache or for which it is too full of leased entries.",
     )
     encode_timeout_s: Seconds = Field(
-        60, description="Deadline for one missing embedding: encode, transfer and the one retry together."
+        60,
+        description="Deadline for one missing embedding: encode, transfer and the one retry together. The "
+        "first encode worker gets half of it where there is another one to ask.",
+    )
+    encode_breaker_failures: int = Field(
+        3,
+        ge=1,
+        description="Failures in a row after which an encode worker is passed over; refused images and full "
+        "queues are none.",
+    )
+    encode_breaker_retry_s: Seconds = Field(
+        1, description="How long such an encode worker is passed over before one request tries it again."
+    )
+    reject_non_finite_embeddings: bool = Field(
+        True, description="Refuse embeddings that hold NaN or infinity, instead of serving and caching them."
+    )
+    max_concurrent_requests: int = Field(
+        1024, ge=1, description="Requests taken at a time; beyond it the answer is 503."
+    )
+    max_concurrent_fetches: int = Field(
+        64,
+        ge=1,
+        description="http(s) images fetched at a time; further ones wait, at most the media timeout.",
+    )
+    max_waiting_image_mb: float = Field(
+        1024,
+        ge=1,
+        description="Bytes of image files, in MB, that may wait for an encode worker; beyond it a new image "
+        "is answered 503, and cached ones are still served.",
     )
     max_images_per_request: int = Field(32, ge=1, le=4096, description="Most images in one request.")
     allowed_local_media_path: Path | None = Field(

@@ -10,6 +10,7 @@
     │   ├── MediaTooLargeError           413  more bytes or pixels than the limits allow
     │   ├── UnsupportedMediaError        415  not one of the accepted image formats
     │   └── InvalidImageError            400  broken, truncated or hostile image
+    ├── OverloadedError              503  the PD worker has as much under way as it may (retryable)
     ├── EncodeError                  the encode side could not deliver
     │   ├── EncodeUnavailableError       503  no encode worker is alive (retryable)
     │   ├── EncodeOverloadedError        503  its queue or arena is full (retryable)
@@ -125,6 +126,14 @@ class InvalidImageError(RequestError):
     """The image is broken, truncated or hostile."""
 
     code = "invalid_image"
+
+
+class OverloadedError(MmCacheError):
+    """The PD worker has as many requests or images under way as its settings allow."""
+
+    code = "overloaded"
+    http_status = 503
+    retryable = True
 
 
 class EncodeError(MmCacheError):

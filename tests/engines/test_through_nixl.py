@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ from tests.engines.contract import (
     reference_logits,
 )
 from trtllm_mm_cache.config import PdSettings
-from trtllm_mm_cache.media import MediaSettings, MediaSource
+from trtllm_mm_cache.observability.pd_metrics import PdMetrics
+from trtllm_mm_cache.workers.assembly import give_up, make_resolver
 from trtllm_mm_cache.workers.encode_client import EncodeClient
 from trtllm_mm_cache.workers.memory import PdMemory
 from trtllm_mm_cache.workers.resolver import ImageResolver, ResolvedImages
@@ -143,18 +145,8 @@ async def pd_side(
     for following in ARCHITECTURES[position + 1 : position + 2]:
         encoders.start(following)
     memory = await PdMemory.create(settings)
-    media_settings = MediaSettings()
-    resolver = ImageResolver(
-        source=MediaSource(media_settings),
-        media_settings=media_settings,
-        cache=memory.cache,
-        transit=memory.transit,
-        client=EncodeClient(client),
-        reader=memory.reader,
-        fingerprint=halves.generator.fingerprint,
-        encode_timeout_s=30,
-        transfer_timeout_s=10,
-    )
+    encode_client = EncodeClient(client, unwanted=partial(give_up, memory.reader))
+    resolver = make_resolver(settings, memory, encode_client, halves.generator, PdMetrics())
     yield PdSide(halves, memory, resolver)
     await resolver.close()
     memory.cache.check_integrity()

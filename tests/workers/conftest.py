@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,15 +15,20 @@ from tests.e2e.stack import data_url, new_picture, png
 from trtllm_mm_cache.cache.key import EmbeddingKey
 from trtllm_mm_cache.cache.manager import CachedEmbedding, Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.what_if import WhatIf
-from trtllm_mm_cache.errors import MmCacheError
+from trtllm_mm_cache.engines.base import ImageDescription
+from trtllm_mm_cache.errors import EmbeddingMismatchError, MmCacheError
 from trtllm_mm_cache.media import MediaSettings, MediaSource
 from trtllm_mm_cache.observability.pd_metrics import PdMetrics
 from trtllm_mm_cache.transfer import Exporter, Reader, TransferAgent
+from trtllm_mm_cache.workers.breaker import CircuitBreakers
+from trtllm_mm_cache.workers.loader import EmbeddingLoader
 from trtllm_mm_cache.workers.protocol import EncodeReady, EncodeRequest
 from trtllm_mm_cache.workers.resolver import ImageResolver, ResolvedImages
 
 ROWS, WIDTH = 16, 64
 NBYTES = ROWS * WIDTH * 4
+BREAKER_FAILURES, BREAKER_RETRY_S = 3, 10.0
+MAX_WAITING_BYTES = 64 * 1024
 ENCODE_SECONDS = 0.25
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
@@ -36,7 +41,10 @@ def embedding_of(key: str) -> torch.Tensor:
 
 @dataclass
 class PeerEncodeWorkers:
-    """Two encode workers in one, on the interface of `EncodeClient`; really exports over NIXL."""
+    """Two encode workers in one, on the interface of `EncodeClient`; really exports over NIXL.
+
+    `changes` are for the next answers, `fail` and `frozen` for instances, `spoil` is a value to put in.
+    """
 
     exporter: Exporter
     agent: TransferAgent
@@ -46,19 +54,29 @@ class PeerEncodeWorkers:
     calls: list[int] = field(default_factory=list)
     retained: list[bool] = field(default_factory=list)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
+    fail: dict[int, MmCacheError] = field(default_factory=dict)
+    frozen: set[int] = field(default_factory=set)
+    spoil: float | None = None
 
     def rank(self, key: EmbeddingKey) -> list[int]:
         return sorted(self.instances)
+
+    async def close(self) -> None:
+        """Nothing is waited for."""
 
     async def encode(self, instance: int, request: EncodeRequest) -> EncodeReady:
         self.calls.append(instance)
         self.retained.append(request.retain)
         await self.gate.wait()
+        if instance in self.frozen:
+            await asyncio.get_running_loop().create_future()
+        if instance in self.fail:
+            raise self.fail[instance]
         change = self.changes.pop(0) if self.changes else None
         if isinstance(change, MmCacheError):
             raise change
         metadata = {"rows": ROWS}
-        self.manager.set(request.key, CachedEmbedding(embedding_of(request.key), metadata=metadata))
+        self.manager.set(request.key, CachedEmbedding(self._embedding(request.key), metadata=metadata))
         lease = self.manager.lease(request.key)
         assert lease is not None
         export = await self.exporter.export(lease)
@@ -78,6 +96,30 @@ class PeerEncodeWorkers:
         }
         return EncodeReady.model_validate(change(answer) if change else answer)
 
+    def _embedding(self, key: str) -> torch.Tensor:
+        tensor = embedding_of(key)
+        if self.spoil is not None:
+            tensor[-1, -1] = self.spoil
+        return tensor
+
+
+@dataclass
+class SetClock:
+    """A clock that stands still until a test sets it."""
+
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def check_embedding(
+    image: ImageDescription, shape: tuple[int, int], dtype: torch.dtype, metadata: Mapping[str, Any]
+) -> None:
+    """As an engine's own check, for the one shape that the peer makes."""
+    if shape != (ROWS, WIDTH) or dtype != torch.float32 or metadata.get("rows") != ROWS:
+        raise EmbeddingMismatchError("not what this model takes")
+
 
 @dataclass
 class Bench:
@@ -87,9 +129,11 @@ class Bench:
     cache: MultimodalEmbeddingCacheManager
     transit: MultimodalEmbeddingCacheManager
     resolver: ImageResolver
+    loader: EmbeddingLoader
     reader: Reader
     metrics: PdMetrics
     what_if: WhatIf
+    clock: SetClock
 
     async def resolve(self, references: Sequence[str], *, salt: str | None = None) -> ResolvedImages:
         return await self.resolver.resolve(references, processor_kwargs={}, salt=salt, variant="")
@@ -128,21 +172,35 @@ async def bench(require_salt: bool) -> AsyncIterator[Bench]:
     settings = MediaSettings()
     reader = Reader(reading)
     metrics, what_if = PdMetrics(), WhatIf("lru", cache.capacity_bytes)
+    clock = SetClock()
+    loader = EmbeddingLoader(
+        cache=cache,
+        transit=transit,
+        encoders=peer,
+        breakers=CircuitBreakers(failures=BREAKER_FAILURES, retry_s=BREAKER_RETRY_S, clock=clock),
+        reader=reader,
+        fingerprint="ab" * 32,
+        check=check_embedding,
+        reject_non_finite=True,
+        encode_timeout_s=5,
+        transfer_timeout_s=5,
+        metrics=metrics,
+        what_if=what_if,
+    )
     resolver = ImageResolver(
         source=MediaSource(settings),
         media_settings=settings,
         cache=cache,
-        transit=transit,
-        client=peer,
-        reader=reader,
+        loader=loader,
         fingerprint="ab" * 32,
-        encode_timeout_s=5,
-        transfer_timeout_s=5,
+        max_fetches=4,
+        fetch_wait_s=5,
+        max_waiting_bytes=MAX_WAITING_BYTES,
         metrics=metrics,
         require_salt=require_salt,
         what_if=what_if,
     )
-    bench = Bench(peer, cache, transit, resolver, reader, metrics, what_if)
+    bench = Bench(peer, cache, transit, resolver, loader, reader, metrics, what_if, clock)
     yield bench
     await resolver.close()
     await bench.nothing_held()

@@ -137,9 +137,10 @@ async def test_a_bad_answer_is_retried_once_on_the_other_worker_and_never_cached
 
 @pytest.mark.parametrize("field", ["fingerprint", "key"])
 async def test_an_embedding_of_another_model_or_image_is_never_read(bench: Bench, field: str) -> None:
-    bench.peer.changes = [lambda answer: answer | {field: "cd" * 32}]
+    bench.peer.changes = [lambda answer: answer | {field: "cd" * 32}] * 2
     with pytest.raises(ProtocolMismatchError, match="image 1"):
         await bench.resolve([picture()])
+    assert bench.peer.calls == [1, 2], "another worker may run the right model"
     assert bench.reader.statistics().reads == 0
     assert bench.held() == (0, 0, 0)
     assert bench.cache.keys() == []
@@ -163,7 +164,7 @@ async def test_no_encode_worker_costs_only_misses(bench: Bench) -> None:
 
 
 async def test_an_encode_worker_that_never_answers_meets_the_deadline(bench: Bench) -> None:
-    bench.resolver._encode_timeout_s = 0.05  # the setting's own value is five seconds in this bench
+    bench.loader._encode_timeout_s = 0.05  # the setting's own value is five seconds in this bench
     bench.peer.gate.clear()
     with pytest.raises(EncodeTimeoutError):
         await bench.resolve([picture()])

@@ -32,6 +32,19 @@ class EncodeItem:
 
 
 @dataclass(frozen=True)
+class ImageDescription:
+    """What the PD worker knows of an image whose pixels it has not decoded.
+
+    `width` and `height` are in pixels as stored, before any EXIF orientation; the rest as in `EncodeItem`.
+    """
+
+    width: int
+    height: int
+    processor_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    variant: str = ""
+
+
+@dataclass(frozen=True)
 class EncodedImage:
     """The vision tower's output for one image.
 
@@ -142,6 +155,15 @@ class Generator(Protocol):
 
     def variant(self, image_count: int) -> str:
         """Say how a prompt with `image_count` images has them encoded; "" where it makes no difference."""
+        ...
+
+    def check_embedding(
+        self, image: ImageDescription, shape: tuple[int, int], dtype: torch.dtype, metadata: Mapping[str, Any]
+    ) -> None:
+        """Raise `EmbeddingMismatchError` when this cannot be an embedding of that image for this model.
+
+        Called before a byte of it is read, with what an encode worker says of it. Must not block.
+        """
         ...
 
     def generate(self, request: GenerationRequest, leases: Sequence[Lease]) -> AsyncGenerator[TokenDelta]:

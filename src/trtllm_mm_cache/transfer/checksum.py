@@ -1,4 +1,4 @@
-"""XXH3-64 over memory given by address, on threads of its own.
+"""XXH3-64 over memory given by address, on threads of its own, which other checks of that memory share.
 
 XXH3 is a checksum against accidents (a rewritten extent, a torn READ), not a proof against malice.
 It runs at about 18 GB/s and lets go of the GIL, so a 10 MB embedding costs 0.5 ms beside the event loop.
@@ -10,10 +10,14 @@ import asyncio
 import ctypes
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
 
 import xxhash
 
 from trtllm_mm_cache.errors import TransferError
+
+T = TypeVar("T")
 
 # Up to this size (2 us of hashing) the hand-over to a thread would cost more than the work.
 _INLINE_BYTES = 32 * 1024
@@ -31,22 +35,26 @@ class ChecksumThreads:
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="transfer-checksum")
 
     async def compute(self, address: int, nbytes: int, *, give_back: Callable[[], None]) -> int:
-        """Return the checksum of `nbytes` bytes at `address`, which somebody keeps in place for the caller.
+        """Return the checksum of `nbytes` bytes at `address`; see `run`."""
+        return await self.run(partial(checksum, address, nbytes), nbytes, give_back=give_back)
+
+    async def run(self, work: Callable[[], T], nbytes: int, *, give_back: Callable[[], None]) -> T:
+        """Return what `work` says of `nbytes` bytes of memory, which somebody keeps in place for the caller.
 
         When it raises, which is by cancellation or by `TransferError` because of `close`, it calls
         `give_back` as soon as no thread reads the memory any more, from any thread. Else it does not.
         """
         if nbytes <= _INLINE_BYTES:
-            return checksum(address, nbytes)
-        hashing: Future[int] | None = None
+            return work()
+        running: Future[T] | None = None
         try:
-            hashing = self._pool.submit(checksum, address, nbytes)
-            return await asyncio.wrap_future(hashing)
+            running = self._pool.submit(work)
+            return await asyncio.wrap_future(running)
         except BaseException as error:
-            if hashing is None or hashing.cancel():
+            if running is None or running.cancel():
                 give_back()
             else:
-                hashing.add_done_callback(lambda _: give_back())
+                running.add_done_callback(lambda _: give_back())
             if isinstance(error, RuntimeError):  # the pool's word for: it is shut down
                 raise TransferError("the NIXL agent of this process is closed; transfers are over") from error
             raise

@@ -13,7 +13,7 @@ from typing import Any
 from trtllm_mm_cache.cache.manager import Lease
 from trtllm_mm_cache.errors import TransferError
 from trtllm_mm_cache.transfer.agent import TransferAgent
-from trtllm_mm_cache.transfer.messages import Export
+from trtllm_mm_cache.transfer.messages import RELEASE, Export
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class Exporter:
     """Keeps exported embeddings in place until they were READ, given up, or not READ for too long.
 
     The READ's own notification is the ack: it carries the export's token and comes after the bytes were read.
+    A PD worker that will not READ sends a notification that says so.
     After `lease_timeout_s` the lease is released without one, so that a PD worker that died costs no memory
     for ever. A READ that comes later still gets bytes, possibly another embedding's: the checksum in the
     `Export` is what catches that on the PD side.
@@ -127,15 +128,18 @@ class Exporter:
         return bool(self._held) and time.monotonic() < self._expecting_until
 
     def on_notification(self, sender: str, message: bytes) -> None:
-        """Release what `sender` says it has READ."""
-        token = message.decode("ascii", errors="replace")
+        """Release what `sender` says it has READ, or will not READ."""
+        token = message.removeprefix(RELEASE).decode("ascii", errors="replace")
         with self._lock:
             held = self._held.get(token)
             if held is None or held.reader_name not in (None, sender):
                 self._unmatched += 1
                 return
             del self._held[token]
-            self._acked += 1
+            if message.startswith(RELEASE):
+                self._released += 1
+            else:
+                self._acked += 1
         held.lease.release()
 
     def is_busy(self) -> bool:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from trtllm_mm_cache.cache.manager import Reservation
-from trtllm_mm_cache.errors import ChecksumMismatchError, EmbeddingMismatchError, TransferTimeoutError
+from trtllm_mm_cache.errors import (
+    ChecksumMismatchError,
+    EmbeddingMismatchError,
+    TransferError,
+    TransferTimeoutError,
+)
 from trtllm_mm_cache.transfer.agent import TransferAgent
+from trtllm_mm_cache.transfer.finite import is_finite
 from trtllm_mm_cache.transfer.messages import Export, PeerMetadata
 from trtllm_mm_cache.transfer.reads import Read, ReadTable
 
@@ -24,7 +33,8 @@ class ReaderStatistics:
     """Snapshot, at most one poll old.
 
     `reads` and `read_bytes` count READs that brought their bytes, `failed` those that NIXL reported as
-    failed, `timed_out` those not settled at their deadline, `corrupt` those whose checksum disagreed.
+    failed, `timed_out` those not settled at their deadline, `corrupt` those whose checksum disagreed,
+    `not_finite` those that brought NaN or infinity where that is refused.
     `in_flight` READs are with NIXL now; `unsettled` of them are past their deadline.
     """
 
@@ -33,6 +43,7 @@ class ReaderStatistics:
     failed: int
     timed_out: int
     corrupt: int
+    not_finite: int
     in_flight: int
     unsettled: int
     peers: int
@@ -52,13 +63,21 @@ class Reader:
         self._agent = agent
         self._table = ReadTable(agent.library, max_peers)
         self._timed_out = 0
-        self._corrupt = 0
+        self._corrupt = self._not_finite = 0
         agent.attach(self)
 
     async def read_into(
-        self, reservation: Reservation, peer: PeerMetadata, export: Export, *, deadline_s: float
+        self,
+        reservation: Reservation,
+        peer: PeerMetadata,
+        export: Export,
+        *,
+        deadline_s: float,
+        finite_dtype: str | None = None,
     ) -> None:
         """Fill `reservation` with the bytes of `export`, checked, and leave the commit to the caller.
+
+        With `finite_dtype`, a torch dtype's name, values of it that are NaN or infinite are refused.
 
         When it returns, the reservation is open and whole. When it raises (also `CancelledError`), the
         reservation is no longer the caller's: it is abandoned, or, while the READ has not settled, in
@@ -66,15 +85,19 @@ class Reader:
 
         Raises `TransferTimeoutError` when the READ has not settled after `deadline_s`, `PeerLostError` when
         the exporter is gone, `ChecksumMismatchError` when other bytes arrived than were exported,
-        `EmbeddingMismatchError` when the reservation has another size, `TransferError` when NIXL refuses.
+        `EmbeddingMismatchError` when the reservation has another size or values are not finite,
+        `TransferError` when NIXL refuses.
         """
         if reservation.nbytes != export.nbytes:
             reservation.abandon()
+            self.give_up(peer, export.token)
             raise EmbeddingMismatchError(
                 f"the encode worker exported {export.nbytes} bytes where {reservation.nbytes} were reserved"
             )
         await self._fill(reservation, peer, export, deadline_s)
         await self._verify(reservation, export)
+        if finite_dtype is not None:
+            await self._verify_finite(reservation, finite_dtype)
 
     def begin(
         self,
@@ -102,6 +125,16 @@ class Reader:
         self._agent.begin(read.outcome, lambda nixl: self._table.post(nixl, read))
         return read
 
+    def give_up(self, peer: PeerMetadata, token: str) -> None:
+        """Tell the exporter, some time soon, that nobody will READ the export `token`.
+
+        It then releases its lease at once instead of at its timeout, which is also what remains when it
+        cannot be told: a frozen or dead exporter, or a closed agent, is no error here.
+        """
+        with contextlib.suppress(TransferError):
+            told = self._agent.call(lambda nixl: self._table.release(nixl, peer, token))
+            told.add_done_callback(_log_failure)
+
     def statistics(self) -> ReaderStatistics:
         """Return a snapshot."""
         in_flight, overdue, peers = self._table.counts()
@@ -111,6 +144,7 @@ class Reader:
             failed=self._table.failed,
             timed_out=self._timed_out,
             corrupt=self._corrupt,
+            not_finite=self._not_finite,
             in_flight=in_flight,
             unsettled=overdue,
             peers=peers,
@@ -133,13 +167,13 @@ class Reader:
                 await asyncio.shield(asyncio.wrap_future(read.outcome))
         except TimeoutError:
             self._timed_out += 1
-            _give_back(reservation, read)
+            self._give_back(reservation, peer, export.token, read)
             raise TransferTimeoutError(
                 f"a READ of {export.nbytes} bytes had not settled after {deadline_s:g} s; "
                 "ask another encode worker"
             ) from None
         except BaseException:
-            _give_back(reservation, read)
+            self._give_back(reservation, peer, export.token, read)
             raise
 
     async def _verify(self, reservation: Reservation, export: Export) -> None:
@@ -153,6 +187,30 @@ class Reader:
                 f"{export.nbytes} bytes arrived with another checksum than they were exported with: the READ "
                 "came after the exporter's lease had timed out, or memory is damaged; ask for it again"
             )
+
+    async def _verify_finite(self, reservation: Reservation, dtype: str) -> None:
+        work = partial(is_finite, reservation.address, reservation.nbytes, dtype)
+        if not await self._agent.checksums.run(work, reservation.nbytes, give_back=reservation.abandon):
+            self._not_finite += 1
+            reservation.abandon()
+            raise EmbeddingMismatchError(
+                "the embedding holds NaN or infinite values: the vision tower overflowed on this image"
+            )
+
+    def _give_back(self, reservation: Reservation, peer: PeerMetadata, token: str, read: Read | None) -> None:
+        """Abandon the reservation, or quarantine it as long as bytes may still arrive."""
+        if read is not None:
+            read.outcome.cancel()  # if it is still queued, it never begins, and has settled
+        if read is None or read.settled.done():
+            reservation.abandon()
+            if read is None or not read.posted:
+                self.give_up(peer, token)
+            return
+        reservation.quarantine()
+        logger.warning(
+            "a READ of %d bytes is given up and not settled: its extent is in quarantine", read.nbytes
+        )
+        read.settled.add_done_callback(lambda _: reservation.settle())
 
     # The agent thread calls these.
 
@@ -176,13 +234,6 @@ class Reader:
         self._table.on_closed()
 
 
-def _give_back(reservation: Reservation, read: Read | None) -> None:
-    """Abandon the reservation, or quarantine it as long as bytes may still arrive."""
-    if read is not None:
-        read.outcome.cancel()  # if it is still queued, it never begins, and has settled
-    if read is None or read.settled.done():
-        reservation.abandon()
-        return
-    reservation.quarantine()
-    logger.warning("a READ of %d bytes is given up and not settled: its extent is in quarantine", read.nbytes)
-    read.settled.add_done_callback(lambda _: reservation.settle())
+def _log_failure(told: Future[None]) -> None:
+    if not told.cancelled() and (error := told.exception()) is not None:
+        logger.debug("an exporter could not be told of an export that nobody will READ: %s", error)

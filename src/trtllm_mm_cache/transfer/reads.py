@@ -16,7 +16,7 @@ from typing import Any
 
 from trtllm_mm_cache.errors import MmCacheError, PeerLostError, TransferError, TransferTimeoutError
 from trtllm_mm_cache.transfer.environment import NixlLibrary
-from trtllm_mm_cache.transfer.messages import PeerMetadata
+from trtllm_mm_cache.transfer.messages import RELEASE, PeerMetadata
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +118,17 @@ class ReadTable:
         except self._library.errors as error:
             # Part of it may be under way: only the handle's state tells, and poll looks at it next.
             read.error = self._failure(error)
+
+    def release(self, nixl: Any, metadata: PeerMetadata, token: str) -> None:
+        """Tell the exporter that nobody will READ the export `token`. Raises what `post` raises."""
+        peer = self._connected(nixl, metadata)
+        try:
+            nixl.send_notif(peer.name, RELEASE + token.encode())
+        except self._library.errors as error:
+            peer.lost = True
+            if peer.in_flight == 0:
+                self._forget(nixl, peer)
+            raise self._failure(error) from error
 
     def poll(self, nixl: Any) -> bool:
         """Look at every READ in flight and settle what is done; return whether one is within its deadline."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import xxhash
@@ -15,6 +16,9 @@ from trtllm_mm_cache.observability.tracing import trace_headers
 from trtllm_mm_cache.workers.protocol import EncodeReady, EncodeRequest, parse_answer
 
 logger = logging.getLogger(__name__)
+
+# How long an answer may come after its caller has gone. The encode worker is told, so it is soon or never.
+_LATE_ANSWER_S = 30.0
 
 
 def rendezvous_rank(key: EmbeddingKey, instances: list[int]) -> list[int]:
@@ -31,10 +35,15 @@ def rendezvous_rank(key: EmbeddingKey, instances: list[int]) -> list[int]:
 
 
 class EncodeClient:
-    """Calls encode workers through Dynamo. For use from one event loop; no deadline of its own."""
+    """Calls encode workers through Dynamo. For use from one event loop; no deadline of its own.
 
-    def __init__(self, client: Client) -> None:
+    An answer that comes when its caller has gone is an export that nobody will READ: it goes to `unwanted`.
+    """
+
+    def __init__(self, client: Client, unwanted: Callable[[EncodeReady], None]) -> None:
         self._client = client
+        self._unwanted = unwanted
+        self._calls: set[asyncio.Task[EncodeReady]] = set()
 
     @property
     def instances(self) -> list[int]:
@@ -54,14 +63,31 @@ class EncodeClient:
         """
         # A context of its own: the flight outlives the request that started it.
         context = Context()
-        message = request.model_dump() | {"trace_headers": trace_headers()}
+        call = asyncio.create_task(self._call(instance, request, context), name="encode call")
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
         try:
-            stream = await self._client.direct(message, instance, context=context)
-            async for item in stream:
-                return parse_answer(_data(item))
+            return await asyncio.shield(call)
         except asyncio.CancelledError:
             context.stop_generating()
+            call.add_done_callback(self._give_up)
+            asyncio.get_running_loop().call_later(_LATE_ANSWER_S, call.cancel)
             raise
+
+    async def close(self) -> None:
+        """Stop waiting for answers that nobody wants."""
+        calls = list(self._calls)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    async def _call(self, instance: int, request: EncodeRequest, context: Context) -> EncodeReady:
+        try:
+            message = request.model_dump() | {"trace_headers": trace_headers()}
+            stream = await self._client.direct(message, instance, context=context)
+            del request, message  # megabytes, which a call that nobody waits for need not keep
+            async for item in stream:
+                return parse_answer(_data(item))
         except (ValueError, ConnectionError) as error:
             raise _unreachable(error) from error
         except Exception as error:  # the runtime raises bare Exception for a lost connection
@@ -69,6 +95,10 @@ class EncodeClient:
                 raise
             raise _unreachable(error) from error
         raise EncodeFailedError("the encode worker ended its answer without an embedding; retry")
+
+    def _give_up(self, call: asyncio.Task[EncodeReady]) -> None:
+        if not call.cancelled() and call.exception() is None:
+            self._unwanted(call.result())
 
 
 def _data(item: Any) -> Any:

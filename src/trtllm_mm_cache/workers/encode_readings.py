@@ -12,6 +12,7 @@ from trtllm_mm_cache.observability.cache_readings import arena_readings, cache_r
 from trtllm_mm_cache.observability.exposition import PREFIX, Reading
 from trtllm_mm_cache.observability.flight_readings import flight_readings
 from trtllm_mm_cache.transfer import Exporter
+from trtllm_mm_cache.workers.admission import AdmissionStatistics
 from trtllm_mm_cache.workers.batcher import BatcherStatistics
 
 
@@ -19,6 +20,7 @@ def encode_readings(
     manager: MultimodalEmbeddingCacheManager,
     flights: FlightStatistics,
     batches: BatcherStatistics,
+    queue: AdmissionStatistics,
     exporter: Exporter,
 ) -> Iterable[Reading | Metric]:
     """Yield the snapshots of an encode worker's parts. Any thread."""
@@ -27,6 +29,7 @@ def encode_readings(
     yield from arena_readings({"cache": stats})
     yield from flight_readings(flights)
     yield from _batch_readings(batches)
+    yield from _queue_readings(queue)
     yield from _export_readings(exporter)
 
 
@@ -37,6 +40,15 @@ def _batch_readings(batches: BatcherStatistics) -> Iterable[Reading]:
     )
     yield Reading(f"{PREFIX}_encode_batches", "Runs of the vision tower.", "counter", batches.batches)
     yield Reading(f"{PREFIX}_encode_queue", "Images waiting for the tower.", "gauge", batches.queued)
+
+
+def _queue_readings(queue: AdmissionStatistics) -> Iterable[Reading]:
+    yield Reading(
+        f"{PREFIX}_waiting_image_bytes", "Bytes of images without an embedding yet.", "gauge", queue.nbytes
+    )
+    yield Reading(
+        f"{PREFIX}_refused", "Refused: too much under way.", "counter", queue.refused, (("what", "image"),)
+    )
 
 
 def _export_readings(exporter: Exporter) -> Iterable[Reading]:

@@ -20,7 +20,7 @@ from prometheus_client.core import Metric
 
 from trtllm_mm_cache.cache.flight import SingleFlight
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
-from trtllm_mm_cache.config import EncodeSettings
+from trtllm_mm_cache.config import MB, EncodeSettings
 from trtllm_mm_cache.engines.base import EncodeItem, VisionEncoder
 from trtllm_mm_cache.errors import (
     ArenaFullError,
@@ -36,6 +36,7 @@ from trtllm_mm_cache.observability.logs import loggable_cause
 from trtllm_mm_cache.observability.tracing import remote_parent, span
 from trtllm_mm_cache.transfer import Exporter, PeerMetadata
 from trtllm_mm_cache.transfer.checksum import checksum
+from trtllm_mm_cache.workers.admission import Admission
 from trtllm_mm_cache.workers.batcher import BatchedImage, MicroBatcher
 from trtllm_mm_cache.workers.encode_readings import encode_readings
 from trtllm_mm_cache.workers.media_limits import image_limits
@@ -75,6 +76,14 @@ class EncodeWorker:
         )
         self._threads = ThreadPoolExecutor(settings.preprocess_threads, thread_name_prefix="preprocess")
         self._flights: SingleFlight[Lease] = SingleFlight()
+        self._queue = Admission(
+            max_items=settings.max_queued_images,
+            max_bytes=int(settings.max_queued_mb * MB),
+            refusal=lambda: EncodeOverloadedError(
+                f"{settings.max_queued_images} images, or images of {settings.max_queued_mb:g} MB, already "
+                "wait for the vision tower; retry in a moment"
+            ),
+        )
 
     async def handle(self, payload: Any, context: Context) -> AsyncIterator[dict[str, Any]]:
         """Answer one call of a PD worker with one message: `EncodeReady` or `EncodeFault`."""
@@ -105,7 +114,11 @@ class EncodeWorker:
     def readings(self) -> Iterable[Reading | Metric]:
         """Yield the snapshots of this moment. Any thread."""
         return encode_readings(
-            self._manager, self._flights.statistics(), self._batcher.statistics(), self._exporter
+            self._manager,
+            self._flights.statistics(),
+            self._batcher.statistics(),
+            self._queue.statistics(),
+            self._exporter,
         )
 
     async def close(self) -> None:
@@ -127,9 +140,10 @@ class EncodeWorker:
         if lease is not None:
             origin = "cached"
         else:
-            lease, joined = await self._flights.run(
-                request.key, lambda: self._encode(request), share=Lease.clone, discard=Lease.release
-            )
+            with self._queue.admitted(len(request.media)):
+                lease, joined = await self._flights.run(
+                    request.key, lambda: self._encode(request), share=Lease.clone, discard=Lease.release
+                )
             origin = "joined" if joined else "encoded"
         if not request.retain:
             self._manager.drop(request.key)  # the lease keeps it until the READ is over

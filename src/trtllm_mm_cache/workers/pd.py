@@ -10,21 +10,19 @@ from pathlib import Path
 from dynamo.llm import ModelInput, ModelType, WorkerType, register_model
 from dynamo.runtime import DistributedRuntime
 
-from trtllm_mm_cache.config import MB, PdSettings
+from trtllm_mm_cache.config import PdSettings
 from trtllm_mm_cache.engines.ranks import place_in_job
 from trtllm_mm_cache.engines.registry import load_engine
-from trtllm_mm_cache.media import MediaSettings, MediaSource
 from trtllm_mm_cache.observability.exposition import Exposition
 from trtllm_mm_cache.observability.logs import configure_logging
 from trtllm_mm_cache.observability.pd_metrics import PdMetrics
 from trtllm_mm_cache.observability.tracing import configure_tracing
+from trtllm_mm_cache.workers.assembly import give_up, make_resolver
 from trtllm_mm_cache.workers.encode_client import EncodeClient
-from trtllm_mm_cache.workers.media_limits import image_limits
 from trtllm_mm_cache.workers.memory import PdMemory
 from trtllm_mm_cache.workers.model_files import local_model_path
 from trtllm_mm_cache.workers.pd_readings import pd_readings
 from trtllm_mm_cache.workers.pd_worker import PdWorker
-from trtllm_mm_cache.workers.resolver import ImageResolver
 from trtllm_mm_cache.workers.runtime import connect, drain_on_signals, endpoint_path
 
 logger = logging.getLogger(__name__)
@@ -62,26 +60,12 @@ async def _serve_model(
     engine = await asyncio.to_thread(load_engine, settings.engine)
     generator = await asyncio.to_thread(engine.load_generator, Path(model_path), settings.extra_engine_args)
     client = await runtime.endpoint(endpoint_path(settings.encode_endpoint)).client()
-    media_settings = _media_settings(settings)
     metrics = PdMetrics()
-    encode_client = EncodeClient(client)
-    resolver = ImageResolver(
-        source=MediaSource(media_settings),
-        media_settings=media_settings,
-        cache=memory.cache,
-        transit=memory.transit,
-        client=encode_client,
-        reader=memory.reader,
-        fingerprint=generator.fingerprint,
-        encode_timeout_s=settings.encode_timeout_s,
-        transfer_timeout_s=settings.transfer_timeout_s,
-        metrics=metrics,
-        require_salt=settings.multimodal_embedding_cache_require_salt,
-        what_if=memory.what_if,
-    )
+    encode_client = EncodeClient(client, unwanted=partial(give_up, memory.reader))
+    resolver = make_resolver(settings, memory, encode_client, generator, metrics)
     worker = PdWorker(generator, resolver, metrics, settings)
     exposition = Exposition(
-        partial(pd_readings, memory, resolver, encode_client),
+        partial(pd_readings, memory, resolver, encode_client, worker),
         {"dynamo_component": "pd", "model": settings.model_name},
         metrics.registry,
     )
@@ -115,13 +99,3 @@ async def _serve_endpoint(
         settings.multimodal_embedding_cache_capacity_gb,
     )
     await endpoint.serve_endpoint(worker.handle, metrics_labels=[("model", settings.model_name)])
-
-
-def _media_settings(settings: PdSettings) -> MediaSettings:
-    return MediaSettings(
-        allowed_local_media_path=settings.allowed_local_media_path,
-        allow_private_addresses=settings.allow_private_addresses,
-        http_total_timeout=settings.media_timeout_s,
-        http_cache_bytes=int(settings.http_cache_mb * MB),
-        **image_limits(settings),
-    )

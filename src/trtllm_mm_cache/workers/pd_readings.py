@@ -11,13 +11,16 @@ from trtllm_mm_cache.observability.exposition import PREFIX, Reading
 from trtllm_mm_cache.observability.flight_readings import flight_readings
 from trtllm_mm_cache.observability.what_if_readings import what_if_readings
 from trtllm_mm_cache.transfer import Reader
+from trtllm_mm_cache.workers.admission import AdmissionStatistics
+from trtllm_mm_cache.workers.breaker import BreakerStatistics
 from trtllm_mm_cache.workers.encode_client import EncodeClient
 from trtllm_mm_cache.workers.memory import PdMemory
+from trtllm_mm_cache.workers.pd_worker import PdWorker
 from trtllm_mm_cache.workers.resolver import ImageResolver
 
 
 def pd_readings(
-    memory: PdMemory, resolver: ImageResolver, client: EncodeClient
+    memory: PdMemory, resolver: ImageResolver, client: EncodeClient, worker: PdWorker
 ) -> Iterable[Reading | Metric]:
     """Yield the snapshots of a PD worker's parts. Any thread."""
     cache, transit = memory.cache.statistics(), memory.transit.statistics()
@@ -30,6 +33,8 @@ def pd_readings(
     yield from _resolver_readings(resolver)
     yield from _read_readings(memory.reader)
     yield from _encode_worker_readings(client)
+    yield from _breaker_readings(resolver.breakers())
+    yield from _overload_readings(worker.running(), resolver.waiting())
 
 
 def _resolver_readings(resolver: ImageResolver) -> Iterable[Reading]:
@@ -43,10 +48,11 @@ def _resolver_readings(resolver: ImageResolver) -> Iterable[Reading]:
 def _read_readings(reader: Reader) -> Iterable[Reading]:
     reads = reader.statistics()
     outcomes = {
-        "done": reads.reads - reads.corrupt,
+        "done": reads.reads - reads.corrupt - reads.not_finite,
         "failed": reads.failed,
         "timed_out": reads.timed_out,
         "corrupt": reads.corrupt,
+        "not_finite": reads.not_finite,
     }
     for outcome, count in outcomes.items():
         yield Reading(f"{PREFIX}_reads", "NIXL READs that ended.", "counter", count, (("outcome", outcome),))
@@ -65,4 +71,32 @@ def _encode_worker_readings(client: EncodeClient) -> Iterable[Reading]:
             "gauge",
             1,
             (("instance", f"{instance:x}"),),
+        )
+
+
+def _breaker_readings(breakers: BreakerStatistics) -> Iterable[Reading]:
+    for state in ("closed", "open", "half-open"):
+        yield Reading(
+            f"{PREFIX}_encode_breakers",
+            "Encode workers that were called, by the state of their breaker.",
+            "gauge",
+            sum(one == state for one in breakers.states.values()),
+            (("state", state),),
+        )
+    yield Reading(f"{PREFIX}_encode_breaker_opened", "Breakers that opened.", "counter", breakers.opened)
+    yield Reading(
+        f"{PREFIX}_encode_breaker_passed_over",
+        "Times that an encode worker was passed over.",
+        "counter",
+        breakers.refused,
+    )
+
+
+def _overload_readings(running: AdmissionStatistics, waiting: AdmissionStatistics) -> Iterable[Reading]:
+    yield Reading(
+        f"{PREFIX}_waiting_image_bytes", "Bytes of images without an embedding yet.", "gauge", waiting.nbytes
+    )
+    for what, refused in (("request", running.refused), ("image", waiting.refused)):
+        yield Reading(
+            f"{PREFIX}_refused", "Refused: too much under way.", "counter", refused, (("what", what),)
         )

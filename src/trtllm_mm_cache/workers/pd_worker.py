@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -12,9 +13,10 @@ from opentelemetry.trace import SpanKind
 
 from trtllm_mm_cache.config import PdSettings
 from trtllm_mm_cache.engines.base import Generator, TokenDelta
-from trtllm_mm_cache.errors import MmCacheError
+from trtllm_mm_cache.errors import MmCacheError, OverloadedError
 from trtllm_mm_cache.observability.pd_metrics import PdMetrics
 from trtllm_mm_cache.observability.tracing import remote_parent, span
+from trtllm_mm_cache.workers.admission import Admission, AdmissionStatistics
 from trtllm_mm_cache.workers.answer_record import AnswerRecord
 from trtllm_mm_cache.workers.detached import detached
 from trtllm_mm_cache.workers.faults import as_dynamo_error
@@ -33,6 +35,13 @@ class PdWorker:
         self._resolver = resolver
         self._metrics = metrics
         self._max_images = settings.max_images_per_request
+        self._running = Admission(
+            max_items=settings.max_concurrent_requests,
+            max_bytes=sys.maxsize,
+            refusal=lambda: OverloadedError(
+                f"{settings.max_concurrent_requests} requests are under way already; retry in a moment"
+            ),
+        )
 
     async def handle(self, payload: Any, context: Context) -> AsyncIterator[dict[str, Any]]:
         """Stream the answer to one request, in the form Dynamo's frontend expects of a worker."""
@@ -44,9 +53,10 @@ class PdWorker:
         with span("request", parent=parent, kind=SpanKind.SERVER) as current:
             record = AnswerRecord(context.id(), self._metrics, current)
             try:
-                async with aclosing(self._serve(payload, context, record)) as outputs:
-                    async for output in outputs:
-                        yield output
+                with self._running.admitted():
+                    async with aclosing(self._serve(payload, context, record)) as outputs:
+                        async for output in outputs:
+                            yield output
             except RequestStoppedError:
                 record.left()
             except (GeneratorExit, asyncio.CancelledError):
@@ -78,6 +88,10 @@ class PdWorker:
                         yield output
         finally:
             images.release()
+
+    def running(self) -> AdmissionStatistics:
+        """Count the requests that are under way."""
+        return self._running.statistics()
 
     async def close(self) -> None:
         """Stop flights and generation, free the model."""

@@ -7,8 +7,8 @@ Read it top to bottom; the steps bear the numbers of the design:
     3 key          the content is the key
     4 lookup       a hit is a lease on the arena's view; done
     5 miss         one flight per key asks the encode worker that the key chooses
-    6 READ         NIXL reads straight into a reserved extent
-    7 commit       only after checksum, size, shape and dtype agree
+    6 READ         NIXL reads straight into a reserved extent        } these two, and the asking,
+    7 commit       only after all that was announced agrees          } are in `loader.py`
 
 Whatever happens on the way, a lease or reservation that nobody will use is given back before
 `resolve` returns or raises.
@@ -17,41 +17,29 @@ Whatever happens on the way, a lease or reservation that nobody will use is give
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
-
-import torch
 
 from trtllm_mm_cache.cache.flight import SingleFlight
 from trtllm_mm_cache.cache.key import EmbeddingKey, embedding_key
-from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager, Reservation
+from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.what_if import WhatIf
-from trtllm_mm_cache.errors import (
-    ArenaFullError,
-    EmbeddingMismatchError,
-    EncodeTimeoutError,
-    EncodeUnavailableError,
-    EntryTooLargeError,
-    MmCacheError,
-    TransferError,
-)
-from trtllm_mm_cache.media import MediaSettings, MediaSource, probe_image
+from trtllm_mm_cache.config import MB
+from trtllm_mm_cache.engines.base import ImageDescription
+from trtllm_mm_cache.errors import MmCacheError, OverloadedError
+from trtllm_mm_cache.media import ImageInfo, MediaSettings, MediaSource, probe_image
 from trtllm_mm_cache.observability.pd_metrics import LookupOutcome, PdMetrics, scheme_of
-from trtllm_mm_cache.transfer import Export, PeerMetadata, Reader
-from trtllm_mm_cache.workers.encode_client import EncodeClient
-from trtllm_mm_cache.workers.protocol import ENCODE_SECONDS, EncodeReady, EncodeRequest
-from trtllm_mm_cache.workers.threads import in_thread
+from trtllm_mm_cache.workers.admission import Admission, AdmissionStatistics
+from trtllm_mm_cache.workers.breaker import BreakerStatistics
+from trtllm_mm_cache.workers.loader import EmbeddingLoader, LoaderStatistics, MissingImage
+from trtllm_mm_cache.workers.protocol import ENCODE_SECONDS
 
-logger = logging.getLogger(__name__)
-
-_ATTEMPTS = 2
 _OFF_LOOP_BYTES = 64 * 1024
-_UNCACHED = "resolver (uncached)"
 
 
 @dataclass(frozen=True)
@@ -75,14 +63,6 @@ class ResolvedImages:
 
 
 @dataclass(frozen=True)
-class ResolverStatistics:
-    """Counts since start. `uncached` embeddings were served without entering the cache."""
-
-    retries: int
-    uncached: int
-
-
-@dataclass(frozen=True)
 class _Found:
     """One image's lease and how it was come by."""
 
@@ -90,26 +70,17 @@ class _Found:
     outcome: LookupOutcome
 
 
-@dataclass(frozen=True)
-class _Item:
-    """One image between step 3 and step 7. Without `retain` its embedding is for this request alone."""
-
-    key: EmbeddingKey
-    media: bytes
-    processor_kwargs: Mapping[str, Any]
-    variant: str
-    retain: bool
-
-
 class ImageResolver:
     """Resolves images for one PD worker. For use from one event loop.
-
-    `transit` is a manager that retains nothing; it takes what `cache` has no room for, and is the
-    same object as `cache` where the capacity is 0. `what_if` follows the lookups.
 
     With `require_salt`, a request without a salt bypasses the cache: it gets a random salt of its own, so
     that no key of it can meet another request's, here or on an encode worker; its images are not looked
     up, pass through the transit arena and are retained nowhere, nor is what was fetched for them.
+
+    At most `max_fetches` images are fetched over HTTP at a time; further ones wait for their turn, at most
+    `fetch_wait_s` seconds. Misses hold the bytes of their images until they have their embeddings: at most
+    `max_waiting_bytes` in all, beyond which a miss is refused and hits are still served. Either refusal is
+    an `OverloadedError`. `what_if` follows the lookups.
     """
 
     def __init__(
@@ -118,12 +89,11 @@ class ImageResolver:
         source: MediaSource,
         media_settings: MediaSettings,
         cache: MultimodalEmbeddingCacheManager,
-        transit: MultimodalEmbeddingCacheManager,
-        client: EncodeClient,
-        reader: Reader,
+        loader: EmbeddingLoader,
         fingerprint: str,
-        encode_timeout_s: float,
-        transfer_timeout_s: float,
+        max_fetches: int,
+        fetch_wait_s: float,
+        max_waiting_bytes: int,
         metrics: PdMetrics | None = None,
         require_salt: bool = False,
         what_if: WhatIf | None = None,
@@ -131,17 +101,22 @@ class ImageResolver:
         self._source = source
         self._media_settings = media_settings
         self._cache = cache
-        self._transit = transit
-        self._client = client
-        self._reader = reader
+        self._loader = loader
         self._fingerprint = fingerprint
-        self._encode_timeout_s = encode_timeout_s
-        self._transfer_timeout_s = transfer_timeout_s
         self._require_salt = require_salt
         self._what_if = what_if
         self._metrics = metrics or PdMetrics()
         self._flights: SingleFlight[Lease] = SingleFlight()
-        self._retries = self._uncached = 0
+        self._fetches = asyncio.Semaphore(max_fetches)
+        self._fetch_wait_s = fetch_wait_s
+        self._waiting = Admission(
+            max_items=sys.maxsize,
+            max_bytes=max_waiting_bytes,
+            refusal=lambda: OverloadedError(
+                f"new images of more than {max_waiting_bytes // MB} MB wait for their embeddings already; "
+                "cached images are still served; retry in a moment"
+            ),
+        )
 
     async def resolve(
         self,
@@ -185,9 +160,17 @@ class ImageResolver:
             seconds=time.perf_counter() - started,
         )
 
-    def statistics(self) -> ResolverStatistics:
+    def statistics(self) -> LoaderStatistics:
         """Count what was retried and what was served uncached."""
-        return ResolverStatistics(self._retries, self._uncached)
+        return self._loader.statistics()
+
+    def breakers(self) -> BreakerStatistics:
+        """Return a snapshot of the encode workers' breakers."""
+        return self._loader.breakers()
+
+    def waiting(self) -> AdmissionStatistics:
+        """Count the images that wait for their embeddings, and their bytes."""
+        return self._waiting.statistics()
 
     @property
     def flights(self) -> SingleFlight[Lease]:
@@ -197,6 +180,7 @@ class ImageResolver:
     async def close(self) -> None:
         """Cancel what flies and close the media source."""
         await self._flights.close()
+        await self._loader.close()
         await self._source.close()
 
     async def _resolve_one(
@@ -210,10 +194,11 @@ class ImageResolver:
     ) -> _Found:
         """Steps 2 to 7 for one image."""
         try:
-            media = await self._fetch(reference, tenant=(salt or "") if retain else None)
+            media, info = await self._fetch(reference, tenant=(salt or "") if retain else None)
             key = await self._key(media, processor_kwargs, salt, variant)
             looked_up = time.perf_counter()
-            found = await self._find(_Item(key, media, processor_kwargs, variant, retain))
+            description = ImageDescription(info.width, info.height, processor_kwargs, variant)
+            found = await self._find(MissingImage(key, media, description, retain))
             self._metrics.found(
                 found.outcome,
                 nbytes=found.lease.nbytes,
@@ -225,15 +210,30 @@ class ImageResolver:
         return found
 
     # 2 bytes
-    async def _fetch(self, reference: str, *, tenant: str | None) -> bytes:
-        with self._metrics.fetch.labels(scheme=scheme_of(reference)).time():
-            media = await self._source.fetch(reference, tenant=tenant)
+    async def _fetch(self, reference: str, *, tenant: str | None) -> tuple[bytes, ImageInfo]:
+        scheme = scheme_of(reference)
+        with self._metrics.fetch.labels(scheme=scheme).time():
+            async with self._turn_to_fetch() if scheme in ("http", "https") else nullcontext():
+                media = await self._source.fetch(reference, tenant=tenant)
             # A header of megabytes (metadata) can take long to read; that of a small file cannot.
             if len(media) > _OFF_LOOP_BYTES:
-                await asyncio.to_thread(probe_image, media, self._media_settings)
-            else:
-                probe_image(media, self._media_settings)
-        return media
+                return media, await asyncio.to_thread(probe_image, media, self._media_settings)
+            return media, probe_image(media, self._media_settings)
+
+    @asynccontextmanager
+    async def _turn_to_fetch(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self._fetch_wait_s):
+                await self._fetches.acquire()
+        except TimeoutError:
+            raise OverloadedError(
+                f"the image's turn to be fetched did not come within {self._fetch_wait_s:g} seconds: too "
+                "many others are being fetched; retry in a moment"
+            ) from None
+        try:
+            yield
+        finally:
+            self._fetches.release()
 
     # 3 key
     async def _key(
@@ -252,12 +252,13 @@ class ImageResolver:
             return await asyncio.to_thread(compute) if len(media) > _OFF_LOOP_BYTES else compute()
 
     # 4 lookup, 5 miss
-    async def _find(self, item: _Item) -> _Found:
-        if item.retain and (lease := self._look_up(item.key)) is not None:
+    async def _find(self, image: MissingImage) -> _Found:
+        if image.retain and (lease := self._look_up(image.key)) is not None:
             return _Found(lease, "hit")
-        lease, joined = await self._flights.run(
-            item.key.hex, lambda: self._load(item), share=Lease.clone, discard=Lease.release
-        )
+        with self._waiting.admitted(len(image.media)):
+            lease, joined = await self._flights.run(
+                image.key.hex, lambda: self._loader.load(image), share=Lease.clone, discard=Lease.release
+            )
         return _Found(lease, "joined" if joined else "miss")
 
     def _look_up(self, key: EmbeddingKey) -> Lease | None:
@@ -265,81 +266,6 @@ class ImageResolver:
         if self._what_if is not None:
             self._what_if.looked_up(key.hex, None if lease is None else lease.nbytes)
         return lease
-
-    async def _load(self, item: _Item) -> Lease:
-        """One flight: ask an encode worker, READ, commit; once more on the next worker if that can help."""
-        request = EncodeRequest(
-            fingerprint=self._fingerprint,
-            key=item.key.hex,
-            media=item.media,
-            processor_kwargs=dict(item.processor_kwargs),
-            variant=item.variant,
-            retain=item.retain,
-        )
-        instances = self._client.rank(item.key)
-        try:
-            async with asyncio.timeout(self._encode_timeout_s):
-                return await self._try_instances(request, instances)
-        except TimeoutError:
-            raise EncodeTimeoutError(
-                f"no embedding came within {self._encode_timeout_s:g} seconds; retry later"
-            ) from None
-
-    async def _try_instances(self, request: EncodeRequest, instances: Sequence[int]) -> Lease:
-        failure: MmCacheError = EncodeUnavailableError(
-            "no encode worker is alive, so new images cannot be encoded; text and cached images are "
-            "still served; retry later"
-        )
-        for attempt in range(_ATTEMPTS):
-            if not instances:
-                break
-            instance = instances[attempt % len(instances)]
-            try:
-                with self._metrics.encode_call.time():
-                    ready = await self._client.encode(instance, request)
-                ready.check_answers(request)
-                return await self._read_and_commit(request, ready)
-            except MmCacheError as error:
-                failure = error
-                alone = len(instances) == 1 and not isinstance(error, TransferError)
-                if not error.retryable or alone or attempt + 1 == _ATTEMPTS:
-                    break
-                self._retries += 1
-                logger.warning("embedding %s…: %s; trying once more", request.key[:12], error.code)
-        raise failure
-
-    # 6 READ, 7 commit
-    async def _read_and_commit(self, request: EncodeRequest, ready: EncodeReady) -> Lease:
-        dtype = _dtype(ready)
-        peer = PeerMetadata.from_wire(ready.peer)
-        # In a thread: making room may move other entries, which copies megabytes.
-        reserve = partial(self._reserve, request.key, ready.nbytes, retain=request.retain)
-        with self._metrics.reserve.time():
-            reservation = await in_thread(reserve, undo=Reservation.abandon)
-        self._uncached += reservation.owner == _UNCACHED
-        export = Export(ready.token, ready.address, ready.nbytes, ready.checksum)
-        with self._metrics.transfer.time():
-            await self._reader.read_into(reservation, peer, export, deadline_s=self._transfer_timeout_s)
-        metadata = {**ready.metadata, ENCODE_SECONDS: ready.encode_seconds}
-        try:
-            with self._metrics.commit.time():
-                lease = reservation.commit(dtype=dtype, shape=ready.shape, metadata=metadata)
-        except MmCacheError:
-            reservation.abandon()
-            raise
-        if request.retain and self._what_if is not None:
-            self._what_if.loaded(request.key, ready.nbytes)
-        return lease
-
-    def _reserve(self, key: str, nbytes: int, *, retain: bool) -> Reservation:
-        """Reserve room in the cache; where every byte is leased, in the transit arena: served, not cached."""
-        try:
-            if retain:
-                return self._cache.reserve(key, nbytes, owner="resolver")
-        except (ArenaFullError, EntryTooLargeError):
-            if self._transit is self._cache:
-                raise
-        return self._transit.reserve(key, nbytes, owner=_UNCACHED)
 
     @staticmethod
     def _in_prompt_order(
@@ -353,22 +279,6 @@ class ImageResolver:
             leases.append(lease.clone() if reference in given else lease)
             given.add(reference)
         return tuple(leases)
-
-
-def _dtype(ready: EncodeReady) -> torch.dtype:
-    """Return the dtype that is announced, if the size is what it makes of the shape.
-
-    Looked at again at the commit; here, before room is made for what may be a wrong size.
-    """
-    dtype = getattr(torch, ready.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise EmbeddingMismatchError("the encode worker announced an embedding of an unknown dtype")
-    rows, width = ready.shape
-    if rows * width * dtype.itemsize != ready.nbytes:
-        raise EmbeddingMismatchError(
-            f"the encode worker announced {ready.nbytes} bytes for {rows} rows of {width} {ready.dtype}"
-        )
-    return dtype
 
 
 def _release_finished(tasks: Any) -> None:

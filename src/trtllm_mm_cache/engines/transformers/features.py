@@ -9,7 +9,6 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from trtllm_mm_cache.cache.entry import CachedEmbedding
 from trtllm_mm_cache.engines.transformers.architectures import Architecture
 from trtllm_mm_cache.errors import EmbeddingMismatchError
 
@@ -40,14 +39,14 @@ class FeatureLayout:
         levels = len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())
         return cls(config.get_text_config().hidden_size, levels, dtype, architecture.features_as_tensor)
 
-    def check(self, embedding: CachedEmbedding, rows: int, image_index: int) -> None:
-        """Raise `EmbeddingMismatchError` unless the embedding has this layout and `rows` rows."""
-        tensor = embedding.tensor
+    def check(
+        self, shape: Sequence[int], dtype: torch.dtype, rows: int, image_index: int | None = None
+    ) -> None:
+        """Raise `EmbeddingMismatchError` unless shape and dtype are those of an embedding of `rows` rows."""
         wanted = (rows, self.hidden * (1 + self.levels))
-        if tuple(tensor.shape) != wanted or tensor.dtype != self.dtype:
+        if tuple(shape) != wanted or dtype != self.dtype:
             raise EmbeddingMismatchError(
-                f"the embedding is {tensor.dtype} {list(tensor.shape)}, "
-                f"this model takes {self.dtype} {list(wanted)}",
+                f"the embedding is {dtype} {list(shape)}, this model takes {self.dtype} {list(wanted)}",
                 image_index=image_index,
             )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,14 @@ import torch
 from transformers import GenerationConfig
 
 from trtllm_mm_cache.cache.manager import Lease
-from trtllm_mm_cache.engines.base import FinishReason, GenerationRequest, SamplingParams, TokenDelta
+from trtllm_mm_cache.engines.base import (
+    FinishReason,
+    GenerationRequest,
+    ImageDescription,
+    SamplingParams,
+    TokenDelta,
+)
+from trtllm_mm_cache.engines.transformers.announced import EmbeddingCheck
 from trtllm_mm_cache.engines.transformers.architectures import MULTI_IMAGE, SINGLE_IMAGE
 from trtllm_mm_cache.engines.transformers.features import FeatureLayout
 from trtllm_mm_cache.engines.transformers.leader import Alone, Ranks
@@ -58,12 +65,15 @@ class TransformersGenerator:
             model_path, config, self._architecture, args, ranks=self._ranks.size
         )
         text_config = config.get_text_config()
+        layout = FeatureLayout.of(config, self._architecture, args.resolved_embedding_dtype())
+        expander = PromptExpander(processor, config)
+        self._check = EmbeddingCheck(processor, config, self._architecture, layout, expander)
         self._prepare = RequestPreparer(
             processor=processor,
             config=config,
             architecture=self._architecture,
-            layout=FeatureLayout.of(config, self._architecture, args.resolved_embedding_dtype()),
-            expander=PromptExpander(processor, config),
+            layout=layout,
+            expander=expander,
             context=min(text_config.max_position_embeddings, args.max_model_len or sys.maxsize),
             vocabulary=self._model.get_input_embeddings().num_embeddings,
             device=args.resolved_device(),
@@ -86,6 +96,12 @@ class TransformersGenerator:
         if not self._architecture.multi_image_variant or image_count == 0:
             return ""
         return SINGLE_IMAGE if image_count == 1 else MULTI_IMAGE
+
+    def check_embedding(
+        self, image: ImageDescription, shape: tuple[int, int], dtype: torch.dtype, metadata: Mapping[str, Any]
+    ) -> None:
+        """See `Generator.check_embedding`."""
+        self._check(image, shape, dtype, metadata)
 
     async def generate(
         self, request: GenerationRequest, leases: Sequence[Lease]

@@ -13,11 +13,12 @@ from transformers import PreTrainedConfig, ProcessorMixin
 from trtllm_mm_cache.cache.manager import Lease
 from trtllm_mm_cache.engines.base import GenerationRequest, SamplingParams
 from trtllm_mm_cache.engines.sampling_rules import check_sampling
+from trtllm_mm_cache.engines.transformers.announced import grid_of, placeholder_of
 from trtllm_mm_cache.engines.transformers.architectures import Architecture
 from trtllm_mm_cache.engines.transformers.features import FeatureLayout
 from trtllm_mm_cache.engines.transformers.lockstep import SharedView
 from trtllm_mm_cache.engines.transformers.prompt import PromptExpander
-from trtllm_mm_cache.errors import EmbeddingMismatchError, InvalidRequestError, PlaceholderMismatchError
+from trtllm_mm_cache.errors import InvalidRequestError, PlaceholderMismatchError
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,11 @@ class RequestPreparer:
         """
         check_sampling(request.sampling)
         self._check_token_ids(request.token_ids)
-        placeholders = [self._placeholder(lease, index) for index, lease in enumerate(leases)]
+        placeholders = [placeholder_of(lease.embedding.metadata, index) for index, lease in enumerate(leases)]
         token_ids = self.expander.expand(request.token_ids, request.prompt_text, placeholders)
         for index, (lease, placeholder) in enumerate(zip(leases, placeholders, strict=True)):
-            self.layout.check(lease.embedding, self.expander.rows_of(placeholder), index)
+            tensor = lease.embedding.tensor
+            self.layout.check(tensor.shape, tensor.dtype, self.expander.rows_of(placeholder), index)
         room = self.context - len(token_ids)
         if room < 1:
             raise InvalidRequestError(
@@ -99,12 +101,6 @@ class RequestPreparer:
                 "two images touch in the prompt; this model needs text between them"
             )
 
-    def _placeholder(self, lease: Lease, index: int) -> str:
-        placeholder = (lease.embedding.metadata or {}).get("placeholder")
-        if not isinstance(placeholder, str):
-            raise EmbeddingMismatchError("the embedding has no placeholder text", image_index=index)
-        return placeholder
-
     def _text_inputs(self, token_ids: list[int]) -> dict[str, torch.Tensor]:
         """Return what the model's processor makes of the prompt's text."""
         input_ids = torch.tensor([token_ids], device=self.device)
@@ -120,17 +116,12 @@ class RequestPreparer:
         output = self.layout.encoder_output([lease.embedding.tensor for lease in leases])
         inputs: dict[str, Any] = {"mm_encoder_outputs": {"image": output}}
         if self.architecture.has_grid:
+            merge_size = self.config.vision_config.spatial_merge_size
             inputs["image_grid_thw"] = torch.tensor(
-                [self._grid(lease, index) for index, lease in enumerate(leases)], device=self.device
+                [
+                    grid_of(lease.embedding.metadata, lease.embedding.tensor.shape[0], merge_size, index)
+                    for index, lease in enumerate(leases)
+                ],
+                device=self.device,
             )
         return inputs
-
-    def _grid(self, lease: Lease, index: int) -> list[int]:
-        grid = (lease.embedding.metadata or {}).get("image_grid_thw")
-        if not (isinstance(grid, list) and len(grid) == 3 and all(isinstance(n, int) for n in grid)):
-            raise EmbeddingMismatchError("the embedding has no grid of patches", image_index=index)
-        merged = self.config.vision_config.spatial_merge_size**2
-        rows = lease.embedding.tensor.shape[0]
-        if grid[0] * grid[1] * grid[2] != rows * merged:
-            raise EmbeddingMismatchError(f"the grid {grid} does not give {rows} rows", image_index=index)
-        return grid

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trtllm_mm_cache.cache.manager import Lease
-from trtllm_mm_cache.engines.base import FinishReason, GenerationRequest, TokenDelta
+from trtllm_mm_cache.engines.base import FinishReason, GenerationRequest, ImageDescription, TokenDelta
 from trtllm_mm_cache.engines.fingerprint import model_fingerprint
 from trtllm_mm_cache.engines.foreign_text import fit_for_client
 from trtllm_mm_cache.engines.trtllm.handles import PositionBufferPool
@@ -60,7 +62,8 @@ class TrtllmGenerator:
                 engine=f"tensorrt_llm {tensorrt_llm.__version__}",
                 embedding_dtype=embedding_dtype_name(config, args.dtype),
             )
-            layout = ModelLayout.of(config)
+            layout = self._layout = ModelLayout.of(config)
+            self._has_mrope = architecture.has_mrope
             self._prepare = RequestPreparer(
                 sampling_params=tensorrt_llm.SamplingParams,
                 disaggregated_params=DisaggregatedParams,
@@ -95,6 +98,15 @@ class TrtllmGenerator:
         """Return "": the engine encodes every image alone, so its neighbours make no difference."""
         del image_count
         return ""
+
+    def check_embedding(
+        self, image: ImageDescription, shape: tuple[int, int], dtype: torch.dtype, metadata: Mapping[str, Any]
+    ) -> None:
+        """See `Generator.check_embedding`; how many rows an image's size comes to, the engine alone knows."""
+        del image
+        self._layout.check(shape, dtype)
+        if self._has_mrope:
+            self._layout.grid_of(metadata, shape[0])
 
     async def generate(
         self, request: GenerationRequest, leases: Sequence[Lease]

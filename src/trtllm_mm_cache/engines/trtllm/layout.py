@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from trtllm_mm_cache.cache.manager import CachedEmbedding
 from trtllm_mm_cache.engines.trtllm.mrope import Grid, merged_rows
 from trtllm_mm_cache.errors import ConfigurationError, EmbeddingMismatchError
 
@@ -53,23 +53,20 @@ class ModelLayout:
             context=text.max_position_embeddings,
         )
 
-    def check(self, embedding: CachedEmbedding, image_index: int) -> None:
-        """Raise `EmbeddingMismatchError` unless the embedding is `[rows, width]` of a floating dtype."""
-        tensor = embedding.tensor
-        if tensor.dim() != 2 or tensor.shape[1] != self.width or not tensor.dtype.is_floating_point:
+    def check(self, shape: Sequence[int], dtype: torch.dtype, image_index: int | None = None) -> None:
+        """Raise `EmbeddingMismatchError` unless this is `[rows, width]` of a floating dtype."""
+        if len(shape) != 2 or shape[1] != self.width or not dtype.is_floating_point:
             raise EmbeddingMismatchError(
-                f"the embedding is {tensor.dtype} {list(tensor.shape)}, "
-                f"this model takes [rows, {self.width}]",
+                f"the embedding is {dtype} {list(shape)}, this model takes [rows, {self.width}]",
                 image_index=image_index,
             )
 
-    def grid_of(self, embedding: CachedEmbedding, image_index: int) -> Grid:
-        """Return the cached grid. Raises `EmbeddingMismatchError` when it does not give the rows."""
-        grid = (embedding.metadata or {}).get("image_grid_thw")
+    def grid_of(self, metadata: Mapping[str, Any] | None, rows: int, image_index: int | None = None) -> Grid:
+        """Return an embedding's grid. Raises `EmbeddingMismatchError` unless it gives `rows` rows."""
+        grid = (metadata or {}).get("image_grid_thw")
         if not (isinstance(grid, list) and len(grid) == 3 and all(isinstance(side, int) for side in grid)):
             raise EmbeddingMismatchError("the embedding has no grid of patches", image_index=image_index)
         time, height, width = grid
-        rows = embedding.tensor.shape[0]
         if time != 1 or merged_rows((time, height, width), self.merge_size) != rows:
             raise EmbeddingMismatchError(
                 f"the grid {grid} does not give {rows} rows", image_index=image_index

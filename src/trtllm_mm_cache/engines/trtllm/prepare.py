@@ -69,8 +69,9 @@ class RequestPreparer:
         prompt = self.reader.read(request, len(leases))
         rows = 0
         for index, lease in enumerate(leases):
-            self.layout.check(lease.embedding, index)
-            rows += lease.embedding.tensor.shape[0]
+            tensor = lease.embedding.tensor
+            self.layout.check(tensor.shape, tensor.dtype, index)
+            rows += tensor.shape[0]
         prompt_tokens = len(prompt.token_ids) - len(leases) + rows
         arguments = self._arguments(request, {"prompt": prompt.text}, prompt_tokens)
         handed, positions = self._handles(prompt.token_ids, leases)
@@ -108,7 +109,10 @@ class RequestPreparer:
         }
         positions: PositionBuffer | None = None
         if self.architecture.has_mrope:
-            grids = [self.layout.grid_of(lease.embedding, index) for index, lease in enumerate(leases)]
+            grids = [
+                self.layout.grid_of(lease.embedding.metadata, lease.embedding.tensor.shape[0], index)
+                for index, lease in enumerate(leases)
+            ]
             computed = mrope_positions(token_ids, self.layout.image_token_id, grids, self.layout.merge_size)
             positions = self.buffers.take(computed)
             position_ids, delta = positions.write(computed)
