@@ -2,7 +2,8 @@
 
 torch makes the storage (so that views of it can be handed to other processes as handles), names its file
 `/torch_...` and starts one helper process, which unlinks the file when the last process that has it is
-gone, killed ones included. The data begin 64 bytes into the file; torch keeps a reference count before them.
+gone, killed ones included (`leftovers` is for the case that the helper was killed too). The data begin 64
+bytes into the file; torch keeps a reference count before them.
 
 Writing to a mapping whose file system is full is a bus error, which kills the process, possibly hours
 after the start. So every page is committed here, by calls that answer with an error number instead:
@@ -28,18 +29,18 @@ from pathlib import Path
 
 import torch
 
+from trtllm_mm_cache.cache.leftovers import SHARED_MEMORY_ROOT, RegionRegister, remove_leftovers
 from trtllm_mm_cache.errors import SharedMemoryError
 
 logger = logging.getLogger(__name__)
-
-# glibc's shm_open, which torch calls, keeps its files here.
-SHARED_MEMORY_ROOT = Path("/dev/shm")  # noqa: S108 - the system's own mount, files in it are created O_EXCL
 
 _MANAGER_ATTEMPTS = 10
 _NO_ANSWER = "Shared memory manager connection has timed out"
 _HEADER_BYTES = 64
 _MADV_POPULATE_WRITE = 23
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+
+_register = RegionRegister()
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -55,6 +56,7 @@ def create_shared_storage(nbytes: int, *, prefault: bool = True) -> torch.Untype
 
     Raises `SharedMemoryError` when the file system has too little room.
     """
+    remove_leftovers()
     _check_free_space(nbytes)
     try:
         storage = _patiently(lambda: torch.UntypedStorage._new_using_filename_cpu(nbytes))
@@ -62,7 +64,9 @@ def create_shared_storage(nbytes: int, *, prefault: bool = True) -> torch.Untype
         if os.strerror(errno.ENOSPC) in str(error):
             raise _too_small(nbytes) from error
         raise SharedMemoryError(f"torch could not create {_mib(nbytes)} of shared memory") from error
-    descriptor = os.open(_path(storage), os.O_RDWR | os.O_CLOEXEC)
+    path = _path(storage)
+    _write_down(path)
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         if stat.S_IMODE(os.fstat(descriptor).st_mode) != 0o600:
             os.fchmod(descriptor, 0o600)
@@ -106,6 +110,15 @@ def _patiently(ask_manager: Callable[[], torch.UntypedStorage]) -> torch.Untyped
 def _path(storage: torch.UntypedStorage) -> Path:
     _, name, _ = storage._share_filename_cpu_()
     return SHARED_MEMORY_ROOT / os.fsdecode(name).lstrip("/")
+
+
+def _write_down(path: Path) -> None:
+    try:
+        _register.add(path)
+    except OSError as error:
+        raise SharedMemoryError(
+            f"the register of this process's shared memory cannot be kept in /dev/shm: {error.strerror}"
+        ) from error
 
 
 def _free_bytes() -> int:
