@@ -22,7 +22,7 @@ def main() -> None:
         "--work", type=Path, default=ROOT / ".run/demo-model", metavar="DIR", help="of the checkpoint"
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and data (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=4000, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=6000, help="default: %(default)s")
     parser.add_argument(
         "--threads",
         type=int,

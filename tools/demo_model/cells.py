@@ -8,7 +8,6 @@ finds `circle` in a picture as it finds it in a question.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +27,8 @@ class WordTokens:
     def labels(self, texts: Sequence[Sequence[str]]) -> torch.Tensor:
         """Return `[texts, tokens]`: the tokens of each text's words, padded with -1."""
         rows = [[token for word in text for token in self._of(word)] for text in texts]
-        return torch.tensor(list(zip(*itertools.zip_longest(*rows, fillvalue=-1), strict=True)))
+        width = max(1, *map(len, rows))
+        return torch.tensor([row + [-1] * (width - len(row)) for row in rows])
 
     def _of(self, word: str) -> list[int]:
         if word not in self._tokens:
@@ -64,4 +64,4 @@ def reading_loss(
     logits = model.lm_head(model.model.language_model.norm(hidden))
     wanted = labels >= 0
     found = logits.log_softmax(-1).gather(1, labels.clamp(min=0))
-    return -(found * wanted).sum() / wanted.sum()
+    return -(found * wanted).sum() / wanted.sum().clamp(min=1)

@@ -66,7 +66,8 @@ class Batch:
     in order, -1 where the token is text. `positions` `[3, rows, length]`; `mask` `[rows, 1, length,
     length]`, True where a token may look. `predict_at` indexes the flattened rows, `targets` what
     follows there: answer after answer, each `answer_lengths` tokens long, to a question of `kinds`.
-    `hint_at` indexes the flattened rows too, `hint_words` are the labels of `hints.py` for them;
+    `hint_at` indexes the flattened rows too, `hint_words` are the labels of `hints.py` for them,
+    `second_hint_words` those for a layer later;
     `ordinal_at` the image tokens of pairs, `ordinal_words` says `first` or `second` of them.
     """
 
@@ -81,6 +82,7 @@ class Batch:
     kinds: list[str]
     hint_at: torch.Tensor
     hint_words: torch.Tensor
+    second_hint_words: torch.Tensor
     ordinal_at: torch.Tensor
     ordinal_words: torch.Tensor
 
@@ -117,14 +119,10 @@ class BatchMaker:
         scenes, rows = self.rows(step, kinds)
         *tensors, hints, ordinals = self._writer.write(scenes, rows)
         asked = [question.kind for row in rows for question in row.questions]
-        lessons = [
-            part
-            for labels in (hints, ordinals)
-            for part in (
-                torch.tensor([index for index, _ in labels]),
-                self._words.labels([words for _, words in labels]),
-            )
-        ]
+        lessons = []
+        for lesson in (hints, ordinals):
+            at, *words = zip(*lesson, strict=True)
+            lessons += [torch.tensor(at), *map(self._words.labels, words)]
         return Batch(self._pictures(scenes), *tensors, asked, *lessons)
 
     def _rng(self, step: int) -> random.Random:

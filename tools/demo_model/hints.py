@@ -2,7 +2,9 @@
 
 An answer alone teaches little about the step that matters, finding in the picture what the question
 names. At the word that completes the name, half-way through the decoder, the words that are true of
-the named thing have to be readable; the rest of the decoder picks from them what was asked for.
+the named thing have to be readable; the rest of the decoder picks from them what was asked for. A
+question for a neighbour takes a second step, from the named thing to the next: one layer later the
+neighbour has to be readable.
 """
 
 from __future__ import annotations
@@ -20,11 +22,22 @@ _COUNTED = re.compile(r"\w+s(?= are there| do you see|\.)")
 def hint(scenes: Sequence[Scene], question: Question) -> tuple[str, list[str]] | None:
     """Return the question's text up to the end of a name, and the words true of what it names.
 
-    None where it names nothing, several things, or says only later which picture it is about.
+    None where it names nothing or several things. Where it says only at its end which picture it is
+    about, the text ends there.
     """
+    found = _hint(scenes, question)
+    if found is None or "I mean" not in question.text:
+        return found
+    return question.text.removesuffix(" picture."), found[1]
+
+
+def second_hint(question: Question) -> list[str]:
+    """Return the words for the neighbour of the named thing if the question asks for it, none otherwise."""
+    return question.answer.split() if question.kind == "neighbour" else []
+
+
+def _hint(scenes: Sequence[Scene], question: Question) -> tuple[str, list[str]] | None:
     text = question.text
-    if "I mean" in text:
-        return None
     counted = _COUNTED.search(text)
     if counted and text[: counted.start()].lower().count("how many ") + text.count("ount the "):
         return text[: counted.end()], [question.answer]

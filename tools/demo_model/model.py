@@ -1,4 +1,4 @@
-"""The demo model's architecture and directory: Qwen2-VL at 2.7 million parameters."""
+"""The demo model's architecture and directory: Qwen2-VL at 3 million parameters."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
             "vocab_size": len(tokenizer),
             "hidden_size": 128,
             "intermediate_size": 256,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 6,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "max_position_embeddings": 4096,

@@ -1,4 +1,4 @@
-"""The tower's last lesson: what stands in the cells next to one's own.
+"""The tower's second lesson: what stands in the cells next to one's own.
 
 An image token of the decoder sees only those before it, so what is right of a cell or below it has to
 be in the cell's embedding already. Four linear maps, one a direction, that are thrown away after

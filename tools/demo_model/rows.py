@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from .hints import hint
+from .hints import hint, second_hint
 from .pictures import Scene
 from .questions import ORDINALS, Question
 
@@ -41,7 +41,8 @@ class RowWriter:
     def write(self, scenes: Sequence[Scene], rows: Sequence[Row]) -> tuple[Any, ...]:
         """Return the fields of `Batch` up to `answer_lengths`, then hints and ordinals.
 
-        Of the last two: indices into the flattened rows, and the words that are to be readable there.
+        Of the last two: indices into the flattened rows, and the words that are to be readable there;
+        of hints also those that are to be readable a layer later.
         """
         first = np.cumsum([0, *(scene.rows * scene.columns for scene in scenes)])
         written = [self._row(row, scenes, first) for row in rows]
@@ -66,9 +67,9 @@ class RowWriter:
             torch.from_numpy(target.reshape(-1)[predict_at]),
             [len(self._answer(question)) for row in rows for question in row.questions],
             [
-                (index * length + position, words)
+                (index * length + position, words, neighbour)
                 for index, row in enumerate(written)
-                for position, words in row.hints
+                for position, words, neighbour in row.hints
             ],
             [
                 (index * length + position, [word])
@@ -97,7 +98,8 @@ class RowWriter:
             written.now, written.ending = begin, number
             if (found := hint(pictures, question)) is not None:
                 named, words = found
-                written.hints.append((len(written.ids) + len(self._ids(named)) - 1, words))
+                position = len(written.ids) + len(self._ids(named)) - 1
+                written.hints.append((position, words, second_hint(question)))
             asked = self._ids(f"{question.text}<|im_end|>\n<|im_start|>assistant\n")
             answer = self._answer(question)
             written.text([*asked, *answer[:-1]], [-1] * (len(asked) - 1) + answer)
@@ -115,7 +117,7 @@ class _WrittenRow:
     endings: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     positions: list[tuple[int, int, int]] = field(default_factory=list)
-    hints: list[tuple[int, list[str]]] = field(default_factory=list)
+    hints: list[tuple[int, list[str], list[str]]] = field(default_factory=list)
     ordinals: list[tuple[int, str]] = field(default_factory=list)
 
     def text(self, ids: Sequence[int], targets: Sequence[int] | None = None) -> None:

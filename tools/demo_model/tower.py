@@ -62,13 +62,14 @@ def encode_all(model: Qwen2VLForConditionalGeneration, pictures: Pictures) -> to
 class Read:
     """What the decoder makes of a batch.
 
-    `logits` `[answer tokens, vocabulary]` at `Batch.predict_at`; `half_way` `[hints, hidden]`: the residual
-    stream at `Batch.hint_at` after half of the layers; `early` `[image tokens of pairs, hidden]`: at
-    `Batch.ordinal_at` after the first layer.
+    `logits` `[answer tokens, vocabulary]` at `Batch.predict_at`. Of the residual stream: `half_way`
+    `[hints, hidden]` at `Batch.hint_at` after half of the layers, `later` the same a layer later, and `early`
+    `[image tokens of pairs, hidden]` at `Batch.ordinal_at` after the first layer.
     """
 
     logits: torch.Tensor
     half_way: torch.Tensor
+    later: torch.Tensor
     early: torch.Tensor
 
 
@@ -84,7 +85,12 @@ def read(model: Qwen2VLForConditionalGeneration, batch: Batch, image_tokens: tor
         use_cache=False,
         output_hidden_states=True,
     )
-    half_way = output.hidden_states[len(language.layers) // 2].flatten(0, 1)
-    early = output.hidden_states[1].flatten(0, 1)
+    half = len(language.layers) // 2
+    half_way, later, early = (output.hidden_states[layer].flatten(0, 1) for layer in (half, half + 1, 1))
     last = output.last_hidden_state.flatten(0, 1)
-    return Read(model.lm_head(last[batch.predict_at]), half_way[batch.hint_at], early[batch.ordinal_at])
+    return Read(
+        logits=model.lm_head(last[batch.predict_at]),
+        half_way=half_way[batch.hint_at],
+        later=later[batch.hint_at],
+        early=early[batch.ordinal_at],
+    )

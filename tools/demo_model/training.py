@@ -1,9 +1,9 @@
 """The lessons of the demo model, and a run that survives being stopped.
 
-First the tower learns to name every cell (`cells.py`), then everything learns to answer; further
-lessons join later. The learning rate is constant and falls linearly to nothing over the last steps, so
-that a run can be made longer before it has begun to fall. Batches follow from the seed and the step: a
-resumed run sees what an uninterrupted one sees.
+First the tower learns to name every cell and its neighbours (`cells.py`, `neighbours.py`), then
+everything learns to answer, with hints on the way (`hints.py`). The learning rate is constant and falls
+linearly to nothing over the last steps, so that a run can be made longer before it has begun to fall.
+Batches follow from the seed and the step: a resumed run sees what an uninterrupted one sees.
 """
 
 from __future__ import annotations
@@ -32,19 +32,17 @@ _REPORT_EVERY = 100
 class Plan:
     """How long to learn what, in steps from the start.
 
-    `seeing` ends the first lesson, the `_from` steps begin further ones. The learning rate falls over the
-    last `fall` of all `steps`.
+    `seeing` ends the first lesson; `hard_from` begins to ask more of the hard kinds. The learning rate
+    falls over the last `fall` of all `steps`.
     """
 
     seed: int
     steps: int
-    seeing: int = 250
-    ordinals_from: int = 1700
-    hard_from: int = 2100
-    neighbours_from: int = 2550
-    fall: int = 2100
-    warm_up: int = 30
-    rate: float = 2e-3
+    seeing: int = 800
+    hard_from: int = 2500
+    fall: int = 3000
+    warm_up: int = 50
+    rate: float = 1.5e-3
     cells_weight: float = 0.1
     hints_weight: float = 0.3
 
@@ -98,23 +96,26 @@ class Training:
 
     def _loss(self, step: int) -> torch.Tensor:
         if step < self.plan.seeing:
-            return self.cells_loss(self._batches.pictures(step))
+            pictures = self._batches.pictures(step)
+            tokens = encode_all(self.model, pictures)
+            seen = reading_loss(self.model, tokens, pictures.cells)
+            return seen + self._probe.loss(self.model, tokens, pictures.neighbours)
         kinds = SINGLE_KINDS if step < self.plan.hard_from else HARD_KINDS
         batch = self._batches.batch(step, kinds)
         tokens = encode_all(self.model, batch.pictures)
         result = read(self.model, batch, tokens)
         self._score.add(batch, result.logits)
         cells = reading_loss(self.model, tokens, batch.pictures.cells)
+        neighbours = self._probe.loss(self.model, tokens, batch.pictures.neighbours)
         hints = reading_loss(self.model, result.half_way, batch.hint_words)
+        second_hints = reading_loss(self.model, result.later, batch.second_hint_words)
+        ordinals = reading_loss(self.model, result.early, batch.ordinal_words)
         answers = functional.cross_entropy(result.logits, batch.targets)
-        loss = answers + self.plan.cells_weight * cells + self.plan.hints_weight * hints
-        if step >= self.plan.ordinals_from:
-            ordinals = reading_loss(self.model, result.early, batch.ordinal_words)
-            loss = loss + self.plan.hints_weight * ordinals
-        if step >= self.plan.neighbours_from:
-            neighbours = self._probe.loss(self.model, tokens, batch.pictures.neighbours)
-            loss = loss + self.plan.cells_weight * neighbours
-        return loss
+        return (
+            answers
+            + self.plan.cells_weight * (cells + neighbours)
+            + self.plan.hints_weight * (hints + second_hints + ordinals)
+        )
 
     def cells_loss(self, pictures: Pictures) -> torch.Tensor:
         """Return how badly the tower's tokens for `pictures` read as their cells' words."""
