@@ -183,7 +183,7 @@ def main() -> None:
     run_dir = ROOT / ".run" / time.strftime("demo-%Y%m%d-%H%M%S")
     print("starting a frontend, an encode worker and a PD worker ...", flush=True)
     with running_stack(run_dir, arguments.model) as stack:
-        layout = "{:<8} {:<66} {:<50} {:<8} {:<9} {:>11}"
+        layout = "{:<8} {:<64} {:<61} {:<7} {:<9} {:>11}"
         print(layout.format("picture", "question", "answer", "verdict", "cache", "first token"))
         for row in ask_everything(stack, random.Random(arguments.seed), run_dir):
             time_ms = f"{row.first_token_ms:.0f} ms"

@@ -60,9 +60,9 @@ def test_the_engine_encodes_what_transformers_encodes(model_dir: Path) -> None:
 
 
 def test_answers_are_true(results: list[Result]) -> None:
-    """The bar is 95 %; a hundred questions can fall short of it by chance, not by this much."""
+    """The bar is 95 %."""
     wrong = [(result.case.question, result.answer) for result in results if not result.right]
-    assert len(wrong) <= 10, wrong
+    assert len(wrong) <= 5, wrong
 
 
 def test_another_pictures_embedding_gives_another_answer(results: list[Result]) -> None:
