@@ -22,7 +22,7 @@ def configure_logging(level: str, log_format: LogFormat = "text") -> None:
     Third-party libraries are held to WARNING: their INFO lines may carry URLs of requests.
     """
     handler = logging.StreamHandler()
-    handler.setFormatter(_JsonLines() if log_format == "json" else logging.Formatter(_TEXT))
+    handler.setFormatter(_JsonLines() if log_format == "json" else _TextLines(_TEXT))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("trtllm_mm_cache").setLevel(level)
 
@@ -34,6 +34,18 @@ def loggable_cause(error: MmCacheError) -> BaseException | None:
     request led to; what the engine and the transfer say is about this deployment.
     """
     return None if isinstance(error, RequestError) else error.__cause__
+
+
+class _TextLines(logging.Formatter):
+    """One line a record: a message may quote a client, who must not be able to write lines of its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+        if not record.message.isprintable():
+            record.message = "".join(
+                each if each.isprintable() else each.encode("unicode_escape").decode("ascii")
+                for each in record.message
+            )
+        return super().formatMessage(record)
 
 
 class _JsonLines(JsonFormatter):

@@ -164,8 +164,17 @@ class EncodeWorker:
             )
 
     def _prepare(self, request: EncodeRequest) -> Any:
-        image = decode_image(request.media, self._media_settings)
-        return self._encoder.preprocess(EncodeItem(image, request.processor_kwargs, request.variant))
+        try:
+            image = decode_image(request.media, self._media_settings)
+            return self._encoder.preprocess(EncodeItem(image, request.processor_kwargs, request.variant))
+        except MmCacheError:
+            raise
+        except Exception as error:
+            # Anything else would look to the PD worker as if this worker were broken, and one client's
+            # image could then open its breaker for all.
+            raise EncodeFailedError(
+                "this image could not be prepared for the vision tower; see the encode worker's log"
+            ) from error
 
     def _store(self, key: str, result: BatchedImage) -> Lease:
         """Copy the tower's output into the arena. Runs in a thread: a copy of megabytes.

@@ -171,7 +171,7 @@ class TrtllmGenerator:
         try:
             return self._llm.generate_async(**prepared.arguments)
         except self._refusals as error:
-            reason = fit_for_client(error, "see the PD worker's log")
+            reason = fit_for_client(error, "its parameters or its length do not fit the engine")
             raise InvalidRequestError(f"TensorRT-LLM refuses the request: {reason}") from error
         except (RuntimeError, AssertionError) as error:
             raise GenerationError("TensorRT-LLM could not take the request; see the log") from error

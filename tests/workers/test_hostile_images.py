@@ -1,0 +1,207 @@
+"""Hostile images at a whole encode worker: each is refused alone, and nothing else is touched."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dynamo.runtime import Context
+from PIL import Image
+from tools.tiny_models import make_tiny_model
+
+from tests.media import pictures
+from tests.media.conftest import check_politeness
+from tests.media.pictures import picture, saved
+from trtllm_mm_cache.cache.key import embedding_key
+from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
+from trtllm_mm_cache.config import EncodeSettings
+from trtllm_mm_cache.engines.base import EncodeItem
+from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, TransformersVisionEncoder
+from trtllm_mm_cache.errors import (
+    EncodeFailedError,
+    InvalidImageError,
+    MediaTooLargeError,
+    MmCacheError,
+    ProtocolMismatchError,
+    UnsupportedMediaError,
+)
+from trtllm_mm_cache.media import MediaSettings, decode_image
+from trtllm_mm_cache.transfer import Exporter, TransferAgent
+from trtllm_mm_cache.workers.encode_worker import EncodeWorker
+from trtllm_mm_cache.workers.protocol import EncodeReady, parse_answer
+
+load_image = pytest.importorskip("transformers.image_utils").load_image
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> TransformersVisionEncoder:
+    model: Path = make_tiny_model("llava", tmp_path_factory.mktemp("model") / "llava")
+    return TransformersVisionEncoder(model, TransformersEngineArgs(device="cpu", torch_threads=1))
+
+
+class Bench:
+    """An encode worker as a PD worker meets it: one message in, one message out."""
+
+    def __init__(
+        self, worker: EncodeWorker, manager: MultimodalEmbeddingCacheManager, fingerprint: str
+    ) -> None:
+        self.worker = worker
+        self.manager = manager
+        self.fingerprint = fingerprint
+
+    async def call(self, media: bytes, /, **changes: Any) -> EncodeReady:
+        key = embedding_key(media, fingerprint=self.fingerprint).hex
+        payload = {"version": 1, "fingerprint": self.fingerprint, "key": key, "media": media} | changes
+        (answer,) = [each async for each in self.worker.handle(payload, Context("test"))]
+        return parse_answer(answer)
+
+    def embedding(self, ready: EncodeReady) -> torch.Tensor:
+        lease = self.manager.lease(ready.key)
+        assert lease is not None
+        tensor = lease.embedding.tensor.clone()
+        lease.release()
+        return tensor
+
+
+@asynccontextmanager
+async def running(encoder: TransformersVisionEncoder, **settings: Any) -> AsyncIterator[Bench]:
+    agent = await TransferAgent.start()
+    manager = MultimodalEmbeddingCacheManager(4 * 1024**2)
+    await agent.register(manager.arena.base_address, manager.arena.capacity_bytes)
+    exporter = Exporter(agent, lease_timeout_s=30)
+    settings = {"model_path": "unused", "max_batch_images": 64, "max_batch_wait_ms": 50} | settings
+    worker = EncodeWorker(encoder, manager, exporter, agent.metadata, EncodeSettings(**settings))
+    yield Bench(worker, manager, encoder.fingerprint)
+    await worker._flights.close()  # not the worker: it would free the model of the other tests
+    await worker._batcher.close()
+    worker._threads.shutdown()
+    await agent.close(deadline_s=0.1)
+    manager.check_integrity()
+    manager.close()
+
+
+@pytest.fixture
+async def bench(encoder: TransformersVisionEncoder) -> AsyncIterator[Bench]:
+    async with running(encoder) as started:
+        yield started
+
+
+HOSTILE: dict[str, tuple[bytes, type[MmCacheError]]] = {
+    "empty": (b"", InvalidImageError),
+    "truncated": (saved(picture(), "JPEG")[:300], InvalidImageError),
+    "bomb, png": (pictures.png_bomb(30_000, 30_000), MediaTooLargeError),
+    "bomb, jpeg": (pictures.jpeg_of_size(65_500, 65_500), MediaTooLargeError),
+    "bomb, webp": (pictures.webp_canvas(1 << 24, 1 << 24), MediaTooLargeError),
+    "bomb, gif": (pictures.gif_of_size(65_535, 65_535), MediaTooLargeError),
+    "bomb, tiff": (pictures.tiff_of_size(40_000, 40_000), MediaTooLargeError),
+    "strip": (saved(Image.new("L", (1, 60_000)), "PNG"), MediaTooLargeError),
+    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', UnsupportedMediaError),
+    "scans": (pictures.jpeg_of_scans(1000), InvalidImageError),
+}
+
+
+async def test_hostile_images_spoil_no_other_of_their_micro_batch(
+    bench: Bench, encoder: TransformersVisionEncoder
+) -> None:
+    honest = [saved(picture(seed=seed), "PNG") for seed in range(6)]
+    images = [
+        media
+        for pair in zip(honest, [hostile for hostile, _ in HOSTILE.values()], strict=False)
+        for media in pair
+    ]
+    images += [hostile for hostile, _ in list(HOSTILE.values())[len(honest) :]]
+    results = await asyncio.gather(*(bench.call(media) for media in images), return_exceptions=True)
+    outcomes = dict(zip(images, results, strict=True))
+    for media, kind in HOSTILE.values():
+        assert type(outcomes[media]) is kind
+        check_politeness(outcomes[media])
+    for media in honest:
+        ready = outcomes[media]
+        assert isinstance(ready, EncodeReady)
+        image = decode_image(media, MediaSettings())
+        (alone,) = encoder.encode([encoder.preprocess(EncodeItem(image))])
+        assert not isinstance(alone, MmCacheError)
+        torch.testing.assert_close(bench.embedding(ready), alone.tensor, rtol=1e-4, atol=1e-5)
+    assert len(bench.manager.keys()) == len(honest), "nothing hostile is kept"
+    assert bench.worker._batcher.statistics().images == len(honest)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+async def test_an_oriented_photograph_is_encoded_as_the_models_own_loader_turns_it(
+    bench: Bench, encoder: TransformersVisionEncoder, orientation: int, tmp_path: Path
+) -> None:
+    photograph = saved(picture(size=(48, 24), seed=orientation), "JPEG", exif=pictures.exif(orientation))
+    (tmp_path / "photograph.jpg").write_bytes(photograph)
+    expected = encoder.encode([encoder.preprocess(EncodeItem(load_image(str(tmp_path / "photograph.jpg"))))])
+    first, again = [await bench.call(photograph) for _ in range(2)]
+    assert (first.origin, again.origin) == ("encoded", "cached")
+    assert not isinstance(expected[0], MmCacheError)
+    assert torch.equal(bench.embedding(first), expected[0].tensor)
+    assert torch.equal(bench.embedding(again), expected[0].tensor)
+
+
+async def test_the_limits_are_this_workers_own_whatever_the_pd_worker_let_pass(
+    encoder: TransformersVisionEncoder,
+) -> None:
+    media = saved(picture(size=(64, 64)), "PNG")
+    limits: dict[str, tuple[Any, type[MmCacheError]]] = {
+        "max_file_size_mb": (0.001, MediaTooLargeError),
+        "max_image_megapixels": (0.001, MediaTooLargeError),
+        "max_image_side": (32, MediaTooLargeError),
+        "image_formats": (("JPEG",), UnsupportedMediaError),
+    }
+    for name, (value, kind) in limits.items():
+        async with running(encoder, **{name: value}) as bench:
+            with pytest.raises(kind):
+                await bench.call(media)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"version": 2},
+        {"fingerprint": "cd" * 32},
+        {"key": "../../etc/passwd"},
+        {"media": "file:///etc/passwd"},
+        {"media": {"path": "/etc/passwd"}},
+        {"path": "/etc/passwd"},
+        {"processor_kwargs": {"a": "x" * 100_000}},
+        {"variant": "x" * 1000},
+    ],
+)
+async def test_only_the_protocol_is_answered(bench: Bench, changes: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolMismatchError) as caught:
+        await bench.call(saved(picture(), "PNG"), **changes)
+    assert "passwd" not in str(caught.value)
+    assert bench.manager.keys() == []
+
+
+async def test_a_pickle_is_bytes_that_are_no_image(bench: Bench, tmp_path: Path) -> None:
+    trap = tmp_path / "sprung"
+    pickled = b"cpathlib\nPath\n(V" + str(trap).encode() + b"\ntR."
+    with pytest.raises(UnsupportedMediaError):
+        await bench.call(pickled)
+    for payload in (pickled, [pickled], None, "text", 5):
+        (answer,) = [each async for each in bench.worker.handle(payload, Context("test"))]
+        with pytest.raises(ProtocolMismatchError):
+            parse_answer(answer)
+    assert not trap.exists()
+
+
+async def test_what_a_processor_cannot_take_is_that_images_failure(
+    bench: Bench, encoder: TransformersVisionEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not an exception of the handler's, which would speak against the worker."""
+
+    def fail(item: EncodeItem) -> Any:
+        raise RuntimeError("cannot reshape at /secret/path.py")
+
+    monkeypatch.setattr(encoder, "preprocess", fail)
+    with pytest.raises(EncodeFailedError) as caught:
+        await bench.call(saved(picture(), "PNG"))
+    assert "secret" not in str(caught.value)
