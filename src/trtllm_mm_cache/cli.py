@@ -1,4 +1,4 @@
-"""The command line: `trtllm-mm-cache frontend|encode|pd|ask|plan`.
+"""The command line: `trtllm-mm-cache frontend|encode|pd|drop|top|ask|plan`.
 
 Every subcommand imports what it needs when it runs, so that `--help` answers at once and no
 command loads an engine it does not use.
@@ -12,7 +12,7 @@ import click
 
 from trtllm_mm_cache import __version__
 from trtllm_mm_cache.cli_options import settings_options
-from trtllm_mm_cache.config import EncodeSettings, FrontendSettings, PdSettings
+from trtllm_mm_cache.config import DropSettings, EncodeSettings, FrontendSettings, PdSettings, TopSettings
 from trtllm_mm_cache.errors import ConfigurationError, MmCacheError
 from trtllm_mm_cache.plan_settings import PlanSettings
 
@@ -52,6 +52,31 @@ def pd(settings: PdSettings) -> None:
     from trtllm_mm_cache.workers.pd import run_pd_worker
 
     run_pd_worker(settings)
+
+
+@cli.command()
+@settings_options(DropSettings)
+def drop(settings: DropSettings) -> None:
+    """Drop cached embeddings on every worker: one key, all of one salt, or everything.
+
+    What a request holds stays true for it, what is on its way is served and not kept. Fetched http(s)
+    files are forgotten too.
+    """
+    from trtllm_mm_cache.workers.drop import run_drop
+
+    run_drop(settings)
+
+
+@cli.command()
+@settings_options(TopSettings)
+def top(settings: TopSettings) -> None:
+    """Watch the workers: hit ratio, bytes, latency by hit and miss, each encode worker.
+
+    One plain text frame where the output is no terminal.
+    """
+    from trtllm_mm_cache.top.run import run_top
+
+    run_top(settings)
 
 
 @cli.command()

@@ -50,6 +50,8 @@ def _option(name: str, field: FieldInfo) -> Callable[..., Any]:
     required = field.default is PydanticUndefined
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
     env = extra.get("env")
+    if extra.get("switch"):
+        return click.option(_flag(name), name, is_flag=True, default=None, help=field.description)
     if field.annotation is bool:
         return click.option(
             f"{_flag(name)}/--no-{_flag(name)[2:]}", name, default=None, envvar=env, help=_help(field)

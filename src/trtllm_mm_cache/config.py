@@ -232,6 +232,51 @@ class PdSettings(EngineSettings):
         return self.served_model_name or Path(self.model_path).name
 
 
+class ControlSettings(RuntimeSettings):
+    """What the tools share that talk to a running deployment's workers."""
+
+    endpoint: str = Field(DEFAULT_PD_ENDPOINT, description="Dynamo endpoint of the PD workers.")
+    encode_endpoint: str = Field(
+        DEFAULT_ENCODE_ENDPOINT,
+        description="Dynamo endpoint of the encode workers.",
+        json_schema_extra={"env": "ENCODE_ENDPOINT"},
+    )
+    discovery_wait_s: Seconds = Field(2, description="How long to wait for discovery to name a worker.")
+
+
+class DropSettings(ControlSettings):
+    """What to drop."""
+
+    key: str | None = Field(
+        None, pattern="^[0-9a-f]{64}$", description="Drop one embedding, by its key in hex."
+    )
+    salt: bool = Field(
+        False,
+        description="Drop what was stored under one cache_salt, which is read from standard input.",
+        json_schema_extra={"switch": True},
+    )
+    all: bool = Field(False, description="Drop everything.", json_schema_extra={"switch": True})
+    wait_s: Seconds = Field(
+        10, description="How long to wait for embeddings that are on their way to a PD worker."
+    )
+
+
+class TopSettings(ControlSettings):
+    """What to show of a running deployment, and where to find it."""
+
+    url: tuple[str, ...] = Field(
+        (),
+        description="System port of a worker, as host:port or a whole URL; may be given several times. "
+        "Default: every worker that discovery names.",
+    )
+    interval_s: Seconds = Field(2, description="Time between two scrapes.")
+    window_s: Seconds = Field(30, description="Ratios, rates and latencies are those of this long.")
+    count: int | None = Field(
+        None, ge=1, description="Frames to print. Default: until Ctrl-C on a terminal, one otherwise."
+    )
+    timeout_s: Seconds = Field(2, description="How long to wait for a worker that does not answer.")
+
+
 EngineArgs = TypeVar("EngineArgs", bound=BaseModel)
 
 

@@ -165,3 +165,32 @@ async def test_without_a_tenant_nothing_is_reused_or_kept(origin: Origin, source
     for tenant in ("one", None, None, "one"):
         assert await source.fetch(origin.url("/a"), tenant=tenant) == BODY
     assert resource.bodies_sent == 3
+
+
+async def test_what_is_forgotten_is_asked_for_again(origin: Origin, source: MediaSource) -> None:
+    for path in ("/a", "/b"):
+        origin.routes[path] = Resource(BODY, {"Cache-Control": "max-age=60"})
+        await source.fetch(origin.url(path))
+    assert source.forget() == 2
+    assert source.forget() == 0
+    await source.fetch(origin.url("/a"))
+    assert [asked.path for asked in origin.asked] == ["/a", "/b", "/a"]
+
+
+async def test_what_is_arriving_when_all_is_forgotten_is_not_kept(
+    origin: Origin, source: MediaSource
+) -> None:
+    go_on = asyncio.Event()
+
+    async def slow(asked: Asked, writer: asyncio.StreamWriter) -> None:
+        await go_on.wait()
+        answer(writer, "200 OK", {"Cache-Control": "max-age=60"}, BODY)
+
+    origin.routes["/a"] = slow
+    fetch = asyncio.create_task(source.fetch(origin.url("/a")))
+    await origin.until_asked(1)
+    assert source.forget() == 0
+    go_on.set()
+    assert await fetch == BODY
+    assert await source.fetch(origin.url("/a")) == BODY
+    assert len(origin.asked) == 2

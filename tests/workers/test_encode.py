@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dynamo.runtime import Context
@@ -14,9 +16,13 @@ from tools.tiny_models import make_tiny_model
 from tests.e2e.stack import new_picture, png
 from trtllm_mm_cache.cache.key import embedding_key
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
+from trtllm_mm_cache.cache.salt import salt_tag
 from trtllm_mm_cache.config import EncodeSettings
+from trtllm_mm_cache.engines.base import EncodedImage, EncodeItem, VisionEncoder
 from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, TransformersVisionEncoder
+from trtllm_mm_cache.errors import MmCacheError
 from trtllm_mm_cache.transfer import Exporter, TransferAgent
+from trtllm_mm_cache.workers.control import DropRequest
 from trtllm_mm_cache.workers.encode_worker import EncodeWorker
 from trtllm_mm_cache.workers.protocol import EncodeReady, EncodeRequest, parse_answer
 
@@ -27,6 +33,31 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> TransformersVisionEncod
     return TransformersVisionEncoder(model, TransformersEngineArgs(device="cpu", torch_threads=1))
 
 
+class GatedEncoder:
+    """The real encoder; its tower waits at a gate that a test may close."""
+
+    def __init__(self, encoder: VisionEncoder) -> None:
+        self._encoder = encoder
+        self.open = threading.Event()
+        self.reached = threading.Event()
+        self.open.set()
+
+    @property
+    def fingerprint(self) -> str:
+        return self._encoder.fingerprint
+
+    def preprocess(self, item: EncodeItem) -> Any:
+        return self._encoder.preprocess(item)
+
+    def encode(self, batch: Sequence[Any]) -> list[EncodedImage | MmCacheError]:
+        self.reached.set()
+        assert self.open.wait(30)
+        return self._encoder.encode(batch)
+
+    def close(self) -> None:
+        """The model is that of other tests too."""
+
+
 @dataclass
 class Bench:
     """An encode worker with its arena; the exports are given up by the test instead of READ."""
@@ -34,11 +65,23 @@ class Bench:
     worker: EncodeWorker
     manager: MultimodalEmbeddingCacheManager
     exporter: Exporter
-    fingerprint: str
+    encoder: GatedEncoder
+
+    @property
+    def fingerprint(self) -> str:
+        return self.encoder.fingerprint
+
+    def key(self, media: bytes, salt: str | None = None) -> str:
+        return embedding_key(media, fingerprint=self.fingerprint, salt=salt).hex
 
     async def call(self, media: bytes, *, retain: bool = True, salt: str | None = None) -> EncodeReady:
-        key = embedding_key(media, fingerprint=self.fingerprint, salt=salt)
-        request = EncodeRequest(fingerprint=self.fingerprint, key=key.hex, media=media, retain=retain)
+        request = EncodeRequest(
+            fingerprint=self.fingerprint,
+            key=self.key(media, salt),
+            media=media,
+            retain=retain,
+            salt_tag=salt_tag(salt).hex() if salt else None,
+        )
         answers = [answer async for answer in self.worker.handle(request.model_dump(), Context("test"))]
         assert len(answers) == 1
         return parse_answer(answers[0])
@@ -50,11 +93,11 @@ async def bench(encoder: TransformersVisionEncoder) -> AsyncIterator[Bench]:
     manager = MultimodalEmbeddingCacheManager(1024 * 1024)
     await agent.register(manager.arena.base_address, manager.arena.capacity_bytes)
     exporter = Exporter(agent, lease_timeout_s=30)
-    worker = EncodeWorker(encoder, manager, exporter, agent.metadata, EncodeSettings(model_path="unused"))
-    yield Bench(worker, manager, exporter, encoder.fingerprint)
-    await worker._flights.close()  # not the worker: it would free the model of the other tests
-    await worker._batcher.close()
-    worker._threads.shutdown()
+    gated = GatedEncoder(encoder)
+    worker = EncodeWorker(gated, manager, exporter, agent.metadata, EncodeSettings(model_path="unused"))
+    yield Bench(worker, manager, exporter, gated)
+    gated.open.set()
+    await worker.close()
     await agent.close(deadline_s=0.1)
     manager.check_integrity()
     manager.close()
@@ -91,3 +134,42 @@ async def test_tenants_join_no_flight_of_each_other(bench: Bench) -> None:
     asked = await asyncio.gather(*(bench.call(media, salt=salt) for salt in ("a", "b", "a", "b")))
     assert [ready.origin for ready in asked] == ["encoded", "encoded", "joined", "joined"]
     assert bench.worker._batcher.statistics().images == 2
+
+
+def drops(bench: Bench, media: bytes) -> dict[str, DropRequest]:
+    return {
+        "its key": DropRequest(key=bench.key(media, "one")),
+        "its salt": DropRequest(tag=salt_tag("one").hex()),
+        "everything": DropRequest(everything=True),
+        "another key": DropRequest(key=bench.key(b"other", "one")),
+        "another salt": DropRequest(tag=salt_tag("two").hex()),
+    }
+
+
+@pytest.mark.parametrize("what", ["its key", "its salt", "everything", "another key", "another salt"])
+async def test_what_is_stored_is_dropped_and_its_export_stays(bench: Bench, what: str) -> None:
+    media = png(new_picture(32, 32))
+    ready = await bench.call(media, salt="one")
+    report = await bench.worker.drop(drops(bench, media)[what])
+    concerned = "another" not in what
+    assert (report.entries, report.nbytes) == ((1, ready.nbytes) if concerned else (0, 0))
+    assert bench.manager.peek(ready.key) != concerned
+    assert bench.exporter.statistics().held == 1
+    assert bench.exporter.release(ready.token)
+    assert bench.manager.statistics().arena.used_bytes == (0 if concerned else ready.nbytes)
+
+
+@pytest.mark.parametrize("what", ["its key", "its salt", "everything", "another key", "another salt"])
+async def test_what_is_being_encoded_when_it_is_dropped_is_delivered_and_not_stored(
+    bench: Bench, what: str
+) -> None:
+    media = png(new_picture(32, 32))
+    bench.encoder.open.clear()
+    call = asyncio.create_task(bench.call(media, salt="one"))
+    assert await asyncio.to_thread(bench.encoder.reached.wait, 30)
+    assert (await bench.worker.drop(drops(bench, media)[what])).entries == 0
+    bench.encoder.open.set()
+    ready = await call
+    assert ready.origin == "encoded"
+    assert bench.manager.peek(ready.key) == ("another" in what)
+    assert (await bench.call(media, salt="one")).origin == ("cached" if "another" in what else "encoded")

@@ -51,16 +51,17 @@ async def test_the_steps_of_a_miss_and_of_a_hit(bench: Bench, spans: InMemorySpa
     assert parents(spans) == {
         "fetch": "request",
         "key": "request",
-        "encode_call": "request",
-        "reserve": "request",
-        "transfer": "request",
-        "commit": "request",
+        "lookup": "request",
+        "encode_call": "lookup",
+        "reserve": "lookup",
+        "transfer": "lookup",
+        "commit": "lookup",
         "request": None,
     }
     spans.clear()
     with span("request"):
         (await bench.resolve([reference])).release()
-    assert set(by_name(spans)) == {"fetch", "key", "request"}
+    assert set(by_name(spans)) == {"fetch", "key", "lookup", "request"}
 
 
 async def test_a_failed_step_has_the_errors_code_and_nothing_of_its_text(

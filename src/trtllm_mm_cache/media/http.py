@@ -52,6 +52,7 @@ class HttpFetcher:
         )
         self._storage = MemoryStorage(settings.http_cache_bytes)
         self._nothing = MemoryStorage(0)
+        self._forgettings = 0
         self._transport = AsyncCacheTransport(
             _OriginTransport(settings, backend), storage=self._storage, rfc=CacheOptions(shared=False)
         )
@@ -64,6 +65,7 @@ class HttpFetcher:
         """
         url = _parse(reference)
         seconds = self._settings.http_total_timeout
+        forgettings = self._forgettings
         try:
             async with asyncio.timeout(seconds):
                 return await self._follow(url, tenant)
@@ -71,6 +73,14 @@ class HttpFetcher:
             raise MediaFetchError(f"the media server did not deliver within {seconds:g} seconds") from error
         except (httpcore2.NetworkError, httpcore2.ProtocolError, httpx2.HTTPError) as error:
             raise MediaFetchError("the media server's answer broke off or was not valid HTTP") from error
+        finally:
+            if forgettings != self._forgettings:
+                self._storage.clear()  # what this fetch brought was on its way then
+
+    def forget(self) -> int:
+        """Forget every cached response, arriving ones included; return how many there were."""
+        self._forgettings += 1
+        return self._storage.clear()
 
     async def close(self) -> None:
         """Close connections and free the cache. Fetches that still run fail."""

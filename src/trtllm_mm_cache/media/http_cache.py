@@ -93,10 +93,16 @@ class MemoryStorage(AsyncBaseStorage):
         if key is not None:
             self._drop(key)
 
-    async def close(self) -> None:
-        """Free everything."""
+    def clear(self) -> int:
+        """Forget every entry and return how many there were."""
+        count = len(self._entries)
         for key in list(self._entries):
             self._drop(key)
+        return count
+
+    async def close(self) -> None:
+        """Free everything."""
+        self.clear()
 
     async def _saving(
         self, entry_id: uuid.UUID, request: Request, response: Response, key: str

@@ -70,6 +70,10 @@ class MediaSource:
                 raise MediaFetchError("the file could not be read in time") from error
         raise MediaReferenceError("the media reference is none of data:, http:, https: and file: URLs")
 
+    def forget(self) -> int:
+        """Forget every file fetched over HTTP; return how many were kept. Fetches that run are not kept."""
+        return self._http.forget()
+
     async def close(self) -> None:
         """Close connections, free the HTTP cache, take no further fetches; those that run fail."""
         self._closed = True

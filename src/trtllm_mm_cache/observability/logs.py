@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -10,6 +11,9 @@ from opentelemetry import trace
 from pythonjsonlogger.json import JsonFormatter
 
 from trtllm_mm_cache.errors import MmCacheError, RequestError
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""The request that the running task works for; lines logged meanwhile carry it in JSON."""
 
 LogFormat = Literal["text", "json"]
 
@@ -60,4 +64,6 @@ class _JsonLines(JsonFormatter):
         if span.is_valid:
             log_data["trace_id"] = trace.format_trace_id(span.trace_id)
             log_data["span_id"] = trace.format_span_id(span.span_id)
+        if current := request_id.get():
+            log_data.setdefault("request_id", current)
         return {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **log_data}

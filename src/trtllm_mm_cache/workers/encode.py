@@ -15,6 +15,7 @@ from trtllm_mm_cache.observability.exposition import Exposition
 from trtllm_mm_cache.observability.logs import configure_logging
 from trtllm_mm_cache.observability.tracing import configure_tracing
 from trtllm_mm_cache.transfer import Exporter, TransferAgent
+from trtllm_mm_cache.workers.control import Control, control_path
 from trtllm_mm_cache.workers.encode_worker import EncodeWorker
 from trtllm_mm_cache.workers.model_files import local_model_path
 from trtllm_mm_cache.workers.runtime import connect, drain_on_signals, endpoint_path
@@ -51,11 +52,15 @@ async def _serve(settings: EncodeSettings) -> None:
     labels = {"dynamo_component": "encode", "model": Path(model_path).name}
     exposition = Exposition(worker.readings, labels, metrics.registry)
     endpoint.metrics.register_prometheus_expfmt_callback(exposition.render)
+    control = Control(worker.drop, exposition.render)
     logger.info(
         "encode worker ready: arena %.2f GB, fingerprint %s…", capacity / GB, encoder.fingerprint[:12]
     )
     try:
-        await endpoint.serve_endpoint(worker.handle)
+        await asyncio.gather(
+            endpoint.serve_endpoint(worker.handle),
+            runtime.endpoint(control_path(settings.endpoint)).serve_endpoint(control.handle),
+        )
     finally:
         await worker.close()
         await agent.close(deadline_s=_CLOSE_DEADLINE_S)

@@ -11,15 +11,17 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from dynamo.runtime import Context
 from opentelemetry.trace import SpanKind
 from prometheus_client.core import Metric
 
 from trtllm_mm_cache.cache.flight import SingleFlight
-from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
+from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager, Reservation
 from trtllm_mm_cache.config import MB, EncodeSettings
 from trtllm_mm_cache.engines.base import EncodeItem, VisionEncoder
 from trtllm_mm_cache.errors import (
@@ -38,8 +40,10 @@ from trtllm_mm_cache.transfer import Exporter, PeerMetadata
 from trtllm_mm_cache.transfer.checksum import checksum
 from trtllm_mm_cache.workers.admission import Admission
 from trtllm_mm_cache.workers.batcher import BatchedImage, MicroBatcher
+from trtllm_mm_cache.workers.control import DropReport, DropRequest
 from trtllm_mm_cache.workers.encode_readings import encode_readings
 from trtllm_mm_cache.workers.media_limits import image_limits
+from trtllm_mm_cache.workers.passages import Passage, Passages
 from trtllm_mm_cache.workers.protocol import ENCODE_SECONDS, EncodeFault, EncodeReady, EncodeRequest, parse
 from trtllm_mm_cache.workers.runtime import RequestStoppedError, until_stopped
 from trtllm_mm_cache.workers.threads import in_thread
@@ -47,6 +51,28 @@ from trtllm_mm_cache.workers.threads import in_thread
 logger = logging.getLogger(__name__)
 
 _CHECKSUM = "xxh3_64"
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """An embedding that lies in the arena, checksummed, and is not visible yet."""
+
+    reservation: Reservation
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    metadata: dict[str, Any]
+
+    def commit(self, *, retain: bool) -> Lease:
+        try:
+            return self.reservation.commit(
+                dtype=self.dtype, shape=self.shape, metadata=self.metadata, retain=retain
+            )
+        except BaseException:
+            self.reservation.abandon()
+            raise
+
+    def abandon(self) -> None:
+        self.reservation.abandon()
 
 
 class EncodeWorker:
@@ -84,6 +110,7 @@ class EncodeWorker:
                 "wait for the vision tower; retry in a moment"
             ),
         )
+        self._passages = Passages()
 
     async def handle(self, payload: Any, context: Context) -> AsyncIterator[dict[str, Any]]:
         """Answer one call of a PD worker with one message: `EncodeReady` or `EncodeFault`."""
@@ -111,6 +138,12 @@ class EncodeWorker:
             self._metrics.delivered(ready.origin, encode_seconds=ready.encode_seconds)
             yield ready.model_dump()
 
+    async def drop(self, request: DropRequest) -> DropReport:
+        """Drop what is stored, and retain nothing of it that is being encoded now."""
+        self._passages.drop(request.selection)
+        dropped = self._manager.drop_selected(request.selection)
+        return DropReport(entries=dropped.entries, nbytes=dropped.nbytes)
+
     def readings(self) -> Iterable[Reading | Metric]:
         """Yield the snapshots of this moment. Any thread."""
         return encode_readings(
@@ -136,20 +169,24 @@ class EncodeWorker:
             )
 
     async def _answer(self, request: EncodeRequest) -> EncodeReady:
+        passage = self._passages.begin(request.tag)
         lease = self._manager.lease(request.key)
         if lease is not None:
             origin = "cached"
         else:
             with self._queue.admitted(len(request.media)):
                 lease, joined = await self._flights.run(
-                    request.key, lambda: self._encode(request), share=Lease.clone, discard=Lease.release
+                    request.key,
+                    lambda: self._encode(request, passage),
+                    share=Lease.clone,
+                    discard=Lease.release,
                 )
             origin = "joined" if joined else "encoded"
         if not request.retain:
             self._manager.drop(request.key)  # the lease keeps it until the READ is over
         return await self._export(lease, origin)
 
-    async def _encode(self, request: EncodeRequest) -> Lease:
+    async def _encode(self, request: EncodeRequest, passage: Passage) -> Lease:
         """One flight: bytes to image to preprocessed input to embedding to arena."""
         loop = asyncio.get_running_loop()
         with self._metrics.preprocess.time():
@@ -159,9 +196,11 @@ class EncodeWorker:
             current.set_attribute("encode_seconds", result.encode_seconds)
         logger.debug("encoded %s… in %.3f s", request.key[:12], result.encode_seconds)
         with span("store"):
-            return await in_thread(
-                partial(self._store, request.key, result), undo=Lease.release, executor=self._threads
+            stored = await in_thread(
+                partial(self._store, request, result), undo=_Stored.abandon, executor=self._threads
             )
+        # On the event loop, so that no drop comes between this look at the passage and the commit.
+        return stored.commit(retain=request.retain and not passage.dropped(request.key))
 
     def _prepare(self, request: EncodeRequest) -> Any:
         try:
@@ -176,7 +215,7 @@ class EncodeWorker:
                 "this image could not be prepared for the vision tower; see the encode worker's log"
             ) from error
 
-    def _store(self, key: str, result: BatchedImage) -> Lease:
+    def _store(self, request: EncodeRequest, result: BatchedImage) -> _Stored:
         """Copy the tower's output into the arena. Runs in a thread: a copy of megabytes.
 
         What the encode cost is kept with the entry, so that a later hit knows what it saved, and so is
@@ -185,7 +224,7 @@ class EncodeWorker:
         tensor = result.image.tensor.detach().contiguous()
         nbytes = tensor.numel() * tensor.element_size()
         try:
-            reservation = self._manager.reserve(key, nbytes, owner="encode worker")
+            reservation = self._manager.reserve(request.key, nbytes, owner="encode worker", tag=request.tag)
         except ArenaFullError as error:
             raise EncodeOverloadedError(
                 "every byte of the encode worker's arena is waiting for a PD worker's READ; retry in a "
@@ -198,10 +237,10 @@ class EncodeWorker:
                 ENCODE_SECONDS: result.encode_seconds,
                 _CHECKSUM: checksum(reservation.address, nbytes),
             }
-            return reservation.commit(dtype=tensor.dtype, shape=tuple(tensor.shape), metadata=metadata)
         except BaseException:
             reservation.abandon()
             raise
+        return _Stored(reservation, tensor.dtype, tuple(tensor.shape), metadata)
 
     async def _export(self, lease: Lease, origin: Any) -> EncodeReady:
         embedding = lease.embedding

@@ -36,6 +36,7 @@ from trtllm_mm_cache.errors import (
 from trtllm_mm_cache.observability.pd_metrics import PdMetrics
 from trtllm_mm_cache.transfer import Export, PeerMetadata, Reader
 from trtllm_mm_cache.workers.breaker import BreakerStatistics, CircuitBreakers
+from trtllm_mm_cache.workers.passages import Passage
 from trtllm_mm_cache.workers.protocol import ENCODE_SECONDS, EncodeReady, EncodeRequest
 from trtllm_mm_cache.workers.threads import in_thread
 
@@ -53,6 +54,17 @@ class MissingImage:
     media: bytes
     description: ImageDescription
     retain: bool
+    passage: Passage
+
+    @property
+    def dropped(self) -> bool:
+        """Whether a drop concerned it since its request came."""
+        return self.passage.dropped(self.key.hex)
+
+    @property
+    def retained(self) -> bool:
+        """Whether it may be stored, as things are now."""
+        return self.retain and not self.dropped
 
 
 @dataclass(frozen=True)
@@ -139,14 +151,6 @@ class EmbeddingLoader:
         The first of two attempts gets half of the time, the last one what is left. Raises the last
         attempt's error, `EncodeUnavailableError` at once when no instance is alive or admitted.
         """
-        request = EncodeRequest(
-            fingerprint=self._fingerprint,
-            key=image.key.hex,
-            media=image.media,
-            processor_kwargs=dict(image.description.processor_kwargs),
-            variant=image.description.variant,
-            retain=image.retain,
-        )
         ranked = self._encoders.rank(image.key)
         self._breakers.keep(ranked)
         give_up_at = asyncio.get_running_loop().time() + self._encode_timeout_s
@@ -154,10 +158,10 @@ class EmbeddingLoader:
         for left, instance in self._attempts(ranked):
             if failure is not None:
                 self._retries += 1
-                logger.warning("embedding %s…: %s; trying once more", request.key[:12], failure.code)
+                logger.warning("embedding %s…: %s; trying once more", image.key.hex[:12], failure.code)
             try:
                 with self._breakers.calling(instance):
-                    return await self._attempt(instance, image, request, give_up_at, left)
+                    return await self._attempt(instance, image, give_up_at, left)
             except MmCacheError as error:
                 failure = error
                 if not _another_attempt_helps(error, alone=len(ranked) == 1):
@@ -172,9 +176,20 @@ class EmbeddingLoader:
                 yield (1 if len(ranked) == 1 else left), instance
                 left -= 1
 
-    async def _attempt(
-        self, instance: int, image: MissingImage, request: EncodeRequest, give_up_at: float, left: int
-    ) -> Lease:
+    def _request(self, image: MissingImage) -> EncodeRequest:
+        tag = image.passage.tag
+        return EncodeRequest(
+            fingerprint=self._fingerprint,
+            key=image.key.hex,
+            media=image.media,
+            processor_kwargs=dict(image.description.processor_kwargs),
+            variant=image.description.variant,
+            retain=image.retained,
+            salt_tag=None if tag is None else tag.hex(),
+        )
+
+    async def _attempt(self, instance: int, image: MissingImage, give_up_at: float, left: int) -> Lease:
+        request = self._request(image)
         now = asyncio.get_running_loop().time()
         seconds = (give_up_at - now) / left
         try:
@@ -216,19 +231,21 @@ class EmbeddingLoader:
         metadata = {**ready.metadata, ENCODE_SECONDS: ready.encode_seconds}
         try:
             with self._metrics.commit.time():
-                lease = reservation.commit(dtype=dtype, shape=ready.shape, metadata=metadata)
+                lease = reservation.commit(
+                    dtype=dtype, shape=ready.shape, metadata=metadata, retain=not image.dropped
+                )
         except MmCacheError:
             reservation.abandon()
             raise
-        if image.retain and self._what_if is not None:
+        if image.retained and self._what_if is not None:
             self._what_if.loaded(image.key.hex, ready.nbytes)
         return lease
 
     def _reserve(self, image: MissingImage, nbytes: int) -> Reservation:
         """Reserve room in the cache; where every byte is leased, in the transit arena: served, not cached."""
         try:
-            if image.retain:
-                return self._cache.reserve(image.key.hex, nbytes, owner="resolver")
+            if image.retained:
+                return self._cache.reserve(image.key.hex, nbytes, owner="resolver", tag=image.passage.tag)
         except (ArenaFullError, EntryTooLargeError):
             if self._transit is self._cache:
                 raise

@@ -18,6 +18,7 @@ from trtllm_mm_cache.observability.logs import configure_logging
 from trtllm_mm_cache.observability.pd_metrics import PdMetrics
 from trtllm_mm_cache.observability.tracing import configure_tracing
 from trtllm_mm_cache.workers.assembly import give_up, make_resolver
+from trtllm_mm_cache.workers.control import Control, control_path
 from trtllm_mm_cache.workers.encode_client import EncodeClient
 from trtllm_mm_cache.workers.memory import PdMemory
 from trtllm_mm_cache.workers.model_files import local_model_path
@@ -69,16 +70,18 @@ async def _serve_model(
         {"dynamo_component": "pd", "model": settings.model_name},
         metrics.registry,
     )
+    control = Control(resolver.drop, exposition.render)
     try:
-        await _serve_endpoint(runtime, worker, exposition, model_path, settings)
+        await _serve_endpoints(runtime, worker, exposition, control, model_path, settings)
     finally:
         await worker.close()
 
 
-async def _serve_endpoint(
+async def _serve_endpoints(
     runtime: DistributedRuntime,
     worker: PdWorker,
     exposition: Exposition,
+    control: Control,
     model_path: str,
     settings: PdSettings,
 ) -> None:
@@ -98,4 +101,7 @@ async def _serve_endpoint(
         settings.model_name,
         settings.multimodal_embedding_cache_capacity_gb,
     )
-    await endpoint.serve_endpoint(worker.handle, metrics_labels=[("model", settings.model_name)])
+    await asyncio.gather(
+        endpoint.serve_endpoint(worker.handle, metrics_labels=[("model", settings.model_name)]),
+        runtime.endpoint(control_path(settings.endpoint)).serve_endpoint(control.handle),
+    )

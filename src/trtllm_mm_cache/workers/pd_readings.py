@@ -12,11 +12,13 @@ from trtllm_mm_cache.observability.flight_readings import flight_readings
 from trtllm_mm_cache.observability.what_if_readings import what_if_readings
 from trtllm_mm_cache.transfer import Reader
 from trtllm_mm_cache.workers.admission import AdmissionStatistics
-from trtllm_mm_cache.workers.breaker import BreakerStatistics
+from trtllm_mm_cache.workers.breaker import BreakerState, BreakerStatistics
 from trtllm_mm_cache.workers.encode_client import EncodeClient
 from trtllm_mm_cache.workers.memory import PdMemory
 from trtllm_mm_cache.workers.pd_worker import PdWorker
 from trtllm_mm_cache.workers.resolver import ImageResolver
+
+_BREAKER_STATES: tuple[BreakerState, ...] = ("closed", "open", "half-open")
 
 
 def pd_readings(
@@ -32,7 +34,7 @@ def pd_readings(
     yield from flight_readings(resolver.flights.statistics())
     yield from _resolver_readings(resolver)
     yield from _read_readings(memory.reader)
-    yield from _encode_worker_readings(client)
+    yield from _encode_worker_readings(client, resolver.breakers())
     yield from _breaker_readings(resolver.breakers())
     yield from _overload_readings(worker.running(), resolver.waiting())
 
@@ -61,7 +63,7 @@ def _read_readings(reader: Reader) -> Iterable[Reading]:
     yield Reading(f"{PREFIX}_reads_unsettled", "Those past their deadline.", "gauge", reads.unsettled)
 
 
-def _encode_worker_readings(client: EncodeClient) -> Iterable[Reading]:
+def _encode_worker_readings(client: EncodeClient, breakers: BreakerStatistics) -> Iterable[Reading]:
     instances = client.instances
     yield Reading(f"{PREFIX}_encode_workers", "Encode workers in discovery.", "gauge", len(instances))
     for instance in instances:
@@ -72,10 +74,18 @@ def _encode_worker_readings(client: EncodeClient) -> Iterable[Reading]:
             1,
             (("instance", f"{instance:x}"),),
         )
+        for state in _BREAKER_STATES:
+            yield Reading(
+                f"{PREFIX}_encode_worker_breaker",
+                "1 for the state of each encode worker's breaker.",
+                "gauge",
+                breakers.states.get(instance, "closed") == state,
+                (("instance", f"{instance:x}"), ("state", state)),
+            )
 
 
 def _breaker_readings(breakers: BreakerStatistics) -> Iterable[Reading]:
-    for state in ("closed", "open", "half-open"):
+    for state in _BREAKER_STATES:
         yield Reading(
             f"{PREFIX}_encode_breakers",
             "Encode workers that were called, by the state of their breaker.",

@@ -14,6 +14,7 @@ from opentelemetry.trace import SpanKind
 from trtllm_mm_cache.config import PdSettings
 from trtllm_mm_cache.engines.base import Generator, TokenDelta
 from trtllm_mm_cache.errors import MmCacheError, OverloadedError
+from trtllm_mm_cache.observability.logs import request_id
 from trtllm_mm_cache.observability.pd_metrics import PdMetrics
 from trtllm_mm_cache.observability.tracing import remote_parent, span
 from trtllm_mm_cache.workers.admission import Admission, AdmissionStatistics
@@ -49,6 +50,7 @@ class PdWorker:
             yield output
 
     async def _answer(self, payload: Any, context: Context) -> AsyncGenerator[dict[str, Any]]:
+        request_id.set(context.id())
         parent = remote_parent(context.trace_headers())
         with span("request", parent=parent, kind=SpanKind.SERVER) as current:
             record = AnswerRecord(context.id(), self._metrics, current)

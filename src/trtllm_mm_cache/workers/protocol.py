@@ -26,6 +26,7 @@ MAX_EMBEDDING_BYTES = 4 * 1024**3
 MAX_MEDIA_BYTES = 1024**3
 """The most that `--max-file-size-mb` can be set to; each worker has its own, smaller limit besides."""
 
+SaltTag = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -48,7 +49,9 @@ class EncodeRequest(Message):
 
     `fingerprint` is the asker's: an encode worker that serves another model refuses.
     `media` are the image file's bytes; the encode worker decodes them itself. Without `retain` the
-    embedding is gone when this call's READ is over. `trace_headers` are the asker's span (W3C trace context).
+    embedding is gone when this call's READ is over. `salt_tag` stands for the request's salt
+    (`cache.salt`), so that all of a tenant can be dropped. `trace_headers` are the asker's span (W3C trace
+    context).
     """
 
     version: Literal[1] = PROTOCOL_VERSION
@@ -58,7 +61,13 @@ class EncodeRequest(Message):
     processor_kwargs: Annotated[dict[str, Any], _within(PROCESSOR_KWARGS)] = Field(default_factory=dict)
     variant: str = Field("", max_length=64)
     retain: bool = True
+    salt_tag: SaltTag | None = None
     trace_headers: dict[str, str] = Field(default_factory=dict, max_length=2)
+
+    @property
+    def tag(self) -> bytes | None:
+        """`salt_tag` as the cache keeps it."""
+        return None if self.salt_tag is None else bytes.fromhex(self.salt_tag)
 
 
 class EncodeReady(Message):

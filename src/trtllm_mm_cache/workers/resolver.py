@@ -17,6 +17,7 @@ Whatever happens on the way, a lease or reservation that nobody will use is give
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import sys
 import time
@@ -28,16 +29,22 @@ from typing import Any
 from trtllm_mm_cache.cache.flight import SingleFlight
 from trtllm_mm_cache.cache.key import EmbeddingKey, embedding_key
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
+from trtllm_mm_cache.cache.salt import salt_tag
 from trtllm_mm_cache.cache.what_if import WhatIf
 from trtllm_mm_cache.config import MB
 from trtllm_mm_cache.engines.base import ImageDescription
 from trtllm_mm_cache.errors import MmCacheError, OverloadedError
 from trtllm_mm_cache.media import ImageInfo, MediaSettings, MediaSource, probe_image
 from trtllm_mm_cache.observability.pd_metrics import LookupOutcome, PdMetrics, scheme_of
+from trtllm_mm_cache.observability.tracing import span
 from trtllm_mm_cache.workers.admission import Admission, AdmissionStatistics
 from trtllm_mm_cache.workers.breaker import BreakerStatistics
+from trtllm_mm_cache.workers.control import DropReport, DropRequest
 from trtllm_mm_cache.workers.loader import EmbeddingLoader, LoaderStatistics, MissingImage
+from trtllm_mm_cache.workers.passages import Passages
 from trtllm_mm_cache.workers.protocol import ENCODE_SECONDS
+
+logger = logging.getLogger(__name__)
 
 _OFF_LOOP_BYTES = 64 * 1024
 
@@ -107,6 +114,7 @@ class ImageResolver:
         self._what_if = what_if
         self._metrics = metrics or PdMetrics()
         self._flights: SingleFlight[Lease] = SingleFlight()
+        self._passages = Passages()
         self._fetches = asyncio.Semaphore(max_fetches)
         self._fetch_wait_s = fetch_wait_s
         self._waiting = Admission(
@@ -133,6 +141,7 @@ class ImageResolver:
         """
         started = time.perf_counter()
         retain = bool(salt) or not self._require_salt
+        tag = salt_tag(salt) if salt else None
         if not retain:
             salt = secrets.token_hex(32)
         tasks: dict[str, asyncio.Task[_Found]] = {}
@@ -141,7 +150,7 @@ class ImageResolver:
                 for index, reference in enumerate(references):
                     if reference not in tasks:
                         tasks[reference] = group.create_task(
-                            self._resolve_one(index, reference, processor_kwargs, salt, variant, retain)
+                            self._resolve_one(index, reference, processor_kwargs, salt, variant, retain, tag)
                         )
         except BaseExceptionGroup as failures:
             _release_finished(tasks.values())
@@ -177,6 +186,19 @@ class ImageResolver:
         """The flights under way, for their statistics."""
         return self._flights
 
+    async def drop(self, request: DropRequest) -> DropReport:
+        """Drop embeddings, and forget every file that was fetched over HTTP.
+
+        What a request holds stays true for it. What is on its way is served and not retained; this returns
+        when it has arrived, so that an encode worker that is asked to drop next misses nothing of it.
+        """
+        selection = request.selection
+        self._passages.drop(selection)
+        dropped = self._cache.drop_selected(selection)
+        media = self._source.forget()
+        under_way = await self._passages.ended(selection, deadline_s=request.deadline_s)
+        return DropReport(entries=dropped.entries, nbytes=dropped.nbytes, media=media, under_way=under_way)
+
     async def close(self) -> None:
         """Cancel what flies and close the media source."""
         await self._flights.close()
@@ -191,14 +213,18 @@ class ImageResolver:
         salt: str | None,
         variant: str,
         retain: bool,
+        tag: bytes | None,
     ) -> _Found:
         """Steps 2 to 7 for one image."""
+        passage = self._passages.begin(tag)
         try:
             media, info = await self._fetch(reference, tenant=(salt or "") if retain else None)
             key = await self._key(media, processor_kwargs, salt, variant)
             looked_up = time.perf_counter()
             description = ImageDescription(info.width, info.height, processor_kwargs, variant)
-            found = await self._find(MissingImage(key, media, description, retain))
+            with span("lookup") as current:
+                found = await self._find(MissingImage(key, media, description, retain, passage))
+                current.set_attribute("outcome", found.outcome)
             self._metrics.found(
                 found.outcome,
                 nbytes=found.lease.nbytes,
@@ -207,6 +233,7 @@ class ImageResolver:
             )
         except MmCacheError as error:
             raise error.for_image(index) from error
+        logger.debug("image %d: %s, key %s", index + 1, found.outcome, key, extra={"key": key.hex})
         return found
 
     # 2 bytes
@@ -257,9 +284,13 @@ class ImageResolver:
             return _Found(lease, "hit")
         with self._waiting.admitted(len(image.media)):
             lease, joined = await self._flights.run(
-                image.key.hex, lambda: self._loader.load(image), share=Lease.clone, discard=Lease.release
+                image.key.hex, lambda: self._load(image), share=Lease.clone, discard=Lease.release
             )
         return _Found(lease, "joined" if joined else "miss")
+
+    async def _load(self, image: MissingImage) -> Lease:
+        with self._passages.loading(image.key.hex, image.passage):
+            return await self._loader.load(image)
 
     def _look_up(self, key: EmbeddingKey) -> Lease | None:
         lease = self._cache.lease(key.hex)

@@ -1,0 +1,1 @@
+"""`trtllm-mm-cache top`: a live view over the workers' metrics."""
