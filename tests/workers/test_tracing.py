@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from tests.workers.conftest import Bench, picture
-from trtllm_mm_cache.errors import EncodeUnavailableError, MmCacheError
+from trtllm_mm_cache.errors import ConfigurationError, EncodeUnavailableError, MmCacheError
 from trtllm_mm_cache.observability.tracing import configure_tracing, remote_parent, span, trace_headers
 
 
@@ -108,3 +108,10 @@ def test_tracing_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("OTEL_EXPORT_ENABLED", "0")
     configure_tracing("pd")
     assert trace.get_tracer_provider() is before
+
+
+def test_an_unknown_protocol_is_the_operators_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORT_ENABLED", "true")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "carrier-pigeon")
+    with pytest.raises(ConfigurationError, match="grpc or http/protobuf"):
+        configure_tracing("pd")

@@ -38,6 +38,8 @@ def configure_tracing(role: str) -> None:
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+        exporter = _exporter()
     except ImportError as error:
         raise ConfigurationError(
             "OTEL_EXPORT_ENABLED is set, but OpenTelemetry's SDK is not installed: pip install "
@@ -45,7 +47,7 @@ def configure_tracing(role: str) -> None:
         ) from error
     name = os.environ.get("OTEL_SERVICE_NAME", f"trtllm-mm-cache-{role}")
     provider = TracerProvider(resource=Resource.create({"service.name": name}))
-    provider.add_span_processor(BatchSpanProcessor(_exporter()))
+    provider.add_span_processor(BatchSpanProcessor(exporter))
     trace.set_tracer_provider(provider)
 
 
