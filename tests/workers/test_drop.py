@@ -86,6 +86,23 @@ async def test_a_flight_under_way_is_served_and_does_not_commit_into_the_cache(
     after.release()
 
 
+async def test_what_is_being_read_when_the_drop_comes_does_not_become_visible(bench: Bench) -> None:
+    caught = False
+    for _ in range(50):  # a READ of 4 KB may be over before this task looks again
+        request = asyncio.create_task(bench.resolve([picture()]))
+        while not (caught or request.done()):
+            await asyncio.sleep(0)
+            caught = bench.cache.statistics().reservations == 1
+        if caught:
+            report = await bench.resolver.drop(EVERYTHING)
+            (await request).release()
+            assert report.under_way == 0
+            break
+        (await request).release()
+    assert caught
+    assert bench.cache.keys() == []
+
+
 async def test_a_drop_waits_no_longer_than_it_was_told_and_says_what_is_left(bench: Bench) -> None:
     request = await in_flight(bench, picture())
     report = await bench.resolver.drop(DropRequest(everything=True, deadline_s=0))
