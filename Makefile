@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: test lint check demo bench-cache soak format clean
+.PHONY: test lint check demo bench-cache soak fuzz format clean
 
 test: lint check
 
@@ -36,6 +36,11 @@ bench-cache: $(STAMP)
 SOAK_SECONDS ?= 600
 soak: $(STAMP)
 	python -m tests.cache.stress --seconds $(SOAK_SECONDS)
+
+# Damaged and made-up input for every parser, FUZZ_EXAMPLES for each: 20 minutes.
+FUZZ_EXAMPLES ?= 20000
+fuzz: $(STAMP)
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) pytest --timeout 3600 tests/fuzz
 
 format: $(STAMP)
 	ruff check --fix .
