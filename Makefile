@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: test lint check demo bench-cache soak fuzz format clean
+.PHONY: test lint check faults demo bench-cache soak fuzz format clean
 
 test: lint check
 
@@ -41,6 +41,10 @@ soak: $(STAMP)
 FUZZ_EXAMPLES ?= 20000
 fuzz: $(STAMP)
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) pytest --timeout 3600 tests/fuzz
+
+# Every fault of docs/failure-modes.md on real processes, those too that are too long for `make test`.
+faults: $(STAMP)
+	pytest -m "long or not long" tests/faults tests/workers tests/transfer
 
 format: $(STAMP)
 	ruff check --fix .

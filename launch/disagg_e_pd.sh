@@ -27,6 +27,8 @@ Every argument goes to the PD worker, for example
   DYN_HTTP_PORT                 port of the OpenAI API        [8000]
   RUN_DIR                       folder for logs and discovery [.run/<time>-<pid>]
   READY_TIMEOUT_S               how long to wait for all      [900]
+  DRAIN_TIMEOUT_S               how long each kind of process may take to finish what runs when it is told
+                                to stop; on SIGTERM the exit status is then 0   [60]
 TEXT
 }
 
@@ -98,6 +100,7 @@ export DYN_DISCOVERY_BACKEND=${DYN_DISCOVERY_BACKEND:-file}
 export DYN_FILE_KV=${DYN_FILE_KV:-$run_dir/discovery}
 export DYN_REQUEST_PLANE=${DYN_REQUEST_PLANE:-tcp} DYN_EVENT_PLANE=${DYN_EVENT_PLANE:-zmq}
 export DYN_HTTP_PORT=${DYN_HTTP_PORT:-8000}
+export DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS=${DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS:-${DRAIN_TIMEOUT_S:-60}}
 # Dynamo's own log lines: warnings only, so that the workers' one line a request is readable.
 export DYN_LOG=${DYN_LOG:-warn} DYN_SDK_DISABLE_ANSI_LOGGING=${DYN_SDK_DISABLE_ANSI_LOGGING:-1}
 export PYTHONUNBUFFERED=1
@@ -137,21 +140,39 @@ start() {
     say "started $label (pid $!, metrics on 127.0.0.1:$port/metrics, log: $log)"
 }
 
-stop_all() {
-    trap '' INT TERM
-    local i pid deadline=$((SECONDS + 20))
-    for i in "${!pids[@]}"; do kill "-${signals[i]}" "${pids[i]}" 2>/dev/null || true; done
-    for pid in "${pids[@]}"; do
-        while kill -0 "$pid" 2>/dev/null && ((SECONDS < deadline)); do sleep 0.1; done
+# drain KIND: tell the processes of that kind to finish what runs, and wait until they have ended
+drain() {
+    local i status deadline=$((SECONDS + ${DRAIN_TIMEOUT_S:-60}))
+    for i in "${!pids[@]}"; do
+        if [[ ${names[i]} == "$1"* ]]; then kill "-${signals[i]}" "${pids[i]}" 2>/dev/null || true; fi
+    done
+    for i in "${!pids[@]}"; do
+        [[ ${names[i]} == "$1"* ]] || continue
+        while kill -0 "${pids[i]}" 2>/dev/null && ((SECONDS < deadline)); do sleep 0.1; done
         # Killed, mpirun would leave its ranks behind; terminated, it kills them.
-        if kill -TERM "$pid" 2>/dev/null; then sleep 1; fi
-        kill -KILL "$pid" 2>/dev/null || true
-        wait "$pid" 2>/dev/null || true
+        if kill -TERM "${pids[i]}" 2>/dev/null; then sleep 1; fi
+        if kill -KILL "${pids[i]}" 2>/dev/null; then
+            say "${names[i]} did not end in time and was killed"
+            undrained=1
+        fi
+        wait "${pids[i]}" 2>/dev/null && status=0 || status=$?
+        # What ended before it was told has been reported already.
+        if ((status)) && [[ -z ${ended[i]:-} ]]; then undrained=1; fi
     done
 }
+
+# In the order of a request, so that each kind still has what it needs: no request is cut off.
+stop_all() {
+    trap '' INT TERM
+    drain frontend
+    drain PD
+    drain encode
+}
+undrained=0
+declare -A ended=()
 trap stop_all EXIT
 trap 'say "stopping"; exit 130' INT
-trap 'say "stopping"; exit 143' TERM
+trap 'say "draining: what runs is finished"; trap - EXIT; stop_all; exit "$undrained"' TERM
 
 failed() {
     echo "[launch] ---- last lines of $2 ----" >&2
@@ -256,8 +277,6 @@ TEXT
 # Losing an encode worker costs only misses, and one PD worker of several only its own requests: say so and
 # go on. Without the frontend or the last PD worker nothing is served: end. This script restarts nothing; in
 # production each process runs under a supervisor that does.
-declare -A ended=()
-
 pd_workers_left() {
     local i
     for i in "${!pids[@]}"; do

@@ -13,6 +13,7 @@
     ├── OverloadedError              503  the PD worker has as much under way as it may (retryable)
     ├── EncodeError                  the encode side could not deliver
     │   ├── EncodeUnavailableError       503  no encode worker is alive (retryable)
+    │   │   └── EncodeUnreachableError   503  this one cannot be connected to (retryable)
     │   ├── EncodeOverloadedError        503  its queue or arena is full (retryable)
     │   ├── EncodeTimeoutError           504  no answer within the deadline (retryable)
     │   ├── EncodeFailedError            502  the vision tower failed on this image (retryable)
@@ -149,6 +150,12 @@ class EncodeUnavailableError(EncodeError):
 
     code = "encode_unavailable"
     http_status = 503
+
+
+class EncodeUnreachableError(EncodeUnavailableError):
+    """The encode worker cannot be connected to: it has not seen the image."""
+
+    code = "encode_unreachable"
 
 
 class EncodeOverloadedError(EncodeError):

@@ -18,6 +18,7 @@ from trtllm_mm_cache.transfer import Exporter, TransferAgent
 from trtllm_mm_cache.workers.control import Control, control_path
 from trtllm_mm_cache.workers.encode_worker import EncodeWorker
 from trtllm_mm_cache.workers.model_files import local_model_path
+from trtllm_mm_cache.workers.presence import serve_present
 from trtllm_mm_cache.workers.runtime import connect, drain_on_signals, endpoint_path
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def run_encode_worker(settings: EncodeSettings) -> None:
 
 async def _serve(settings: EncodeSettings) -> None:
     runtime = connect(settings)
-    drain_on_signals(runtime)
+    draining = drain_on_signals(runtime)
     model_path = await local_model_path(settings.model_path)
     engine = await asyncio.to_thread(load_engine, settings.engine)
     encoder = await asyncio.to_thread(
@@ -58,8 +59,8 @@ async def _serve(settings: EncodeSettings) -> None:
     )
     try:
         await asyncio.gather(
-            endpoint.serve_endpoint(worker.handle),
-            runtime.endpoint(control_path(settings.endpoint)).serve_endpoint(control.handle),
+            serve_present(endpoint, worker.handle, draining),
+            serve_present(runtime.endpoint(control_path(settings.endpoint)), control.handle, draining),
         )
     finally:
         await worker.close()

@@ -11,7 +11,7 @@ import xxhash
 from dynamo.runtime import Client, Context
 
 from trtllm_mm_cache.cache.key import EmbeddingKey
-from trtllm_mm_cache.errors import EncodeFailedError, EncodeUnavailableError
+from trtllm_mm_cache.errors import EncodeFailedError, EncodeUnavailableError, EncodeUnreachableError
 from trtllm_mm_cache.observability.tracing import trace_headers
 from trtllm_mm_cache.workers.protocol import EncodeReady, EncodeRequest, parse_answer
 
@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 # How long an answer may come after its caller has gone. The encode worker is told, so it is soon or never.
 _LATE_ANSWER_S = 30.0
+
+# What Dynamo 1.6.1 says when a call never left: its instance is dead, but still listed for up to 10 seconds.
+_NEVER_SENT = ("not found for endpoint", "TCP connection to")
 
 
 def rendezvous_rank(key: EmbeddingKey, instances: list[int]) -> list[int]:
@@ -57,8 +60,9 @@ class EncodeClient:
     async def encode(self, instance: int, request: EncodeRequest) -> EncodeReady:
         """Ask `instance` for one embedding.
 
-        Raises what the encode worker reports, `EncodeUnavailableError` when it cannot be reached
-        or goes away before it answers, `ProtocolMismatchError` for an answer of another protocol.
+        Raises what the encode worker reports, `EncodeUnreachableError` when it is not there,
+        `EncodeUnavailableError` when it goes away before it answers, `ProtocolMismatchError` for an
+        answer of another protocol.
         Cancelling the call tells the encode worker that nobody waits any more.
         """
         # A context of its own: the flight outlives the request that started it.
@@ -106,5 +110,8 @@ def _data(item: Any) -> Any:
 
 
 def _unreachable(error: Exception) -> EncodeUnavailableError:
-    logger.warning("encode worker unreachable: %s", str(error).splitlines()[0][:200] if str(error) else error)
+    text = str(error)
+    logger.warning("encode worker unreachable: %s", text.splitlines()[0][:200] if text else error)
+    if any(words in text for words in _NEVER_SENT):
+        return EncodeUnreachableError("the encode worker for this image is not there; retry in a moment")
     return EncodeUnavailableError("the encode worker for this image cannot be reached; retry in a moment")

@@ -170,6 +170,8 @@ class EncodeWorker:
 
     async def _answer(self, request: EncodeRequest) -> EncodeReady:
         passage = self._passages.begin(request.tag)
+        if request.fresh:
+            self._manager.drop(request.key)
         lease = self._manager.lease(request.key)
         if lease is not None:
             origin = "cached"

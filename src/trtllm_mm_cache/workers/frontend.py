@@ -9,19 +9,20 @@ from dynamo.llm import EngineType, EntrypointArgs, make_engine, run_input
 
 from trtllm_mm_cache.config import FrontendSettings
 from trtllm_mm_cache.observability.logs import configure_logging
-from trtllm_mm_cache.workers.runtime import connect
+from trtllm_mm_cache.workers.runtime import connect, drain_on_signals
 
 logger = logging.getLogger(__name__)
 
 
 def run_frontend(settings: FrontendSettings) -> None:
-    """Serve until SIGTERM or SIGINT (Dynamo's server handles both: it finishes what runs, then ends)."""
+    """Serve until SIGTERM or SIGINT; then take nothing new, finish what runs, and return."""
     configure_logging(settings.log_level, settings.log_format)
     asyncio.run(_serve(settings))
 
 
 async def _serve(settings: FrontendSettings) -> None:
     runtime = connect(settings)
+    drain_on_signals(runtime)
     engine = await make_engine(
         runtime,
         EntrypointArgs(EngineType.Dynamic, http_host=settings.http_host, http_port=settings.http_port),

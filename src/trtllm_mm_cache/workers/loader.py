@@ -1,6 +1,7 @@
 """Steps 5 to 7 for one missing embedding: ask an encode worker, READ what it exports, commit it.
 
-    5 miss         the encode worker that the key chooses; once more on the next one if that can help
+    5 miss         the encode worker that the key chooses; once more on the next one if that can help; those
+                   that are not there any more, though discovery still lists them, are passed over
     6 READ         NIXL reads straight into a reserved extent
     7 commit       only after checksum, size, shape, dtype, rows and values agree
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -25,10 +26,12 @@ from trtllm_mm_cache.cache.what_if import WhatIf
 from trtllm_mm_cache.engines.base import ImageDescription
 from trtllm_mm_cache.errors import (
     ArenaFullError,
+    ChecksumMismatchError,
     EmbeddingMismatchError,
     EncodeError,
     EncodeTimeoutError,
     EncodeUnavailableError,
+    EncodeUnreachableError,
     EntryTooLargeError,
     MmCacheError,
     TransferError,
@@ -153,30 +156,29 @@ class EmbeddingLoader:
         """
         ranked = self._encoders.rank(image.key)
         self._breakers.keep(ranked)
+        alone, left = len(ranked) == 1, _ATTEMPTS
         give_up_at = asyncio.get_running_loop().time() + self._encode_timeout_s
         failure: MmCacheError | None = None
-        for left, instance in self._attempts(ranked):
+        for instance in ranked * _ATTEMPTS if alone else ranked:
+            if not self._breakers.admits(instance):
+                continue
             if failure is not None:
                 self._retries += 1
                 logger.warning("embedding %s…: %s; trying once more", image.key.hex[:12], failure.code)
             try:
                 with self._breakers.calling(instance):
-                    return await self._attempt(instance, image, give_up_at, left)
+                    request = self._request(image, fresh=_was_wrong(failure))
+                    return await self._attempt(instance, image, request, give_up_at, 1 if alone else left)
+            except EncodeUnreachableError as error:
+                failure = error  # it took no time and has not seen the image: not an attempt
             except MmCacheError as error:
                 failure = error
-                if not _another_attempt_helps(error, alone=len(ranked) == 1):
+                left -= 1
+                if not left or not _another_attempt_helps(error, alone=alone):
                     break
         raise failure or _unavailable(ranked)
 
-    def _attempts(self, ranked: list[int]) -> Iterator[tuple[int, int]]:
-        """Yield how many attempts are left and whom to ask: two, of those that are admitted when asked."""
-        left = _ATTEMPTS
-        for instance in ranked * 2 if len(ranked) == 1 else ranked:
-            if left and self._breakers.admits(instance):
-                yield (1 if len(ranked) == 1 else left), instance
-                left -= 1
-
-    def _request(self, image: MissingImage) -> EncodeRequest:
+    def _request(self, image: MissingImage, *, fresh: bool) -> EncodeRequest:
         tag = image.passage.tag
         return EncodeRequest(
             fingerprint=self._fingerprint,
@@ -185,11 +187,13 @@ class EmbeddingLoader:
             processor_kwargs=dict(image.description.processor_kwargs),
             variant=image.description.variant,
             retain=image.retained,
+            fresh=fresh,
             salt_tag=None if tag is None else tag.hex(),
         )
 
-    async def _attempt(self, instance: int, image: MissingImage, give_up_at: float, left: int) -> Lease:
-        request = self._request(image)
+    async def _attempt(
+        self, instance: int, image: MissingImage, request: EncodeRequest, give_up_at: float, left: int
+    ) -> Lease:
         now = asyncio.get_running_loop().time()
         seconds = (give_up_at - now) / left
         try:
@@ -250,6 +254,11 @@ class EmbeddingLoader:
             if self._transit is self._cache:
                 raise
         return self._transit.reserve(image.key.hex, nbytes, owner=_UNCACHED)
+
+
+def _was_wrong(failure: MmCacheError | None) -> bool:
+    """Whether the embedding itself was wrong, and may lie so in the arena of whoever is asked next."""
+    return isinstance(failure, (ChecksumMismatchError, EmbeddingMismatchError))
 
 
 def _another_attempt_helps(error: MmCacheError, *, alone: bool) -> bool:

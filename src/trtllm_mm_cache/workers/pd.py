@@ -24,6 +24,7 @@ from trtllm_mm_cache.workers.memory import PdMemory
 from trtllm_mm_cache.workers.model_files import local_model_path
 from trtllm_mm_cache.workers.pd_readings import pd_readings
 from trtllm_mm_cache.workers.pd_worker import PdWorker
+from trtllm_mm_cache.workers.presence import serve_present
 from trtllm_mm_cache.workers.runtime import connect, drain_on_signals, endpoint_path
 
 logger = logging.getLogger(__name__)
@@ -44,19 +45,23 @@ def run_pd_worker(settings: PdSettings) -> None:
 
 async def _serve(settings: PdSettings) -> None:
     runtime = connect(settings)
-    drain_on_signals(runtime)
+    draining = drain_on_signals(runtime)
     model_path = await local_model_path(settings.model_path)
     # Memory first: a host that cannot hold it says so before minutes of model loading.
     memory = await PdMemory.create(settings)
     try:
-        await _serve_model(runtime, memory, model_path, settings)
+        await _serve_model(runtime, draining, memory, model_path, settings)
     finally:
         await memory.close()
         logger.info("PD worker ended")
 
 
 async def _serve_model(
-    runtime: DistributedRuntime, memory: PdMemory, model_path: str, settings: PdSettings
+    runtime: DistributedRuntime,
+    draining: asyncio.Event,
+    memory: PdMemory,
+    model_path: str,
+    settings: PdSettings,
 ) -> None:
     engine = await asyncio.to_thread(load_engine, settings.engine)
     generator = await asyncio.to_thread(engine.load_generator, Path(model_path), settings.extra_engine_args)
@@ -72,13 +77,14 @@ async def _serve_model(
     )
     control = Control(resolver.drop, exposition.render)
     try:
-        await _serve_endpoints(runtime, worker, exposition, control, model_path, settings)
+        await _serve_endpoints(runtime, draining, worker, exposition, control, model_path, settings)
     finally:
         await worker.close()
 
 
 async def _serve_endpoints(
     runtime: DistributedRuntime,
+    draining: asyncio.Event,
     worker: PdWorker,
     exposition: Exposition,
     control: Control,
@@ -87,21 +93,35 @@ async def _serve_endpoints(
 ) -> None:
     endpoint = runtime.endpoint(endpoint_path(settings.endpoint))
     endpoint.metrics.register_prometheus_expfmt_callback(exposition.render)
-    # The encode worker is never among the model's `needs`: without it text and cached images go on.
-    await register_model(
-        ModelInput.Tokens,
-        ModelType.Chat | ModelType.Completions,
-        endpoint,
-        model_path,
-        settings.model_name,
-        worker_type=WorkerType.Aggregated,
-    )
+
+    async def offer_model() -> None:
+        # The encode worker is never among the model's `needs`: without it text and cached images go on.
+        await register_model(
+            ModelInput.Tokens,
+            ModelType.Chat | ModelType.Completions,
+            endpoint,
+            model_path,
+            settings.model_name,
+            worker_type=WorkerType.Aggregated,
+        )
+
+    async def offer_again() -> None:
+        await offer_model()
+        await endpoint.register_endpoint_instance()
+
+    await offer_model()
     logger.info(
         "PD worker ready: model %s, cache %.2f GB",
         settings.model_name,
         settings.multimodal_embedding_cache_capacity_gb,
     )
     await asyncio.gather(
-        endpoint.serve_endpoint(worker.handle, metrics_labels=[("model", settings.model_name)]),
-        runtime.endpoint(control_path(settings.endpoint)).serve_endpoint(control.handle),
+        serve_present(
+            endpoint,
+            worker.handle,
+            draining,
+            register=offer_again,
+            metrics_labels=[("model", settings.model_name)],
+        ),
+        serve_present(runtime.endpoint(control_path(settings.endpoint)), control.handle, draining),
     )

@@ -49,9 +49,9 @@ class EncodeRequest(Message):
 
     `fingerprint` is the asker's: an encode worker that serves another model refuses.
     `media` are the image file's bytes; the encode worker decodes them itself. Without `retain` the
-    embedding is gone when this call's READ is over. `salt_tag` stands for the request's salt
-    (`cache.salt`), so that all of a tenant can be dropped. `trace_headers` are the asker's span (W3C trace
-    context).
+    embedding is gone when this call's READ is over. `fresh`: an embedding of this key was just found wrong,
+    so one that lies there already will not do. `salt_tag` stands for the request's salt (`cache.salt`), so
+    that all of a tenant can be dropped. `trace_headers` are the asker's span (W3C trace context).
     """
 
     version: Literal[1] = PROTOCOL_VERSION
@@ -61,6 +61,7 @@ class EncodeRequest(Message):
     processor_kwargs: Annotated[dict[str, Any], _within(PROCESSOR_KWARGS)] = Field(default_factory=dict)
     variant: str = Field("", max_length=64)
     retain: bool = True
+    fresh: bool = False
     salt_tag: SaltTag | None = None
     trace_headers: dict[str, str] = Field(default_factory=dict, max_length=2)
 

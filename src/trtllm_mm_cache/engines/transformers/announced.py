@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, ProcessorMixin
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from trtllm_mm_cache.engines.base import ImageDescription
 from trtllm_mm_cache.engines.transformers.architectures import Architecture
@@ -60,22 +61,25 @@ class EmbeddingCheck:
         if not self.architecture.has_grid:
             return
         grid = grid_of(metadata, shape[0], self.config.vision_config.spatial_merge_size)
-        patches = grid[0] * grid[1] * grid[2]
-        if patches not in self._patches(image):
+        if tuple(grid) not in self._grids(image):
             raise EmbeddingMismatchError(
                 f"the grid {grid} is not that of an image of {image.width} x {image.height} pixels"
             )
 
-    def _patches(self, image: ImageDescription) -> set[int]:
-        """Return the number of patches, for either orientation of the stored image."""
+    def _grids(self, image: ImageDescription) -> set[tuple[int, int, int]]:
+        """Return the grid that the image processor lays out, for either orientation of the stored image."""
+        processor = self.processor.image_processor
         kwargs = image_kwargs(
             image.processor_kwargs, self.architecture.request_kwargs, configured_bounds(self.processor)
         )
-        size = kwargs.get("size", {})
-        names = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
-        pixels = {names[edge]: value for edge, value in size.items() if edge in names}
-        count = self.processor.image_processor.get_number_of_image_patches
-        return {
-            count(height, width, pixels)
-            for height, width in ((image.height, image.width), (image.width, image.height))
-        }
+        size = kwargs.get("size", processor.size)
+        grids = set()
+        for stored in ((image.height, image.width), (image.width, image.height)):
+            height, width = smart_resize(
+                *stored,
+                factor=processor.patch_size * processor.merge_size,
+                min_pixels=size["shortest_edge"],
+                max_pixels=size["longest_edge"],
+            )
+            grids.add((1, height // processor.patch_size, width // processor.patch_size))
+        return grids
