@@ -20,7 +20,7 @@ from trtllm_mm_cache.cache.salt import salt_tag
 from trtllm_mm_cache.config import EncodeSettings
 from trtllm_mm_cache.engines.base import EncodedImage, EncodeItem, VisionEncoder
 from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, TransformersVisionEncoder
-from trtllm_mm_cache.errors import MmCacheError
+from trtllm_mm_cache.errors import EncodeOverloadedError, MmCacheError
 from trtllm_mm_cache.transfer import Exporter, TransferAgent
 from trtllm_mm_cache.workers.control import DropRequest
 from trtllm_mm_cache.workers.encode_worker import EncodeWorker
@@ -74,12 +74,15 @@ class Bench:
     def key(self, media: bytes, salt: str | None = None) -> str:
         return embedding_key(media, fingerprint=self.fingerprint, salt=salt).hex
 
-    async def call(self, media: bytes, *, retain: bool = True, salt: str | None = None) -> EncodeReady:
+    async def call(
+        self, media: bytes, *, retain: bool = True, salt: str | None = None, fresh: bool = False
+    ) -> EncodeReady:
         request = EncodeRequest(
             fingerprint=self.fingerprint,
             key=self.key(media, salt),
             media=media,
             retain=retain,
+            fresh=fresh,
             salt_tag=salt_tag(salt).hex() if salt else None,
         )
         answers = [answer async for answer in self.worker.handle(request.model_dump(), Context("test"))]
@@ -173,3 +176,29 @@ async def test_what_is_being_encoded_when_it_is_dropped_is_delivered_and_not_sto
     assert ready.origin == "encoded"
     assert bench.manager.peek(ready.key) == ("another" in what)
     assert (await bench.call(media, salt="one")).origin == ("cached" if "another" in what else "encoded")
+
+
+async def test_what_was_found_wrong_is_encoded_anew(bench: Bench) -> None:
+    media = png(new_picture(32, 32))
+    origins = [(await bench.call(media, fresh=fresh)).origin for fresh in (False, True, False)]
+    assert origins == ["encoded", "encoded", "cached"]
+
+
+async def test_more_embeddings_than_the_arena_holds_are_refused_until_one_is_read(bench: Bench) -> None:
+    first = await bench.call(png(new_picture(32, 32)))
+    room = bench.manager.capacity_bytes // first.nbytes - 1
+    for _ in range(room):
+        await bench.call(png(new_picture(32, 32)))
+    with pytest.raises(EncodeOverloadedError, match="waiting for a PD worker's READ"):
+        await bench.call(png(new_picture(32, 32)))
+    assert bench.exporter.release(first.token)
+    assert (await bench.call(png(new_picture(32, 32)))).origin == "encoded"
+
+
+async def test_a_full_queue_refuses_and_what_is_stored_is_still_offered(bench: Bench) -> None:
+    stored = png(new_picture(32, 32))
+    await bench.call(stored)
+    bench.worker._queue._max_items = 0  # 256 by default
+    with pytest.raises(EncodeOverloadedError, match="vision tower"):
+        await bench.call(png(new_picture(32, 32)))
+    assert (await bench.call(stored)).origin == "cached"
