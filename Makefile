@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: test lint check faults demo bench-cache soak fuzz format clean
+.PHONY: test lint check faults demo bench-cache soak fuzz chaos format clean
 
 test: lint check
 
@@ -45,6 +45,12 @@ fuzz: $(STAMP)
 # Every fault of docs/failure-modes.md on real processes, those too that are too long for `make test`.
 faults: $(STAMP)
 	pytest -m "long or not long" tests/faults tests/workers tests/transfer
+
+# Kills, freezes and restarts workers under load for CHAOS_SECONDS; fails if anything is wrong or lost.
+CHAOS_SECONDS ?= 300
+CHAOS_ARGS ?=
+chaos: $(STAMP)
+	python -m tests.chaos.run --seconds $(CHAOS_SECONDS) $(CHAOS_ARGS)
 
 format: $(STAMP)
 	ruff check --fix .

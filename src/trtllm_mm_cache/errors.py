@@ -29,6 +29,7 @@
     │   ├── ArenaFullError               503  every byte that could be freed is leased (retryable)
     │   ├── LoadAbortedError             503  the flight everybody waited for was stopped (retryable)
     │   └── IntegrityError               500  an invariant of the cache does not hold
+    ├── DiscoveryLostError           500  the worker fell out of discovery; it ends, to be restarted
     └── ConfigurationError           500  the operator's settings are at fault; raised at start
         └── SharedMemoryError            500  the shared-memory file system is too small
 
@@ -258,6 +259,12 @@ class IntegrityError(CacheError):
     """An invariant of the cache does not hold: a defect in this package."""
 
     code = "integrity"
+
+
+class DiscoveryLostError(MmCacheError):
+    """The worker fell out of discovery; its process ends, for a supervisor to restart."""
+
+    code = "discovery_lost"
 
 
 class ConfigurationError(MmCacheError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,7 +21,6 @@ from tests.services import CLI, Service
 DEMO_MODEL = Path(__file__).parents[2] / "models/shapes-qwen2-vl"
 LARGEST_SIDE = 560
 """Pixels; the demo model itself makes larger pictures smaller than a READ of theirs could be watched."""
-ETCD_LEASE_TTL_S = 20
 TRANSFER_TIMEOUT_S = 1
 ENCODE_TIMEOUT_S = 8
 LEASE_TIMEOUT_S = 2
@@ -71,25 +70,26 @@ class Deployment:
 
     def encode_worker(self, host: Host, name: str) -> Service:
         """Return a further encode worker, not yet started."""
-        return _worker(host, self.near, self.model, "encode", name, _METRICS_PORT + 2)
+        return _worker(host, self.model, "encode", name, self.far_encoder.environment, _METRICS_PORT + 2)
 
 
 @contextmanager
-def deployed(folder: Path) -> Iterator[Deployment]:
-    """Bring everything up, and down in the end."""
+def deployed(folder: Path, *, lease_ttl_s: int = 20) -> Iterator[Deployment]:
+    """Bring everything up, and down in the end. `lease_ttl_s` is that of the etcd leases."""
     with ExitStack() as stack:
         near, far, cable = stack.enter_context(two_hosts())
         model = _model(folder)
+        environment = _environment(near, lease_ttl_s)
         etcd = _etcd(near, folder)
-        pd = _worker(near, near, model, "pd", "pd", _METRICS_PORT)
+        pd = _worker(near, model, "pd", "pd", environment, _METRICS_PORT)
         frontend = Service(
             "frontend",
             near.command(*CLI, "frontend", "--http-host", near.address),
             folder,
             "frontend listens",
-            _environment(near),
+            environment,
         )
-        encoder = _worker(far, near, model, "encode", "far-encoder", _METRICS_PORT + 1)
+        encoder = _worker(far, model, "encode", "far-encoder", environment, _METRICS_PORT + 1)
         for service in (etcd, frontend, pd, encoder):
             service.start()
             stack.callback(service.kill)
@@ -129,11 +129,11 @@ def _etcd(host: Host, folder: Path) -> Service:
     return Service("etcd", command, folder, "serving client traffic")
 
 
-def _environment(near: Host) -> dict[str, str]:
+def _environment(near: Host, lease_ttl_s: int) -> dict[str, str]:
     return {
         "DYN_DISCOVERY_BACKEND": "etcd",
         "ETCD_ENDPOINTS": f"http://{near.address}:2379",
-        "ETCD_LEASE_TTL": str(ETCD_LEASE_TTL_S),
+        "ETCD_LEASE_TTL": str(lease_ttl_s),
         "DYN_TCP_REQUEST_TIMEOUT": "2",  # how long Dynamo waits for a worker to take a request; its own is 5
         "DYN_LOG": "warn",
         "HF_HUB_OFFLINE": "1",
@@ -154,7 +154,9 @@ def _model(folder: Path) -> Path:
     return model
 
 
-def _worker(host: Host, near: Host, model: Path, role: str, name: str, port: int) -> Service:
+def _worker(
+    host: Host, model: Path, role: str, name: str, environment: Mapping[str, str], port: int
+) -> Service:
     options = ["--model-path", str(model), "--transfer-timeout-s", str(TRANSFER_TIMEOUT_S)]
     cache = "--multimodal-embedding-cache-capacity-gb"
     if role == "pd":
@@ -163,4 +165,4 @@ def _worker(host: Host, near: Host, model: Path, role: str, name: str, port: int
     else:
         options += [cache, "0.03125", "--lease-timeout-s", str(LEASE_TIMEOUT_S)]
     ready = "PD worker ready" if role == "pd" else "encode worker ready"
-    return Service(name, host.command(*CLI, role, *options), model.parent, ready, _environment(near), port)
+    return Service(name, host.command(*CLI, role, *options), model.parent, ready, environment, port)

@@ -17,6 +17,7 @@ from trtllm_mm_cache.observability.tracing import configure_tracing
 from trtllm_mm_cache.transfer import Exporter, TransferAgent
 from trtllm_mm_cache.workers.control import Control, control_path
 from trtllm_mm_cache.workers.encode_worker import EncodeWorker
+from trtllm_mm_cache.workers.ending import close_arena
 from trtllm_mm_cache.workers.model_files import local_model_path
 from trtllm_mm_cache.workers.presence import serve_present
 from trtllm_mm_cache.workers.runtime import connect, drain_on_signals, endpoint_path
@@ -65,5 +66,5 @@ async def _serve(settings: EncodeSettings) -> None:
     finally:
         await worker.close()
         await agent.close(deadline_s=_CLOSE_DEADLINE_S)
-        manager.close()
+        close_arena(manager, "cache")
         logger.info("encode worker ended")

@@ -9,6 +9,7 @@ from trtllm_mm_cache.cache.policy import make_policy
 from trtllm_mm_cache.cache.what_if import WhatIf
 from trtllm_mm_cache.config import GB, MB, PdSettings
 from trtllm_mm_cache.transfer import Reader, TransferAgent
+from trtllm_mm_cache.workers.ending import close_arena
 
 _CLOSE_DEADLINE_S = 5.0
 
@@ -53,6 +54,6 @@ class PdMemory:
     async def close(self) -> None:
         """Close NIXL first, so that nothing is written into memory that is about to go."""
         await self._agent.close(deadline_s=_CLOSE_DEADLINE_S)
-        self.cache.close()
+        close_arena(self.cache, "cache")
         if self.transit is not self.cache:
-            self.transit.close()
+            close_arena(self.transit, "transit arena")

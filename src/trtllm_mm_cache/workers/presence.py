@@ -3,6 +3,7 @@
 A process that stands still for longer than its entry lives (10 s: stopped, suspended, starved) is taken off
 the list. With files Dynamo 1.6.1 notices that its entry has gone, says so every few seconds, and never makes
 another: the worker would serve nobody until it is restarted. So it looks for itself, and registers again.
+With etcd Dynamo ends the runtime of a worker that cannot renew its lease: the process then ends with an error.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from dynamo.runtime import Endpoint
+
+from trtllm_mm_cache.errors import DiscoveryLostError
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +32,8 @@ async def serve_present(
 ) -> None:
     """Serve `endpoint` until its runtime is shut down, and keep it on the list until `draining`.
 
-    `register` puts it back there; the endpoint's own registration, if none is given.
+    `register` puts it back there; the endpoint's own registration, if none is given. Raises
+    `DiscoveryLostError` when the runtime ends without `draining`.
     """
     register = register or endpoint.register_endpoint_instance
     presence = asyncio.create_task(_keep_present(endpoint, register, draining), name="presence")
@@ -37,6 +41,11 @@ async def serve_present(
         await endpoint.serve_endpoint(handler, metrics_labels=metrics_labels)
     finally:
         presence.cancel()
+    if not draining.is_set():
+        raise DiscoveryLostError(
+            "this worker is out of discovery: its lease could not be renewed in time, because etcd was down "
+            "or out of reach; restart the process, and set ETCD_LEASE_TTL (seconds) above such outages"
+        )
 
 
 async def _keep_present(

@@ -1,0 +1,28 @@
+"""The short version of the chaos run: no clock is held to anything but the deadlines of the run itself."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.chaos.run import run_chaos
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_nothing_is_lost_and_no_answer_is_wrong_while_workers_die_and_freeze(tmp_path: Path) -> None:
+    seed = random.SystemRandom().randrange(2**31)
+    report = run_chaos(tmp_path, seconds=5, seed=seed, encode_workers=2, clients=3, pause_s=1.5)
+    print(report.table())
+    assert report.problems() == [], f"seed {seed}"
+    assert report.record.faults
