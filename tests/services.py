@@ -98,6 +98,10 @@ class Service:
         if self.alive:
             self.signal(signal.SIGTERM)
             self.signal(signal.SIGCONT)
+        return self.ended()
+
+    def ended(self) -> int:
+        """Wait for the end that it was asked for and return its status; fails when that takes too long."""
         try:
             return self.popen.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:

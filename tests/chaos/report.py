@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import statistics
 import time
 from collections.abc import Sequence
@@ -46,11 +47,15 @@ def left_over(workers: Sequence[Service]) -> dict[str, dict[str, float]]:
 IN_ORDER = "in order"
 
 
-def end(worker: Service) -> str:
-    """Stop a worker as a supervisor does; say `IN_ORDER`, or what was not."""
-    if not worker.alive:
-        return "had ended before"
-    status = worker.stop()
+def end(workers: Sequence[Service]) -> dict[str, str]:
+    """Stop workers as a supervisor does; say of each `IN_ORDER`, or what was not."""
+    for worker in workers:
+        worker.signal(signal.SIGTERM)
+    return {worker.name: _ending(worker) for worker in workers}
+
+
+def _ending(worker: Service) -> str:
+    status = worker.ended()
     if status:
         return f"ended with status {status}"
     lines = [line for line in worker.log.read_text().splitlines() if "the books" in line]

@@ -63,7 +63,7 @@ def run_chaos(
         lasted = time.monotonic() - began
         everything_serves = supervisor.all_serve
         left = left_over(stack.workers)
-        endings = {worker.name: end(worker) for worker in stack.workers}
+        endings = end(stack.workers)
     return Report(
         seed=seed,
         seconds=lasted,

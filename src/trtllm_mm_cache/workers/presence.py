@@ -3,7 +3,7 @@
 A process that stands still for longer than its entry lives (10 s: stopped, suspended, starved) is taken off
 the list. With files Dynamo 1.6.1 notices that its entry has gone, says so every few seconds, and never makes
 another: the worker would serve nobody until it is restarted. So it looks for itself, and registers again.
-With etcd Dynamo ends the runtime of a worker that cannot renew its lease: the process then ends with an error.
+With etcd Dynamo ends the runtime of a worker that cannot renew its lease: the process ends, with an error.
 """
 
 from __future__ import annotations
