@@ -202,3 +202,13 @@ async def test_a_full_queue_refuses_and_what_is_stored_is_still_offered(bench: B
     with pytest.raises(EncodeOverloadedError, match="vision tower"):
         await bench.call(png(new_picture(32, 32)))
     assert (await bench.call(stored)).origin == "cached"
+
+
+async def test_an_answer_that_comes_when_the_caller_has_gone_exports_nothing(bench: Bench) -> None:
+    media = png(new_picture(32, 32))
+    assert bench.exporter.release((await bench.call(media)).token)
+    request = EncodeRequest(fingerprint=bench.fingerprint, key=bench.key(media), media=media)
+    context = Context("gone")
+    context.stop_generating()
+    assert [answer async for answer in bench.worker.handle(request.model_dump(), context)] == []
+    assert bench.exporter.statistics().held == 0

@@ -135,6 +135,9 @@ class EncodeWorker:
             )
             yield EncodeFault.of(error).model_dump()
         else:
+            if context.is_stopped():  # what is sent now is dropped on the way, and nobody would READ it
+                self._exporter.release(ready.token)
+                return
             self._metrics.delivered(ready.origin, encode_seconds=ready.encode_seconds)
             yield ready.model_dump()
 
