@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: test lint check faults demo bench-cache soak fuzz chaos format clean
+.PHONY: test lint check faults demo bench-cache bench-transfer bench-serving bench-burst soak fuzz chaos format clean
 
 test: lint check
 
@@ -30,7 +30,24 @@ demo: $(STAMP)
 
 # What benchmarks/RESULTS.md reports under "Cache core": five minutes; each prints one JSON object.
 bench-cache: $(STAMP)
-	for name in handoff key copy operations utilization what_if; do python benchmarks/cache_$$name.py || exit 1; done
+	for name in handoff key copy operations utilization what_if; do python -m benchmarks.cache_$$name || exit 1; done
+
+# Beside Dynamo's own senders and receivers, from the ai-dynamo wheel; as root add BENCH_ARGS=--two-hosts.
+BENCH_ARGS ?=
+.venv-dynamo: $(STAMP)
+	pip install --quiet --no-deps --target $@ ai-dynamo==1.6.1
+bench-transfer: .venv-dynamo
+	python -m benchmarks.transfer --peer .venv-dynamo $(BENCH_ARGS)
+
+# The whole stack under AIPerf, which has a virtual environment of its own (1.2 GB).
+.venv-aiperf:
+	python3 -m venv $@
+	$@/bin/pip install --quiet aiperf==0.13.0
+bench-serving: $(STAMP) .venv-aiperf
+	python -m benchmarks.serving --aiperf .venv-aiperf/bin/aiperf $(BENCH_ARGS)
+
+bench-burst: $(STAMP)
+	python -m benchmarks.burst $(BENCH_ARGS)
 
 # Threads that do everything to one cache, SOAK_SECONDS for each eviction policy; reports memory.
 SOAK_SECONDS ?= 600

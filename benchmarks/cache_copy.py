@@ -1,6 +1,6 @@
 """Copying an embedding into the arena, beside memcpy and beside `clone()`.
 
-    python benchmarks/cache_copy.py [--repeats 41]
+    python -m benchmarks.cache_copy [--repeats 41]
 
 In turn over rotating extents, for each size, medians in GB/s (1024**3 bytes a second):
 
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measuring import MB, finish, interleave, median_ratio, say
+from benchmarks.measuring import MB, finish, interleave, median_ratio, say
 
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
 

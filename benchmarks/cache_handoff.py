@@ -1,6 +1,6 @@
 """Handing a cached embedding to another process, beside the first hand-off of an ordinary tensor.
 
-    python benchmarks/cache_handoff.py [--repeats 21]
+    python -m benchmarks.cache_handoff [--repeats 21]
 
 Three ways in turn:
 
@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as torch_multiprocessing
-from measuring import MB, finish, median_ms, median_ratio, say
+from benchmarks.measuring import MB, finish, median_ms, median_ratio, say
 from torch.multiprocessing.reductions import rebuild_storage_filename
 
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager

@@ -1,6 +1,6 @@
 """From a picture's data: URL to its key, beside hashing the URL's text.
 
-    python benchmarks/cache_key.py [--repeats 201]
+    python -m benchmarks.cache_key [--repeats 201]
 
 The picture is a JPEG of 284 KiB. In turn, medians in microseconds:
 
@@ -19,7 +19,7 @@ import io
 
 import blake3
 import numpy as np
-from measuring import finish, interleave, median_ratio, median_us, say
+from benchmarks.measuring import finish, interleave, median_ratio, median_us, say
 from PIL import Image
 
 from trtllm_mm_cache.cache.key import embedding_key

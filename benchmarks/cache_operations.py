@@ -1,6 +1,6 @@
 """What the cache's operations cost beyond the copy, with 1,000 and with 100,000 entries.
 
-    python benchmarks/cache_operations.py [--rounds 40]
+    python -m benchmarks.cache_operations [--rounds 40]
 
 Entries of 2 KiB, so that the copy costs next to nothing, in full caches. In each round every operation runs
 100 times on every cache, the caches in turn; each call is timed. Medians in microseconds:
@@ -30,7 +30,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from measuring import finish, median_us, say
+from benchmarks.measuring import finish, median_us, say
 
 from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.policy import make_policy

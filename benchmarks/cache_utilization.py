@@ -1,6 +1,6 @@
 """How full the arena gets and what holes cost, for three mixes of sizes; and the bookkeeping of an entry.
 
-    python benchmarks/cache_utilization.py [--requests 12000]
+    python -m benchmarks.cache_utilization [--requests 12000]
 
 Zipf traffic (exponent 0.8, six times as many pictures as fit) through `get` and `set`. Sizes and capacity
 are a 1/64 of real ones (160 MB stand for 10 GB), so that the arena behaves as a large one and the run fits
@@ -28,7 +28,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measuring import MB, finish, say
+from benchmarks.measuring import MB, finish, say
 
 from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.policy import make_policy

@@ -1,6 +1,6 @@
 """How exact the what-if curve is at its production settings, and what it costs a look-up.
 
-    python benchmarks/cache_what_if.py [--length 200000] [--seeds 2]
+    python -m benchmarks.cache_what_if [--length 200000] [--seeds 2]
 
 Traffic over 100,000 pictures of 1 to 32 KiB (log-uniform; embeddings are some 300 times larger), a cache of
 100 MiB. Each trace runs through the curve and through caches of 0.5, 1, 2 and 4 times the capacity that see
@@ -22,7 +22,7 @@ from typing import Any
 
 import libcachesim
 import numpy as np
-from measuring import finish, median_us, say
+from benchmarks.measuring import finish, median_us, say
 
 from trtllm_mm_cache.cache.miniature import MiniatureCache
 from trtllm_mm_cache.cache.what_if import FACTORS, WhatIf

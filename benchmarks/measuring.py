@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,12 +57,16 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def finish(name: str, results: dict[str, Any]) -> None:
-    """Print the results as one JSON object, with the machine's state at the end of the run."""
+def finish(name: str, results: dict[str, Any], out: Path | None = None) -> None:
+    """Print the results as one JSON object, with the machine's state at the end; keep it in `out`."""
     machine = {
         "cores": os.cpu_count(),
         "load_1_min": round(os.getloadavg()[0], 1),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
     }
-    print(json.dumps({"benchmark": name, "machine": machine, **results}))
+    report = {"benchmark": name, "machine": machine, **results}
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(report))

@@ -1,183 +1,187 @@
-"""How long an embedding takes from one process's arena into another's, beside a memcpy of the same bytes.
+"""From the encode worker's reply to a committed embedding, beside a memcpy of its bytes.
 
-    python benchmarks/transfer.py [--transports tcp] [--repeats 25]
+    python -m benchmarks.transfer [--peer FOLDER] [--two-hosts] [--repeats 12] [--rounds 3]
 
-Two processes on this machine. For each size, medians in milliseconds over rotating extents of
+Two processes. Ours are the real encode worker and the PD worker's real loader, without a model: `after` is
+the time from the reply in hand (parse, reserve, READ, checksum and check for NaN, commit) to a lease on the
+entry. `before` is what the encode side does between the end of its vision tower and the reply: a copy into
+its arena and the checksum.
 
-    memcpy    the same number of bytes inside the reader's arena, one thread
-    read      Reader.begin to its outcome: the READ alone
-    read_into Reader.read_into: READ and checksum, as the PD worker does it
-    export    Exporter.export: the checksum on the encode side, on its first export
+With `--peer`, the folder in which `make bench-transfer` puts ai-dynamo, Dynamo's senders and receivers run
+beside it. `before` is their `send_embeddings` (`local` writes a file there), `after` their
+`receive_embeddings`, from the reply in hand to the tensor that it returns; it is in no cache yet.
 
-and the agent threads' CPU while idle. The last line is one JSON object.
+Each round starts a new pair of processes for each way, in an order drawn anew; only one pair is there at a
+time, because some burn a core while they wait. With `--two-hosts` each process is in a network namespace of
+its own and UCX goes by TCP (root; `local` needs a common disk and is left out). The last line is one JSON
+object.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
-import dataclasses
+import contextlib
 import json
 import os
-import resource
+import random
 import statistics
 import sys
-import time
-from typing import Any, cast
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
-from trtllm_mm_cache.transfer import Export, Exporter, PeerMetadata, Reader, TransferAgent
+from benchmarks.measuring import finish, median_ms
+from benchmarks.transfer_dynamo import FOLDER_VARIABLE, KINDS
+from benchmarks.transfer_ends import MB
+from benchmarks.two_hosts import Host, two_hosts
+from tqdm import tqdm
 
-MB = 1024**2
-SIZES = {"1 MB": MB, "9.8 MB": int(9.8 * MB), "33.6 MB": int(33.6 * MB)}
-ARENA_BYTES = 320 * MB
+SIZES = {"1 MB": MB, "10 MB": 10 * MB, "34 MB": 34 * MB}
+WARM_UP = 3
+GOAL_MEMCPYS, GOAL_MS = 2.5, 0.5
+ANSWER_TIMEOUT_S = 120
 
-
-async def make_side(transports: str | None) -> tuple[MultimodalEmbeddingCacheManager, TransferAgent]:
-    """Make an arena and a NIXL agent that has it registered."""
-    manager = MultimodalEmbeddingCacheManager(ARENA_BYTES)
-    agent = await TransferAgent.start({"UCX_TLS": transports} if transports else None)
-    await agent.register(manager.arena.base_address, manager.arena.capacity_bytes)
-    return manager, agent
-
-
-async def serve(transports: str | None) -> None:
-    """Export a new entry of the size on each input line."""
-    manager, agent = await make_side(transports)
-    exporter = Exporter(agent, lease_timeout_s=60)
-    print(json.dumps(agent.metadata.to_wire()), flush=True)
-    number = 0
-    while line := await asyncio.to_thread(sys.stdin.readline):
-        number += 1
-        reservation = manager.reserve(str(number), int(line), owner="benchmark")
-        view = reservation.view
-        view.random_()
-        lease = reservation.commit(dtype=view.dtype, shape=(1, view.numel()))
-        began = time.perf_counter()
-        export = await exporter.export(lease)
-        seconds = time.perf_counter() - began
-        print(json.dumps({"seconds": seconds, **dataclasses.asdict(export)}), flush=True)
-    await agent.close(deadline_s=1)
+Measured = dict[str, dict[str, list[dict[str, float]]]]
 
 
-class RemoteExporter:
-    """The other process."""
+class Pair:
+    """A sender and a receiver of one way, each in a process of its own."""
 
-    async def start(self, transports: str | None) -> PeerMetadata:
-        """Start it and return its NIXL metadata."""
-        arguments = ["--serve", *(["--transports", transports] if transports else [])]
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            __file__,
-            *arguments,
+    def __init__(self, way: str, hosts: Sequence[Host], folder: Path) -> None:
+        self._way = way
+        self._hosts = hosts
+        self._socket = folder / f"{way}.socket"
+        self._processes: list[asyncio.subprocess.Process] = []
+
+    async def __aenter__(self) -> Pair:
+        await self._start("send", "listening", 0)
+        await self._start("receive", "connected", 1)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for process in reversed(self._processes):  # the receiver's end is the sender's
+            if process.stdin is not None:
+                process.stdin.close()
+            try:
+                async with asyncio.timeout(20):
+                    await process.wait()
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+
+    async def measure(self, nbytes: int, repeats: int) -> list[dict[str, float]]:
+        """Return the seconds of each of `repeats` embeddings."""
+        receiver = self._processes[1]
+        if receiver.stdin is None:
+            raise RuntimeError("the receiver was started without stdin")
+        receiver.stdin.write(f"{nbytes} {repeats}\n".encode())
+        seconds: list[dict[str, float]] = json.loads(await self._line(receiver))
+        return seconds
+
+    async def _start(self, end: str, ready: str, number: int) -> None:
+        prefix = self._hosts[number].prefix if self._hosts else ()
+        environment = self._hosts[number].environment if self._hosts else {}
+        process = await asyncio.create_subprocess_exec(
+            *prefix,
+            *(sys.executable, "-m", "benchmarks.transfer_process", end, self._way, str(self._socket)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            env={**os.environ, **environment},
         )
-        self._requests = cast(asyncio.StreamWriter, self._process.stdin)
-        self._answers = cast(asyncio.StreamReader, self._process.stdout)
-        return PeerMetadata.from_wire(await self._answer())
+        self._processes.append(process)
+        while (await self._line(process)).strip() != ready:
+            pass  # libraries print on the way
 
-    async def export(self, nbytes: int) -> tuple[Export, float]:
-        """Have a new entry exported; return it and the seconds that took over there."""
-        self._requests.write(f"{nbytes}\n".encode())
-        answer = await self._answer()
-        seconds = answer.pop("seconds")
-        return Export(**answer), seconds
-
-    async def stop(self) -> None:
-        """End it in order."""
-        self._requests.close()
-        async with asyncio.timeout(10):
-            await self._process.wait()
-
-    async def _answer(self) -> Any:
-        async with asyncio.timeout(60):
-            return json.loads(await self._answers.readline())
+    async def _line(self, process: asyncio.subprocess.Process) -> str:
+        if process.stdout is None:
+            raise RuntimeError("the process was started without stdout")
+        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            line = await process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a process of {self._way} ended early; its last words are above")
+        return line.decode()
 
 
-async def measure(transports: str | None, repeats: int) -> dict[str, Any]:
-    """Run all measurements."""
-    manager, agent = await make_side(transports)
-    reader, remote = Reader(agent), RemoteExporter()
-    peer = await remote.start(transports)
-    results: dict[str, Any] = {"transports": transports or "default", "repeats": repeats, "sizes": {}}
-    results["idle_cpu_percent"] = round(await idle_cpu_percent(agent), 2)
-    for name, nbytes in SIZES.items():
-        times: dict[str, list[float]] = {"memcpy": [], "read": [], "read_into": [], "export": []}
-        for number in range(repeats):
-            source = manager.arena.base_address + number % 4 * nbytes
-            target = manager.arena.base_address + ARENA_BYTES - (1 + number % 4) * nbytes
-            began = time.perf_counter()
-            ctypes.memmove(target, source, nbytes)
-            times["memcpy"].append(time.perf_counter() - began)
-            for way in ("read", "read_into"):
-                export, seconds = await remote.export(nbytes)
-                times["export"].append(seconds)
-                times[way].append(await timed(way, manager, reader, peer, export))
-        results["sizes"][name] = {
-            way: round(statistics.median(spent) * 1e3, 3) for way, spent in times.items()
+async def measure(ways: Sequence[str], hosts: Sequence[Host], rounds: int, repeats: int) -> Measured:
+    """Measure every way in every round; return for each way and size what each transfer took."""
+    source = random.Random(1)
+    measured: Measured = {way: {name: [] for name in SIZES} for way in ways}
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=rounds * len(ways) * len(SIZES)) as bar:
+        for _ in range(rounds):
+            for way in source.sample(ways, len(ways)):
+                bar.set_description(way)
+                async with Pair(way, hosts, Path(folder)) as pair:
+                    for name, nbytes in SIZES.items():
+                        await pair.measure(nbytes, WARM_UP)
+                        measured[way][name] += await pair.measure(nbytes, repeats)
+                        bar.update()
+    return measured
+
+
+def summary(measured: Measured) -> dict[str, Any]:
+    """Return medians in milliseconds by size, and how they stand to the goals."""
+    sizes: dict[str, Any] = {}
+    for name in SIZES:
+        ours = measured["ours"][name]
+        memcpy = median_ms([one["memcpy_s"] for one in ours])
+        ways = {
+            way: {
+                "before_ms": median_ms([one["send_s"] for one in by_size[name]]),
+                "after_ms": median_ms([one["receive_s"] for one in by_size[name]]),
+                "sum_ms": median_ms([one["send_s"] + one["receive_s"] for one in by_size[name]]),
+            }
+            for way, by_size in measured.items()
         }
-    await remote.stop()
-    await agent.close(deadline_s=1)
-    manager.close()
-    return results
+        after, both = ways["ours"]["after_ms"], ways["ours"]["sum_ms"]
+        others = {way: row for way, row in ways.items() if way != "ours"}
+        sizes[name] = {
+            "memcpy_ms": memcpy,
+            "ways": ways,
+            "goal_ms": round(GOAL_MEMCPYS * memcpy + GOAL_MS, 3),
+            "ours_in_memcpys": round(after / memcpy, 2),
+            "quartiles_ms": [
+                round(1e3 * cut, 3) for cut in statistics.quantiles([one["receive_s"] for one in ours])
+            ],
+            "times_faster_after": {way: round(row["after_ms"] / after, 2) for way, row in others.items()},
+            "times_faster_sum": {way: round(row["sum_ms"] / both, 2) for way, row in others.items()},
+        }
+    return sizes
 
 
-async def timed(
-    way: str, manager: MultimodalEmbeddingCacheManager, reader: Reader, peer: PeerMetadata, export: Export
-) -> float:
-    """READ `export` into an entry that stays in the cache, so that targets rotate through the arena."""
-    reservation = manager.reserve(export.token, export.nbytes, owner="benchmark")
-    view = reservation.view
-    began = time.perf_counter()
-    if way == "read":
-        read = reader.begin(
-            peer,
-            remote_address=export.address,
-            local_address=reservation.address,
-            nbytes=export.nbytes,
-            token=export.token,
-            deadline_s=10,
-        )
-        await asyncio.wrap_future(read.outcome)
-    else:
-        await reader.read_into(reservation, peer, export, deadline_s=10)
-    seconds = time.perf_counter() - began
-    reservation.commit(dtype=view.dtype, shape=(1, export.nbytes)).release()
-    return seconds
-
-
-async def idle_cpu_percent(agent: TransferAgent) -> float:
-    """Return the share of one core that the agent thread takes when there is nothing to do."""
-
-    def thread_seconds(_: object) -> float:
-        usage = resource.getrusage(resource.RUSAGE_THREAD)
-        return usage.ru_utime + usage.ru_stime
-
-    began, before = time.monotonic(), await asyncio.wrap_future(agent.call(thread_seconds))
-    await asyncio.sleep(2)
-    used = await asyncio.wrap_future(agent.call(thread_seconds)) - before
-    return 100 * used / (time.monotonic() - began)
+def table(sizes: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of a table for the terminal."""
+    ways = next(iter(sizes.values()))["ways"]
+    yield f"{'ms':>7} {'memcpy':>8} {'goal':>8} " + " ".join(f"{way + ' (before)':>22}" for way in ways)
+    for name, row in sizes.items():
+        cells = (f"{one['after_ms']:>12.2f} ({one['before_ms']:>7.2f})" for one in row["ways"].values())
+        yield f"{name:>7} {row['memcpy_ms']:8.3f} {row['goal_ms']:8.2f} " + " ".join(cells)
 
 
 def main() -> None:
-    """Parse the command line and print the results."""
+    """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--transports", help="UCX_TLS for both processes, for example tcp")
-    parser.add_argument("--repeats", type=int, default=25, help="READs of each size and kind")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.serve:
-        asyncio.run(serve(arguments.transports))
-        return
-    results = asyncio.run(measure(arguments.transports, arguments.repeats))
-    print(f"{'ms':>9} {'memcpy':>8} {'read':>8} {'read_into':>10} {'export':>8}   cores: {os.cpu_count()}")
-    for name, row in results["sizes"].items():
-        print(f"{name:>9} {row['memcpy']:8} {row['read']:8} {row['read_into']:10} {row['export']:8}")
-    print(json.dumps(results))
+    parser.add_argument(
+        "--peer", type=Path, metavar="FOLDER", help="where ai-dynamo lies; default: ours alone"
+    )
+    parser.add_argument("--two-hosts", action="store_true", help="network namespaces and TCP; needs root")
+    parser.add_argument("--rounds", type=int, default=3, help="pairs of processes for each way")
+    parser.add_argument("--repeats", type=int, default=12, help="embeddings of each size in a round")
+    parser.add_argument("--out", type=Path, help="file for the JSON object")
+    options = parser.parse_args()
+    ways = ["ours"]
+    if options.peer is not None:
+        os.environ[FOLDER_VARIABLE] = str(options.peer.resolve())
+        ways += [way for way in KINDS if not (options.two_hosts and way == "local")]
+    with two_hosts() if options.two_hosts else contextlib.nullcontext(()) as hosts:
+        measured = asyncio.run(measure(ways, hosts, options.rounds, options.repeats))
+    sizes = summary(measured)
+    print("\n".join(table(sizes)))
+    results = {"two_hosts": options.two_hosts, "rounds": options.rounds, "repeats": options.repeats}
+    finish("transfer", {**results, "sizes": sizes}, options.out)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import xxhash
 
-from trtllm_mm_cache.transfer.finite import is_finite
+from trtllm_mm_cache.transfer.finite import checksum_and_finite
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 LENGTH = 200_003  # several pieces and an odd end, in every dtype
@@ -13,7 +14,7 @@ LENGTH = 200_003  # several pieces and an odd end, in every dtype
 
 def verdict(tensor: torch.Tensor) -> bool:
     nbytes = tensor.numel() * tensor.element_size()
-    return is_finite(tensor.data_ptr(), nbytes, str(tensor.dtype).removeprefix("torch."))
+    return checksum_and_finite(tensor.data_ptr(), nbytes, str(tensor.dtype).removeprefix("torch."))[1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -37,3 +38,11 @@ def test_the_largest_and_smallest_values_are_finite(dtype: torch.dtype) -> None:
 def test_types_without_such_values_hold_none() -> None:
     assert verdict(torch.full((16,), 255, dtype=torch.uint8))
     assert verdict(torch.full((16,), -1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8", None])
+@pytest.mark.parametrize("nbytes", [0, 1, 512 * 1024, 512 * 1024 + 12, 3_000_004])
+def test_the_checksum_is_that_of_the_whole(nbytes: int, dtype: str | None) -> None:
+    data = torch.randint(256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    found, _ = checksum_and_finite(data.data_ptr(), nbytes, dtype)
+    assert found == xxhash.xxh3_64_intdigest(data.numpy())

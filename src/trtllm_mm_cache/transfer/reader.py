@@ -19,7 +19,7 @@ from trtllm_mm_cache.errors import (
     TransferTimeoutError,
 )
 from trtllm_mm_cache.transfer.agent import TransferAgent
-from trtllm_mm_cache.transfer.finite import is_finite
+from trtllm_mm_cache.transfer.finite import checksum_and_finite
 from trtllm_mm_cache.transfer.messages import Export, PeerMetadata
 from trtllm_mm_cache.transfer.reads import Read, ReadTable
 
@@ -95,9 +95,7 @@ class Reader:
                 f"the encode worker exported {export.nbytes} bytes where {reservation.nbytes} were reserved"
             )
         await self._fill(reservation, peer, export, deadline_s)
-        await self._verify(reservation, export)
-        if finite_dtype is not None:
-            await self._verify_finite(reservation, finite_dtype)
+        await self._verify(reservation, export, finite_dtype)
 
     def begin(
         self,
@@ -176,21 +174,20 @@ class Reader:
             self._give_back(reservation, peer, export.token, read)
             raise
 
-    async def _verify(self, reservation: Reservation, export: Export) -> None:
-        checksum = await self._agent.checksums.compute(
-            reservation.address, reservation.nbytes, give_back=reservation.abandon
+    async def _verify(self, reservation: Reservation, export: Export, finite_dtype: str | None) -> None:
+        """Look at the bytes in one go: a second hand-over to a thread would take 0.2 ms more."""
+        work = partial(checksum_and_finite, reservation.address, reservation.nbytes, finite_dtype)
+        found, finite = await self._agent.checksums.run(
+            work, reservation.nbytes, give_back=reservation.abandon
         )
-        if checksum != export.checksum:
+        if found != export.checksum:
             self._corrupt += 1
             reservation.abandon()
             raise ChecksumMismatchError(
                 f"{export.nbytes} bytes arrived with another checksum than they were exported with: the READ "
                 "came after the exporter's lease had timed out, or memory is damaged; ask for it again"
             )
-
-    async def _verify_finite(self, reservation: Reservation, dtype: str) -> None:
-        work = partial(is_finite, reservation.address, reservation.nbytes, dtype)
-        if not await self._agent.checksums.run(work, reservation.nbytes, give_back=reservation.abandon):
+        if not finite:
             self._not_finite += 1
             reservation.abandon()
             raise EmbeddingMismatchError(

@@ -1,0 +1,167 @@
+"""This project's two ends of `transfer.py`: the real encode worker and the PD worker's real loader.
+
+Only the model is left out: the "vision tower" hands over a tensor that it has ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from benchmarks.dataset import picture
+from benchmarks.transfer_ends import ARENA_BYTES, Receiver, Sender, Times, ask
+from dynamo.runtime import Context
+
+from trtllm_mm_cache.cache.key import EmbeddingKey
+from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
+from trtllm_mm_cache.config import EncodeSettings
+from trtllm_mm_cache.engines.base import EncodedImage, EncodeItem, ImageDescription
+from trtllm_mm_cache.errors import MmCacheError
+from trtllm_mm_cache.transfer import Exporter, Reader, TransferAgent
+from trtllm_mm_cache.workers.breaker import CircuitBreakers
+from trtllm_mm_cache.workers.encode_worker import EncodeWorker
+from trtllm_mm_cache.workers.loader import EmbeddingLoader, MissingImage
+from trtllm_mm_cache.workers.passages import Passage
+from trtllm_mm_cache.workers.protocol import EncodeReady, EncodeRequest, parse_answer
+
+FINGERPRINT = "ab" * 32
+WIDTH = 1024
+
+
+class ReadyTower:
+    """A `VisionEncoder` whose embeddings are there already, as float16; the request says how many bytes."""
+
+    def __init__(self) -> None:
+        self._ready = [torch.rand(ARENA_BYTES // 8 // WIDTH, WIDTH).half() for _ in range(2)]
+        self.ended_at = 0.0
+
+    @property
+    def fingerprint(self) -> str:
+        """That of no model."""
+        return FINGERPRINT
+
+    def preprocess(self, item: EncodeItem) -> int:
+        """Return how many rows the request asks for."""
+        return int(item.processor_kwargs["nbytes"]) // (2 * WIDTH)
+
+    def encode(self, batch: Sequence[int]) -> list[EncodedImage | MmCacheError]:
+        """Hand over a part of what is there, of another tensor each time."""
+        self._ready.reverse()
+        results: list[EncodedImage | MmCacheError] = [
+            EncodedImage(self._ready[0][:rows], {"image_grid_thw": [1, rows, 4]}) for rows in batch
+        ]
+        self.ended_at = time.perf_counter()
+        return results
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+@dataclass
+class OurSender(Sender):
+    """The encode worker. Seconds: from the end of the tower to the reply."""
+
+    worker: EncodeWorker
+    tower: ReadyTower
+
+    async def reply(self, request: Any) -> tuple[Any, float]:
+        """Answer an `EncodeRequest`."""
+        replies = [reply async for reply in self.worker.handle(request, Context("benchmark"))]
+        return replies[0], time.perf_counter() - self.tower.ended_at
+
+
+@asynccontextmanager
+async def our_sender() -> AsyncIterator[Sender]:
+    """Make an encode worker."""
+    manager, agent = await _arena_and_agent()
+    tower = ReadyTower()
+    settings = EncodeSettings(model_path="none", max_batch_wait_ms=0)
+    worker = EncodeWorker(tower, manager, Exporter(agent, lease_timeout_s=30), agent.metadata, settings)
+    try:
+        yield OurSender(worker, tower)
+    finally:
+        await worker.close()
+        await agent.close(deadline_s=1)
+        manager.close()
+
+
+class _EncodeWorkerOverThere:
+    """The `EncodeWorkers` of the loader; notes when the reply is here."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.replied_at = self.send_s = 0.0
+
+    def rank(self, key: EmbeddingKey) -> list[int]:
+        """Return the one instance."""
+        return [1]
+
+    async def encode(self, instance: int, request: EncodeRequest) -> EncodeReady:
+        """Ask it."""
+        reply, self.send_s = await ask(self._connection, request.model_dump())
+        self.replied_at = time.perf_counter()
+        return parse_answer(reply)
+
+    async def close(self) -> None:
+        """Nothing waits."""
+
+
+@dataclass
+class OurReceiver(Receiver):
+    """The loader of the PD worker. Seconds: from the reply to a lease on the committed entry."""
+
+    loader: EmbeddingLoader
+    peer: _EncodeWorkerOverThere
+    media: bytes
+
+    async def receive(self, nbytes: int) -> Times:
+        """Load an embedding of `nbytes` bytes under a key that is new."""
+        description = ImageDescription(0, 0, {"nbytes": nbytes})
+        image = MissingImage(
+            EmbeddingKey(secrets.token_bytes(32)), self.media, description, True, Passage(None)
+        )
+        lease = await self.loader.load(image)
+        there_at = time.perf_counter()
+        if lease.nbytes != nbytes:
+            raise RuntimeError(f"{lease.nbytes} bytes came instead of {nbytes}")
+        lease.release()
+        return Times(send_s=self.peer.send_s, receive_s=there_at - self.peer.replied_at)
+
+
+@asynccontextmanager
+async def our_receiver(connection: Connection) -> AsyncIterator[Receiver]:
+    """Make a PD worker's cache and the loader that fills it."""
+    manager, agent = await _arena_and_agent()
+    peer = _EncodeWorkerOverThere(connection)
+    loader = EmbeddingLoader(
+        cache=manager,
+        transit=manager,
+        encoders=peer,
+        breakers=CircuitBreakers(failures=3, retry_s=1),
+        reader=Reader(agent),
+        fingerprint=FINGERPRINT,
+        check=lambda *_: None,  # no model, so nothing that rows could disagree with
+        reject_non_finite=True,
+        encode_timeout_s=60,
+        transfer_timeout_s=30,
+    )
+    try:
+        yield OurReceiver(loader, peer, picture(1, 32))
+    finally:
+        await loader.close()
+        await agent.close(deadline_s=1)
+        manager.close()
+
+
+async def _arena_and_agent() -> tuple[MultimodalEmbeddingCacheManager, TransferAgent]:
+    manager = await asyncio.to_thread(MultimodalEmbeddingCacheManager, ARENA_BYTES)
+    agent = await TransferAgent.start()
+    await agent.register(manager.arena.base_address, manager.arena.capacity_bytes)
+    return manager, agent
