@@ -118,7 +118,8 @@ def launched(run_dir: Path, *pd_arguments: str, **environment: str) -> Iterator[
     }
     with log.open("wb") as output:
         launcher = subprocess.Popen(
-            [str(REPOSITORY / "launch/disagg_e_pd.sh"), *pd_arguments],
+            # A shell cannot trap a signal that was ignored when it began, as SIGINT is in background jobs.
+            ["env", "--default-signal=INT", str(REPOSITORY / "launch/disagg_e_pd.sh"), *pd_arguments],
             env={**os.environ, **variables},
             stdout=output,
             stderr=subprocess.STDOUT,

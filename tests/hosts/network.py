@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 INTERFACE = "eth0"
 _CLONE_NEWNET = 0x40000000
-_PROGRAMS = ("ip", "unshare", "nsenter", "setpriv")
+_PROGRAMS = ("ip", "tc", "unshare", "nsenter", "setpriv")
 
 
 @functools.cache
@@ -33,6 +33,8 @@ def reason_to_skip(*more_programs: str) -> str | None:
     """Return why this machine cannot be two hosts, or None."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "two hosts need network namespaces: Linux, as root"
+    # Not on every PATH, and root's tools are there.
+    os.environ["PATH"] += f"{os.pathsep}/usr/sbin{os.pathsep}/sbin"
     missing = [program for program in (*_PROGRAMS, *more_programs) if shutil.which(program) is None]
     if missing:
         return f"not installed: {', '.join(missing)} (Debian: apt-get install etcd-server iproute2)"

@@ -46,7 +46,7 @@ class LanguageModel:
         if contents != [_content(tensor) for tensor in (*views, *mrope)]:
             raise RuntimeError("bytes behind a handle changed before the request had finished")
         del views, mrope
-        send({"final": True, "finish_reason": tokens.reason})
+        send({"final": True, "token_ids": tokens.last, "finish_reason": tokens.reason})
 
     def _check_hashes(self, hashes: list[list[int]], contents: list[bytes]) -> None:
         """KV blocks are shared by hash, so equal hashes must mean equal embeddings."""
@@ -96,23 +96,30 @@ class LanguageModel:
 
 
 class _Tokens(StoppingCriteria):
-    """Sends each new token and says when the answer ends."""
+    """Sends each new token and says when the answer ends.
+
+    As in the real executor, the response that ends a request brings its last token: that is in `last`.
+    """
 
     def __init__(self, request: dict[str, Any], send: Any, aborted: Any) -> None:
         self._sampling: SamplingParams = request["sampling"]
         self._prompt_tokens = len(request["token_ids"])
         self._send, self._aborted = send, aborted
         self.reason = "length"
+        self.last: list[int] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         answer = input_ids[0, self._prompt_tokens :].tolist()
         if self._aborted.is_set():
             self.reason = "cancelled"
         else:
-            self._send({"final": False, "token_ids": [answer[-1]]})
             ends = answer[-1] == self._sampling.end_id and not self._sampling.ignore_eos
             if ends or any(answer[-len(word) :] == word for word in self._sampling.stop_words()):
                 self.reason = "stop"
+            if self.reason == "stop" or len(answer) == self._sampling.max_tokens:
+                self.last = answer[-1:]
+            else:
+                self._send({"final": False, "token_ids": answer[-1:]})
         return torch.full((1,), self.reason != "length")
 
 
