@@ -12,6 +12,7 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.samples import Sample
 
+from tests.deploy.queries import alert_queries, dashboard_queries, unknown
 from tests.e2e.stack import REPOSITORY, Process, Stack, new_picture, wait_until
 
 QUESTION = "What is this?"
@@ -178,3 +179,12 @@ def test_the_encode_worker_is_seen_and_nothing_is_left_over(busy: Stack) -> None
     for process in [pd, *busy.workers("encode")]:
         for name in ("arena_unaccounted_bytes", "reserved_bytes", "quarantined_bytes", "flights_in_progress"):
             assert process.metric(f"trtllm_mm_cache_{name}") == 0, name
+
+
+def test_dashboard_and_alerts_ask_for_what_workers_expose(busy: Stack) -> None:
+    exposed: dict[str, set[str]] = {}
+    for process in [*busy.workers("PD"), *busy.workers("encode")]:
+        for _, family in families(process):
+            for sample in family.samples:
+                exposed.setdefault(sample.name, set()).update(sample.labels)
+    assert unknown([*dashboard_queries(), *alert_queries()], exposed) == []
