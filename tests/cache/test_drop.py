@@ -44,7 +44,10 @@ def test_what_is_selected_goes_and_nothing_else(
     manager: MultimodalEmbeddingCacheManager, selection: Selection, left: list[str]
 ) -> None:
     gone = 4 - len(left)
-    assert manager.drop_selected(selection) == (gone, gone * NBYTES)
+    before = manager.keys()
+    dropped = manager.drop_selected(selection)
+    assert sorted(dropped.keys) == sorted(set(before) - set(left))
+    assert (dropped.entries, dropped.nbytes) == (gone, gone * NBYTES)
     assert manager.keys() == left
     statistics = manager.statistics()
     assert (statistics.dropped, statistics.dropped_bytes) == (gone, gone * NBYTES)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.cache.traces import REUSE_TRACES, Trace
 from trtllm_mm_cache.cache.miniature import MiniatureCache
+from trtllm_mm_cache.cache.selection import Selection
 from trtllm_mm_cache.cache.what_if import FACTORS, WhatIf
 
 CAPACITY = 4 * 1024**2  # some 450 entries
@@ -150,11 +151,11 @@ def test_a_miss_whose_embedding_never_came_stays_a_miss_everywhere() -> None:
 def test_what_is_dropped_is_dropped_from_every_size() -> None:
     what_if, real = WhatIf("lru", 1000), dictionary_lru(1000)
     serve(what_if, real, [(1, 100), (2, 100)])
-    what_if.dropped(key_of(1))
+    what_if.dropped(Selection(key=key_of(1)), ())
     what_if.looked_up(key_of(1), None)
     what_if.looked_up(key_of(2), 100)
     assert [point.hit_ratio for point in what_if.curve().points] == [0.25] * 4
-    what_if.cleared()
+    what_if.dropped(Selection(), [key_of(2)])
     what_if.looked_up(key_of(2), None)
     assert [point.hit_ratio for point in what_if.curve().points] == pytest.approx([0.2] * 4)
 

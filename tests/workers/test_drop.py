@@ -151,6 +151,16 @@ async def test_a_request_that_comes_after_the_drop_is_cached(bench: Bench) -> No
     again.release()
 
 
+@pytest.mark.parametrize("what", ["its key", "its salt", "everything"])
+async def test_the_what_if_curve_forgets_what_is_dropped(bench: Bench, what: str) -> None:
+    """A lookup after the drop would hit in no size of cache."""
+    images = await bench.resolve([picture()], salt="one")
+    await bench.resolver.drop(selecting(images)[what])
+    images.release()
+    (await bench.resolve([picture()], salt="one")).release()
+    assert [point.hit_ratio for point in bench.what_if.curve().points] == [0, 0, 0, 0]
+
+
 async def test_the_control_endpoint_answers_drops_and_metrics(bench: Bench) -> None:
     control = Control(bench.resolver.drop, lambda: "# metrics")
     (await bench.resolve([picture()])).release()

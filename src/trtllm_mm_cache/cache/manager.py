@@ -156,7 +156,7 @@ class MultimodalEmbeddingCacheManager:
             nbytes = sum(entry.extent.nbytes for entry in entries)
             for entry in entries:
                 self._ledger.drop(entry)
-            return Dropped(len(entries), nbytes)
+            return Dropped(tuple(entry.key for entry in entries), nbytes)
 
     def clear(self) -> int:
         """Drop every entry and return how many there were."""

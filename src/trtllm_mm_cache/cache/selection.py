@@ -9,8 +9,13 @@ from typing import NamedTuple
 class Dropped(NamedTuple):
     """What a drop made invisible."""
 
-    entries: int
+    keys: tuple[str, ...]
     nbytes: int
+
+    @property
+    def entries(self) -> int:
+        """How many entries."""
+        return len(self.keys)
 
 
 @dataclass(frozen=True, slots=True)

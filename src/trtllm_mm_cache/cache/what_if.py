@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from trtllm_mm_cache.cache.miniature import MiniatureCache
+from trtllm_mm_cache.cache.selection import Selection
 
 FACTORS = (0.5, 1.0, 2.0, 4.0)
 
@@ -107,16 +109,18 @@ class WhatIf:
             while self._caches[-1].tracked > self._most_keys:
                 self._halve()
 
-    def dropped(self, key: str) -> None:
-        """The real cache was told to drop `key`."""
-        with self._lock:
-            for cache in self._caches:
-                cache.drop(key)
+    def dropped(self, selection: Selection, keys: Iterable[str]) -> None:
+        """The real cache was told to drop `selection`, and had `keys` of it.
 
-    def cleared(self) -> None:
-        """The real cache was told to drop everything."""
+        What a larger cache alone would still have had of one tag is not known; it ages out.
+        """
         with self._lock:
-            self._caches = self._empty_caches()
+            if selection == Selection():
+                self._caches = self._empty_caches()
+                return
+            for key in {*keys, *([selection.key] if selection.key else ())}:
+                for cache in self._caches:
+                    cache.drop(key)
 
     def curve(self) -> WhatIfCurve:
         """Return the curve of the last look-ups."""

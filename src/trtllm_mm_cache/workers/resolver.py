@@ -195,6 +195,8 @@ class ImageResolver:
         selection = request.selection
         self._passages.drop(selection)
         dropped = self._cache.drop_selected(selection)
+        if self._what_if is not None:
+            self._what_if.dropped(selection, dropped.keys)
         media = self._source.forget()
         under_way = await self._passages.ended(selection, deadline_s=request.deadline_s)
         return DropReport(entries=dropped.entries, nbytes=dropped.nbytes, media=media, under_way=under_way)
