@@ -261,7 +261,8 @@ class CacheMachine(RuleBasedStateMachine):
         keys = self.manager.keys()
         gone = [key for key in keys if tag is None or self.tags[key] == tag]
         nbytes = sum(self.written[key].nbytes for key in gone)
-        assert self.manager.drop_selected(Selection(tag=tag)) == (len(gone), nbytes)
+        dropped = self.manager.drop_selected(Selection(tag=tag))
+        assert (sorted(dropped.keys), dropped.nbytes) == (sorted(gone), nbytes)
         assert self.manager.keys() == [key for key in keys if key not in gone]
 
     @invariant()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -131,7 +132,8 @@ def test_a_model_that_cannot_be_spread_is_named_once(folder: Path) -> None:
         assert job.wait_ended(START_TIMEOUT_S) == 2
     errors = [line for line in job.output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, job.output
-    assert "no tensor-parallel plan for the language model of qwen3_vl" in errors[0]
+    # transformers 5.23 has no plan for it; 5.24 has one that does not take effect.
+    assert re.search("no tensor-parallel plan for .* qwen3_vl|did not spread .* over the ranks", errors[0])
     assert "Traceback" not in job.output
     assert "gone" not in job.output
 

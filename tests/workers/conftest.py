@@ -140,9 +140,12 @@ class Bench:
 
     async def nothing_held(self) -> None:
         """Wait until no lease, reservation or quarantine is left; what a thread had begun ends by itself."""
-        async with asyncio.timeout(5):
-            while self.held() != (0, 0, 0):
-                await asyncio.sleep(0.001)
+        try:
+            async with asyncio.timeout(15):
+                while self.held() != (0, 0, 0):
+                    await asyncio.sleep(0.001)
+        except TimeoutError:
+            pytest.fail(f"leased, reserved, quarantined: {self.held()}; {self.reader.statistics()}")
 
     def held(self) -> tuple[int, int, int]:
         statistics = [manager.statistics() for manager in (self.cache, self.transit)]
