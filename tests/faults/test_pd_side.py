@@ -103,6 +103,6 @@ def test_workers_that_stood_still_for_long_are_found_again(deployment: Deploymen
     for service in frozen:
         service.signal(signal.SIGCONT)
     began = time.monotonic()
-    wait_until(lambda: answers(deployment, asked), 20, "no worker was found again")
+    wait_until(lambda: answers(deployment, asked), 60, "no worker was found again")
     report("workers thawed after discovery had dropped them, serve after", began)
     deployment.nothing_held()

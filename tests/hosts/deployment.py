@@ -108,7 +108,13 @@ def deployed(folder: Path, *, lease_ttl_s: int = 20) -> Iterator[Deployment]:
         wait_until(
             lambda: near.do(lambda: _lists_model(client, model.name)), 30, "the frontend lists no model"
         )
-        yield Deployment(near, far, cable, folder, model, client, pd, encoder)
+        deployment = Deployment(near, far, cable, folder, model, client, pd, encoder)
+        wait_until(
+            lambda: deployment.metric("trtllm_mm_cache_encode_workers") == 1,
+            30,
+            "the PD worker sees no encoder",
+        )
+        yield deployment
 
 
 def _lists_model(client: openai.OpenAI, name: str) -> bool:

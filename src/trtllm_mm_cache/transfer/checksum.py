@@ -19,8 +19,8 @@ from trtllm_mm_cache.errors import TransferError
 
 T = TypeVar("T")
 
-# Up to this size the work takes at most 0.1 ms, and the hand-over to a thread and back takes longer.
-_INLINE_BYTES = 1024 * 1024
+# Up to this size (2 us of hashing) the hand-over to a thread would cost more than the work.
+_INLINE_BYTES = 32 * 1024
 
 
 def checksum(address: int, nbytes: int) -> int:

@@ -46,7 +46,6 @@ from trtllm_mm_cache.workers.threads import in_thread
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 2
-_INLINE_RESERVE_BYTES = 1024 * 1024  # moving as many takes 0.1 ms, a thread and back 0.2 ms
 _UNCACHED = "resolver (uncached)"
 
 
@@ -216,8 +215,10 @@ class EmbeddingLoader:
             ready.check_answers(request)
             dtype = _dtype(ready)
             self._check(image.description, ready.shape, dtype, ready.metadata)
+            # In a thread: making room may move other entries, which copies megabytes.
+            reserve = partial(self._reserve, image, ready.nbytes)
             with self._metrics.reserve.time():
-                reservation = await self._make_room(image, ready.nbytes)
+                reservation = await in_thread(reserve, undo=Reservation.abandon)
         except BaseException:
             self._reader.give_up(peer, ready.token)
             raise
@@ -243,13 +244,6 @@ class EmbeddingLoader:
         if image.retained and self._what_if is not None:
             self._what_if.loaded(image.key.hex, ready.nbytes)
         return lease
-
-    async def _make_room(self, image: MissingImage, nbytes: int) -> Reservation:
-        """Reserve, in a thread where that may take long: making room moves up to as many bytes of others."""
-        reserve = partial(self._reserve, image, nbytes)
-        if nbytes <= _INLINE_RESERVE_BYTES:
-            return reserve()
-        return await in_thread(reserve, undo=Reservation.abandon)
 
     def _reserve(self, image: MissingImage, nbytes: int) -> Reservation:
         """Reserve room in the cache; where every byte is leased, in the transit arena: served, not cached."""

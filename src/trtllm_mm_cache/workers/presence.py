@@ -20,6 +20,8 @@ from trtllm_mm_cache.errors import DiscoveryLostError
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 0.5
+# A worker that stood still before the first look that found it would otherwise wait for that look for ever.
+_LOOKS_TO_REGISTER = 20
 
 
 async def serve_present(
@@ -53,14 +55,16 @@ async def _keep_present(
 ) -> None:
     """Call `register` whenever `endpoint` was on the list and is not any more, until `draining`.
 
+    Also when it has not come onto the list within 10 s of looking.
+
     A registration that fails is logged and tried again at the next look.
     """
     client = await endpoint.client()
-    me, was_there, failures = endpoint.connection_id(), False, 0
+    me, was_there, looks, failures = endpoint.connection_id(), False, 0, 0
     while not draining.is_set():
         if me in client.instance_ids():
             was_there, failures = True, 0
-        elif was_there:
+        elif was_there or looks >= _LOOKS_TO_REGISTER:
             logger.warning("discovery has lost this worker, which must have stood still: registering again")
             try:
                 await register()
@@ -68,6 +72,7 @@ async def _keep_present(
                 failures += 1
                 if failures.bit_count() == 1:  # not twice a second
                     logger.exception("this worker could not register again (%d times so far)", failures)
+        looks += 1
         try:
             async with asyncio.timeout(_LOOK_S):
                 await draining.wait()
