@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: test lint check faults demo bench-cache bench-transfer bench-serving bench-burst soak fuzz chaos format clean
+.PHONY: test lint check docs faults demo bench-cache bench-transfer bench-serving bench-burst soak fuzz chaos format clean
 
 test: lint check
 
@@ -23,6 +23,10 @@ lint: $(STAMP)
 
 check: $(STAMP)
 	pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+# Renews docs/configuration.md from the settings classes.
+docs: $(STAMP)
+	python tools/configuration_reference.py
 
 # Serves the demo model, asks it about drawn pictures, and stops: true answers, hits and misses.
 demo: $(STAMP)
