@@ -39,7 +39,7 @@ bench-cache: $(STAMP)
 # Beside Dynamo's own senders and receivers, from the ai-dynamo wheel; as root add BENCH_ARGS=--two-hosts.
 BENCH_ARGS ?=
 .venv-dynamo: $(STAMP)
-	pip install --quiet --no-deps --target $@ ai-dynamo==1.6.1
+	pip install --quiet --no-deps --target $@ ai-dynamo==1.6.1 msgspec==0.21.1
 bench-transfer: .venv-dynamo
 	python -m benchmarks.transfer --peer .venv-dynamo $(BENCH_ARGS)
 

@@ -96,10 +96,10 @@ def transfer_time_by_size(folder: Path) -> Figure:
     report = _read(folder / "transfer.json")
     sizes = report["sizes"]
     megabytes = [float(name.split()[0]) for name in sizes]
-    figure, axes = _canvas("From the encode worker's reply to an embedding that is there, one host")
+    figure, axes = _canvas("From the encode worker's reply to an embedding in the cache, one host")
     for way in next(iter(sizes.values()))["ways"]:
         label, colour = WAYS[way]
-        times = [row["ways"][way]["after_ms"] for row in sizes.values()]
+        times = [row["ways"][way]["committed_ms"] for row in sizes.values()]
         axes.plot(megabytes, times, "o-", color=colour, label=label, linewidth=2)
     for key, label, style in (
         ("memcpy_ms", "memcpy of the same bytes", "k--"),

@@ -1,6 +1,6 @@
 """Dynamo's two ends of `transfer.py`: the senders and receivers of its `embedding_transfer` module.
 
-The module is loaded from its file: the package around it imports what its image and audio loaders need.
+Modules are loaded from their files: the package around them imports what its image and audio loaders need.
 Each is set up as Dynamo's own factories do, except that the receiver of NIXL WRITEs gets a ring of the size
 that our arena has, in place of 8 GB, with its pages touched before the first transfer.
 """
@@ -21,19 +21,20 @@ from typing import Any
 import torch
 from benchmarks.transfer_ends import ARENA_BYTES, Receiver, Sender, Times, ask
 
-from trtllm_mm_cache.transfer.checksum import checksum
-
 FOLDER_VARIABLE = "DYNAMO_TRANSFER_FOLDER"
 KINDS = {"local": "Local", "nixl_write": "NixlWrite", "nixl_read": "NixlRead"}
+TRANSFER = "multimodal/embedding_transfer"
+CACHE = "memory/multimodal_embedding_cache_manager"
 WIDTH = 1024
 
 
-def embedding_transfer() -> Any:
-    """Load Dynamo's module from the folder that the environment names."""
+def dynamo_module(name: str) -> Any:
+    """Load a module of Dynamo's from the folder that the environment names."""
     folder = Path(os.environ[FOLDER_VARIABLE])
     sys.path.append(str(folder))  # after ours: what it imports from ai-dynamo-runtime is the installed one
-    path = folder / "dynamo/common/multimodal/embedding_transfer.py"
-    specification = importlib.util.spec_from_file_location("dynamo_embedding_transfer", path)
+    specification = importlib.util.spec_from_file_location(
+        f"dynamo_{Path(name).name}", folder / f"dynamo/common/{name}.py"
+    )
     if specification is None or specification.loader is None:
         raise SystemExit(f"there is no ai-dynamo in {folder}")
     module = importlib.util.module_from_spec(specification)
@@ -63,22 +64,25 @@ class DynamoSender(Sender):
 @asynccontextmanager
 async def dynamo_sender(kind: str) -> AsyncIterator[Sender]:
     """Make one of its senders."""
-    sender = getattr(embedding_transfer(), f"{KINDS[kind]}EmbeddingSender")()
+    sender = getattr(dynamo_module(TRANSFER), f"{KINDS[kind]}EmbeddingSender")()
     rows = ARENA_BYTES // 8 // WIDTH
     yield DynamoSender(sender, [torch.rand(rows, WIDTH).half() for _ in range(2)])
 
 
 @dataclass
 class DynamoReceiver(Receiver):
-    """Seconds: from the reply to the tensor that `receive_embeddings` returns. It is not cached yet.
+    """Seconds: from the reply to the tensor that `receive_embeddings` returns, and to an entry in the cache.
 
-    `maps_only`: the receiver maps a file and reads nothing, so the bytes are read once here, as ours are.
+    The entry is a clone, as in Dynamo's prefill worker (dynamo/vllm/multimodal_utils/prefill_worker_utils.py,
+    1.6.1), because the tensor lies in a buffer or file that is given back; the cache is Dynamo's.
     """
 
     module: Any
     receiver: Any
     connection: Connection
-    maps_only: bool
+    cache: Any
+    entry: Any
+    count: int = 0
 
     async def receive(self, nbytes: int) -> Times:
         """Receive one embedding and release it."""
@@ -86,19 +90,21 @@ class DynamoReceiver(Receiver):
         replied_at = time.perf_counter()
         request = self.module.TransferRequest.model_validate(reply)
         number, tensor = await self.receiver.receive_embeddings(request)
-        if self.maps_only:
-            checksum(tensor.data_ptr(), tensor.nbytes)
-        there_at = time.perf_counter()
+        received_at = time.perf_counter()
+        self.count += 1
+        self.cache.set(str(self.count), self.entry(tensor=tensor.clone()))
+        committed_at = time.perf_counter()
         if tensor.nbytes != nbytes:
             raise RuntimeError(f"{tensor.nbytes} bytes came instead of {nbytes}")
         self.receiver.release_tensor(number)
-        return Times(send_s=send_s, receive_s=there_at - replied_at)
+        return Times(send_s, received_at - replied_at, committed_at - replied_at)
 
 
 @asynccontextmanager
 async def dynamo_receiver(kind: str, connection: Connection) -> AsyncIterator[Receiver]:
     """Make one of its receivers."""
-    module = embedding_transfer()
+    module = dynamo_module(TRANSFER)
+    caching = dynamo_module(CACHE)
     if kind == "nixl_write":
         receiver = module.NixlWriteEmbeddingReceiver(buffer_size=ARENA_BYTES)
         receiver.transfer_tensor.fill_(1)
@@ -106,4 +112,5 @@ async def dynamo_receiver(kind: str, connection: Connection) -> AsyncIterator[Re
         receiver = module.NixlReadEmbeddingReceiver(max_items=0)
     else:
         receiver = module.LocalEmbeddingReceiver()
-    yield DynamoReceiver(module, receiver, connection, maps_only=kind == "local")
+    cache = caching.MultimodalEmbeddingCacheManager(ARENA_BYTES)
+    yield DynamoReceiver(module, receiver, connection, cache, caching.CachedEmbedding)

@@ -19,10 +19,14 @@ WAYS = ("ours", "nixl_write", "nixl_read", "local")
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one embedding before the reply, on the encode side, and after it, on the PD side."""
+    """Seconds of one embedding before the reply, on the encode side, and after it, on the PD side.
+
+    `receive_s` until its tensor is there, `commit_s` until it is in the cache.
+    """
 
     send_s: float
     receive_s: float
+    commit_s: float
 
 
 class Sender(ABC):

@@ -132,7 +132,8 @@ class OurReceiver(Receiver):
         if lease.nbytes != nbytes:
             raise RuntimeError(f"{lease.nbytes} bytes came instead of {nbytes}")
         lease.release()
-        return Times(send_s=self.peer.send_s, receive_s=there_at - self.peer.replied_at)
+        seconds = there_at - self.peer.replied_at  # it arrives in its place in the cache
+        return Times(self.peer.send_s, seconds, seconds)
 
 
 @asynccontextmanager
