@@ -24,9 +24,10 @@ lint: $(STAMP)
 check: $(STAMP)
 	pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
-# Renews docs/configuration.md from the settings classes.
+# Renews docs/configuration.md from the settings classes, and builds the site: build/docs/index.html.
 docs: $(STAMP)
 	python tools/configuration_reference.py
+	sphinx-build --quiet --fail-on-warning --keep-going -c docs . build/docs
 
 # Serves the demo model, asks it about drawn pictures, and stops: true answers, hits and misses.
 demo: $(STAMP)
@@ -78,4 +79,4 @@ format: $(STAMP)
 	ruff format .
 
 clean:
-	rm -rf .venv .run .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .run build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The error tree: who is to blame, which HTTP status, and whether a retry can help.
+"""The error tree: who is to blame, which HTTP status, and whether a retry can help::
 
     MmCacheError
     ├── RequestError                 the client's request is at fault

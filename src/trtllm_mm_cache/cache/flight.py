@@ -2,7 +2,7 @@
 
 A flight is a task of its own, so no waiter's cancellation touches the load while another waits. The
 values are leases, so each share that is made must reach exactly one owner: a waiter that is cancelled in
-the very turn of the loop in which the result arrives discards the share that was made for it.
+the very turn of the loop in which the result arrives discards the share that was made for it::
 
     in flight ──load returns──▶ every waiter gets share(value), then the flight discards value
         ├───────load raises──▶ every waiter gets the error, then it is forgotten

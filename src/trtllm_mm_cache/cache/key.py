@@ -1,7 +1,7 @@
 """The key of an embedding: BLAKE3-256 over everything that decides its bytes.
 
 The hashed text is a sequence of fields. Each field is a one-byte tag, the length of its value as an
-unsigned 64-bit big-endian integer, and the value:
+unsigned 64-bit big-endian integer, and the value::
 
     tag  field              value
     'K'  scheme             KEY_SCHEME, ASCII
