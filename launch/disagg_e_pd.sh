@@ -262,12 +262,23 @@ done
 picture=photo.jpg question="What is this?"
 # The demo model knows drawn cards alone, and the wordings it was trained on.
 if [[ $model == "$demo_model" ]]; then picture=$root/models/card.png question="Where is the yellow cross?"; fi
+# What another terminal needs to find these processes; the rest are the commands' own defaults.
+visit="export$(for variable in DYN_DISCOVERY_BACKEND DYN_FILE_KV DYN_REQUEST_PLANE DYN_EVENT_PLANE ETCD_ENDPOINTS NATS_SERVER ENCODE_ENDPOINT; do
+    if [[ -n ${!variable:-} ]]; then printf ' %s=%q' "$variable" "${!variable}"; fi
+done)"
 cat <<TEXT
 [launch] serving $name with $engine on http://127.0.0.1:$DYN_HTTP_PORT after $((SECONDS - began)) s. Try:
 
   $python -m trtllm_mm_cache.cli ask --url http://127.0.0.1:$DYN_HTTP_PORT/v1 $picture "$question"
 
   curl -s http://127.0.0.1:$DYN_HTTP_PORT/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": "$name", "max_tokens": 32, "messages": [{"role": "user", "content": [{"type": "text", "text": "$question"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,$(base64 <"$root/models/card.png" | tr -d '\n')"}}]}]}'
+
+[launch] To watch the workers, or to drop what they hold, copy this into another terminal:
+
+  $visit
+
+  $python -m trtllm_mm_cache.cli top
+  $python -m trtllm_mm_cache.cli drop --all
 
 [launch] Ctrl-C stops everything.
 TEXT

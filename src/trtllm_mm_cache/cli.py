@@ -6,6 +6,7 @@ command loads an engine it does not use.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
@@ -62,6 +63,7 @@ def drop(settings: DropSettings) -> None:
     What a request holds stays true for it, what is on its way is served and not kept. Fetched http(s)
     files are forgotten too.
     """
+    _be_a_visitor()
     from trtllm_mm_cache.workers.drop import run_drop
 
     run_drop(settings)
@@ -74,6 +76,7 @@ def top(settings: TopSettings) -> None:
 
     One plain text frame where the output is no terminal.
     """
+    _be_a_visitor()
     from trtllm_mm_cache.top.run import run_top
 
     run_top(settings)
@@ -135,6 +138,21 @@ def plan(settings: PlanSettings) -> None:
     from trtllm_mm_cache.plan import make_plan
 
     click.echo(make_plan(settings).text())
+
+
+def _be_a_visitor() -> None:
+    """Prepare a command that calls a deployment's workers and serves nothing; before Dynamo is imported.
+
+    Dynamo writes its log to file descriptor 2, and a line for each call whatever DYN_LOG says. It would bury
+    what the command prints, so it goes nowhere unless DYN_LOG asks for it; Python's stderr goes on as before.
+    """
+    os.environ.pop("DYN_SYSTEM_PORT", None)  # in a worker's container that port is the worker's
+    if "DYN_LOG" in os.environ:
+        return
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
 
 
 def main() -> None:

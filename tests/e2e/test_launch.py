@@ -81,6 +81,26 @@ def test_without_a_model_path_the_printed_curl_line_and_ask_line_give_true_answe
         assert "first token after" in asked.stderr
 
 
+def test_the_printed_lines_find_the_workers_from_another_terminal(tmp_path: Path, model_dir: Path) -> None:
+    with launched(
+        tmp_path / "run", MODEL_PATH=str(model_dir), ENCODE_ENDPOINT="dyn://dynamo.towers.encode"
+    ) as stack:
+        lines = [line.strip() for line in stack.log.read_text().splitlines()]
+        export = next(line for line in lines if line.startswith("export "))
+        for command, shows in (("top", "PD workers 1, encode workers 1"), ("drop --all", "encode worker ")):
+            line = next(line for line in lines if line.endswith(f".cli {command}"))
+            done = subprocess.run(
+                ["bash", "-c", f"{export}; {line}"],
+                env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=True,
+            )
+            assert shows in done.stdout
+            assert not done.stderr, "Dynamo's log would bury what the command prints"
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "says"),
     [

@@ -10,6 +10,7 @@ import os
 import secrets
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,13 @@ def workers(stack: Stack) -> list[Process]:
     return [*stack.workers("PD"), *stack.workers("encode")]
 
 
-def command(stack: Stack, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def command(
+    stack: Stack, *arguments: str, stdin: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run the command line against the stack's discovery."""
     return subprocess.run(
         [sys.executable, "-m", "trtllm_mm_cache.cli", *arguments],
-        env={**os.environ, "DYN_FILE_KV": str(stack.run_dir / "discovery"), "DYN_LOG": "error"},
+        env={**os.environ, "DYN_FILE_KV": str(stack.run_dir / "discovery"), **environment},
         input=stdin,
         capture_output=True,
         text=True,
@@ -231,18 +234,52 @@ def test_top_reads_system_ports(stack: Stack) -> None:
     assert "PD workers 2, encode workers 2" in done.stdout
 
 
-def test_without_workers_the_tools_say_so(tmp_path: Path, stack: Stack) -> None:
+def test_without_workers_the_tools_say_where_they_looked_and_the_way_out(tmp_path: Path) -> None:
     for arguments in (("drop", "--all"), ("top",)):
         done = subprocess.run(
             [sys.executable, "-m", "trtllm_mm_cache.cli", *arguments, "--discovery-wait-s", "0.2"],
-            env={**os.environ, "DYN_FILE_KV": str(tmp_path), "DYN_LOG": "error"},
+            env={**os.environ, "DYN_FILE_KV": str(tmp_path)},
             capture_output=True,
             text=True,
             timeout=60,
             check=False,
         )
         assert done.returncode == 1
-        assert "no worker was found" in done.stderr
+        assert done.stderr.startswith(
+            "error: no worker of dyn://dynamo.pd.generate or dyn://dynamo.encode.encode"
+        )
+        assert f"was found in {tmp_path} (DYN_FILE_KV)" in done.stderr
+        assert "launch/disagg_e_pd.sh prints the line to copy" in done.stderr
+
+
+def test_discovery_that_cannot_begin_is_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "trtllm_mm_cache.cli", "top"],
+        env={**os.environ, "DYN_DISCOVERY_BACKEND": "kubernetes", "DYN_LOG": "off"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "error: cannot join a deployment by kubernetes discovery: POD_NAME not available"
+    )
+
+
+def test_a_worker_that_serves_says_that_it_is_healthy(stack: Stack) -> None:
+    for process in workers(stack):
+        for path in ("health", "live"):
+            with urllib.request.urlopen(
+                f"http://127.0.0.1:{process.system_port}/{path}", timeout=5
+            ) as answer:
+                assert json.load(answer)["status"] == "ready"
+
+
+def test_a_tool_in_a_workers_container_leaves_the_workers_port_alone(stack: Stack) -> None:
+    done = command(stack, "top", "--interval-s", "0.2", DYN_SYSTEM_PORT=str(workers(stack)[0].system_port))
+    assert done.returncode == 0
+    assert not done.stderr
 
 
 def test_a_dropped_picture_is_served_afterwards(stack: Stack) -> None:

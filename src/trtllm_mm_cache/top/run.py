@@ -17,6 +17,7 @@ from trtllm_mm_cache.top.figures import cache_figures, encoder_figures
 from trtllm_mm_cache.top.scrape import OURS, Scrape, Span
 from trtllm_mm_cache.top.sources import Source, make_source
 from trtllm_mm_cache.top.view import Frame, draw
+from trtllm_mm_cache.workers.no_worker import no_worker_found
 
 _PLAIN_WIDTH = 160
 
@@ -39,7 +40,7 @@ async def _run(settings: TopSettings, console: Console) -> None:
     try:
         await history.add(source)
         if not history.found:
-            raise MmCacheError("no worker was found; check the discovery settings, or give --url")
+            raise no_worker_found(settings)
         if count is None:
             await _live(settings, console, source, history)
         for _ in range(count or 0):

@@ -17,6 +17,7 @@ from trtllm_mm_cache.config import DropSettings
 from trtllm_mm_cache.errors import ConfigurationError, MmCacheError
 from trtllm_mm_cache.workers.control import DropReport, DropRequest
 from trtllm_mm_cache.workers.control_client import ControlClient, Worker
+from trtllm_mm_cache.workers.no_worker import no_worker_found
 from trtllm_mm_cache.workers.runtime import connect
 
 _CALL_S = 10.0
@@ -57,9 +58,7 @@ async def _drop(settings: DropSettings, request: DropRequest) -> None:
             encode.workers(wait_s=settings.discovery_wait_s), pd.workers(wait_s=settings.discovery_wait_s)
         )
         if not encode_workers and not pd_workers:
-            raise MmCacheError(
-                "no worker was found; check the discovery settings and that the workers run this release"
-            )
+            raise no_worker_found(settings)
         rounds = [(encode, encode_workers), (pd, pd_workers), (encode, encode_workers)]
         failures = 0
         totals: dict[Worker, DropReport] = {}

@@ -58,6 +58,7 @@ async def _serve(settings: EncodeSettings) -> None:
     logger.info(
         "encode worker ready: arena %.2f GB, fingerprint %s…", capacity / GB, encoder.fingerprint[:12]
     )
+    runtime.set_health_status(True)
     try:
         await asyncio.gather(
             serve_present(endpoint, worker.handle, draining),

@@ -115,6 +115,7 @@ async def _serve_endpoints(
         settings.model_name,
         settings.multimodal_embedding_cache_capacity_gb,
     )
+    runtime.set_health_status(True)
     await asyncio.gather(
         serve_present(
             endpoint,

@@ -34,7 +34,8 @@ def connect(settings: RuntimeSettings) -> DistributedRuntime:
     """Join the deployment. Call once per process, from its event loop.
 
     Dynamo reads limits and addresses from the environment; what the operator set there stays. With
-    `file` discovery all processes are on this machine, and nothing listens beyond loopback.
+    `file` discovery all processes are on this machine, and nothing listens beyond loopback. Raises
+    `ConfigurationError` where Dynamo cannot start with these settings.
     """
     defaults = {
         "DYN_TCP_MAX_MESSAGE_SIZE": str(MAX_MESSAGE_BYTES),
@@ -44,12 +45,18 @@ def connect(settings: RuntimeSettings) -> DistributedRuntime:
         defaults |= dict.fromkeys(_LISTEN_ADDRESSES, "127.0.0.1") | {"UCX_NET_DEVICES": "lo"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    return DistributedRuntime(
-        asyncio.get_running_loop(),
-        settings.discovery_backend,
-        settings.request_plane,
-        event_plane=settings.event_plane,
-    )
+    try:
+        return DistributedRuntime(
+            asyncio.get_running_loop(),
+            settings.discovery_backend,
+            settings.request_plane,
+            event_plane=settings.event_plane,
+        )
+    except Exception as error:  # Dynamo raises bare exceptions
+        raise ConfigurationError(
+            f"cannot join a deployment by {settings.discovery_backend} discovery: {error}; "
+            "docs/deployment.md says what it needs"
+        ) from error
 
 
 def endpoint_path(url: str) -> str:
