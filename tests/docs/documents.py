@@ -109,12 +109,17 @@ def present_documents() -> tuple[Document, ...]:
     )
 
 
+def parse_document(path: PurePosixPath, text: str) -> Document:
+    """Return `text` as a document that stands at `path`."""
+    return Document(path, tuple(MarkdownIt("commonmark").enable("table").parse(text)))
+
+
 def _read(path: PurePosixPath, *, unreleased_only: bool = False) -> Document:
     text = (ROOT / path).read_text(encoding="utf-8")
     if unreleased_only:
         head, unreleased, *_ = text.split("\n## ")
         text = f"{head}\n## {unreleased}"
-    return Document(path, tuple(MarkdownIt("commonmark").enable("table").parse(text)))
+    return parse_document(path, text)
 
 
 def _html_targets(html: str) -> list[str]:

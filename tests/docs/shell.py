@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
-from tests.docs.documents import Document
+import yaml
+
+from tests.docs.documents import Document, Piece
 
 # Indented blocks and fences without a language hold commands, output and drawings alike.
 SHELL_LANGUAGES = ("", "bash", "sh", "shell", "console")
@@ -65,9 +68,13 @@ def is_placeholder(word: str) -> bool:
 def commands(document: Document) -> Iterator[Command]:
     """All calls of `PROGRAMS` in the document, and exports of variables."""
     for block in document.blocks():
+        lines: Iterable[str] = ()
         if block.language in SHELL_LANGUAGES:
-            for line in block.text.replace("\\\n", " ").splitlines():
-                yield from parse(line.removeprefix("$ "), block.where)
+            lines = _lines(block)
+        elif block.language == "yaml":
+            lines = _container_commands(_load_yaml(block.text))
+        for line in lines:
+            yield from parse(line.removeprefix("$ "), block.where)
     for code in document.inline_code():
         yield from parse(code.text, code.where, whole=False)
 
@@ -89,6 +96,43 @@ def parse(line: str, where: str, *, whole: bool = True) -> Iterator[Command]:
         part = list(takewhile(lambda word: not set(word) <= set(_OPERATORS), words))
         yield from _command(part, where, whole)
         words = words[len(part) + 1 :]
+
+
+def _lines(block: Piece) -> Iterator[str]:
+    """The commands of a block, one each; where the block is known to be a shell's, quotes may span lines."""
+    pending = ""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        pending = f"{pending}\n{line}" if pending else line
+        if not block.language or _is_closed(pending):
+            yield pending
+            pending = ""
+
+
+def _is_closed(text: str) -> bool:
+    try:
+        shlex.split(text, comments=True)
+    except ValueError:
+        return False
+    return True
+
+
+def _load_yaml(text: str) -> list[Any]:
+    try:
+        return [*yaml.safe_load_all(text)]
+    except yaml.YAMLError:  # test_blocks.py says so
+        return []
+
+
+def _container_commands(values: Any) -> Iterator[str]:
+    """`command` and `args` of the containers in manifests for Kubernetes or Compose, as lines of a shell."""
+    if isinstance(values, list):
+        for inner in values:
+            yield from _container_commands(inner)
+    if isinstance(values, dict):
+        parts = [values.get("command"), values.get("args")]
+        lists = [shlex.join(map(str, part)) for part in parts if isinstance(part, list)]
+        yield " ".join([*(part for part in parts if isinstance(part, str)), *lists])
+        yield from _container_commands([*values.values()])
 
 
 def _command(words: Sequence[str], where: str, whole: bool) -> Iterator[Command]:

@@ -1,9 +1,10 @@
-"""Blocks of Python, YAML and JSON are that, and an engine's YAML is what its settings class takes."""
+"""Blocks of Python, shell, YAML and JSON are that, and an engine's YAML is what its settings class takes."""
 
 from __future__ import annotations
 
 import ast
 import json
+import shlex
 
 import pytest
 import yaml
@@ -22,6 +23,8 @@ def problem_of(block: Piece) -> str | None:
         match block.language:
             case "python":
                 compile(block.text, block.where, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+            case "bash" | "sh" | "shell":
+                shlex.split(block.text, comments=True)
             case "json":
                 json.loads(block.text)
             case "yaml":
@@ -58,6 +61,8 @@ def test_every_block_is_what_it_says(document: Document) -> None:
     [
         ("python", "async with a:\n    await b", None),
         ("python", "async with a\n    await b", "expected ':'"),
+        ("bash", "echo 'a\nb' # it's", None),
+        ("bash", "echo 'a", "No closing quotation"),
         ("json", '{"a": [1]}', None),
         ("json", "{'a': 1}", "Expecting property name"),
         ("yaml", "kind: Pod\n---\nkind: Service", None),

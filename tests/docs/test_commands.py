@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
+
 import pytest
 
-from tests.docs.documents import Document, present_documents
+from tests.docs.documents import Document, parse_document, present_documents
 from tests.docs.programs import problem_of
 from tests.docs.shell import commands, parse
 
@@ -56,3 +58,36 @@ def test_a_wrong_command_is_found(line: str, problem: str | None) -> None:
     [command] = parse(line, "here")
     found = problem_of(command)
     assert found == problem or problem in (found or "")
+
+
+def test_commands_are_found_wherever_they_stand() -> None:
+    text = """
+`trtllm-mm-cache one` and ``RUN_DIR=x launch/disagg_e_pd.sh``
+
+    $ trtllm-mm-cache two \\
+        --three   # four
+
+```bash
+echo 'over
+two lines'; trtllm-mm-cache five "six
+seven"
+```
+
+```yaml
+spec:
+  containers:
+    - {name: pd, command: [mpirun, -n, 2, trtllm-mm-cache], args: [eight, "--nine=a b"]}
+---
+services: {pd: {command: trtllm-mm-cache ten}}
+```
+"""
+    document = parse_document(PurePosixPath("here.md"), text)
+    found = [(command.program, command.arguments) for command in commands(document)]
+    assert found == [
+        ("trtllm-mm-cache", ("two", "--three")),
+        ("trtllm-mm-cache", ("five", "six\nseven")),
+        ("trtllm-mm-cache", ("eight", "--nine=a b")),
+        ("trtllm-mm-cache", ("ten",)),
+        ("trtllm-mm-cache", ("one",)),
+        ("disagg_e_pd.sh", ()),
+    ]
