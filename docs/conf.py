@@ -6,7 +6,9 @@ The source folder is the repository's root and a page's address is its path in i
 links lead somewhere on a git host and in the site.
 """
 
-from trtllm_mm_cache import __version__
+from typing import Any
+
+from trtllm_mm_cache import __version__, errors
 
 project = "trtllm_mm_cache"
 version = release = __version__
@@ -34,3 +36,19 @@ html_static_path = ["_static"]
 html_css_files = ["tables.css"]
 html_extra_path = ["_extra"]  # index.html, which leads to docs/index.html
 html_copy_source = False
+
+
+def link_errors(app: Any, env: Any, node: Any, content: Any) -> Any:
+    """Docstrings name the errors without their module: lead those names to the page of errors."""
+    name = node["reftarget"]
+    if node.get("refdomain") != "py" or not hasattr(errors, name):
+        return None
+    python = env.domains.python_domain
+    return python.resolve_xref(
+        env, node["refdoc"], app.builder, "exc", f"{errors.__name__}.{name}", node, content
+    )
+
+
+def setup(app: Any) -> None:
+    """Sphinx calls this."""
+    app.connect("missing-reference", link_errors)

@@ -46,6 +46,11 @@ def test_docstrings_of_the_public_api_are_in_it(site: Path, page: str, names: li
         assert f'id="trtllm_mm_cache.{name}"' in text
 
 
+def test_errors_in_docstrings_lead_to_their_page(site: Path) -> None:
+    text = (site / "docs/api/media.html").read_text(encoding="utf-8")
+    assert 'href="errors.html#trtllm_mm_cache.errors.InvalidImageError"' in text
+
+
 def test_blocks_in_docstrings_keep_their_lines(site: Path) -> None:
     """An indented block after a line that does not end in two colons would be run together."""
     for page in (site / "docs/api").glob("*.html"):
