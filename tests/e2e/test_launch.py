@@ -60,8 +60,8 @@ def test_ctrl_c_stops_every_process_and_removes_the_shared_memory(tmp_path: Path
         assert "Traceback" not in log, log
 
 
-def test_without_a_model_path_the_printed_curl_line_and_ask_line_give_true_answers(tmp_path: Path) -> None:
-    with launched(tmp_path / "run", MODEL_PATH="") as stack:
+def test_without_a_model_path_the_printed_lines_answer_truly_and_find_the_workers(tmp_path: Path) -> None:
+    with launched(tmp_path / "run", MODEL_PATH="", ENCODE_ENDPOINT="dyn://dynamo.towers.encode") as stack:
         assert stack.model == "shapes-qwen2-vl"
         lines = [line.strip() for line in stack.log.read_text().splitlines()]
         curl = next(line for line in lines if line.startswith("curl "))
@@ -79,18 +79,14 @@ def test_without_a_model_path_the_printed_curl_line_and_ask_line_give_true_answe
         )
         assert asked.stdout.strip() == "top right"
         assert "first token after" in asked.stderr
-
-
-def test_the_printed_lines_find_the_workers_from_another_terminal(tmp_path: Path, model_dir: Path) -> None:
-    with launched(
-        tmp_path / "run", MODEL_PATH=str(model_dir), ENCODE_ENDPOINT="dyn://dynamo.towers.encode"
-    ) as stack:
-        lines = [line.strip() for line in stack.log.read_text().splitlines()]
-        export = next(line for line in lines if line.startswith("export "))
-        for command, shows in (("top", "PD workers 1, encode workers 1"), ("drop --all", "encode worker ")):
+        visit = next(line for line in lines if line.startswith("export "))
+        for command, shows in (
+            ("top", "PD workers 1, encode workers 1"),
+            ("drop --all", "dropped 1 embedding"),
+        ):
             line = next(line for line in lines if line.endswith(f".cli {command}"))
             done = subprocess.run(
-                ["bash", "-c", f"{export}; {line}"],
+                ["bash", "-c", f"{visit}; {line}"],
                 env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
                 capture_output=True,
                 text=True,
