@@ -17,8 +17,8 @@ from tests.docs.variables import CODE, is_read
 
 # Where a path in the prose may begin: pages name files of the package and tests without the folder before.
 ROOTS = (PurePosixPath("."), PurePosixPath("src/trtllm_mm_cache"), PurePosixPath("tests"))
-# Flags of other programs that the prose names: mpirun's, Docker's.
-FOREIGN_FLAGS = frozenset({"--allow-run-as-root", "--bind-to", "--oversubscribe", "--shm-size"})
+# Flags of other programs that the prose names: mpirun's, Docker's, kubectl's.
+FOREIGN_FLAGS = frozenset({"--allow-run-as-root", "--bind-to", "--oversubscribe", "--shm-size", "--dry-run"})
 
 
 def path_is_there(word: str) -> bool:
@@ -71,22 +71,24 @@ def test_files_that_are_named_are_there(document: Document) -> None:
 
 @per_document
 def test_flags_that_are_named_exist(document: Document) -> None:
-    assert not [
+    unknown = [
         f"{code.where}: {word}"
         for code in document.inline_code()
         if not [*parse(code.text, code.where)]  # test_commands.py has those
         for word in code.text.split()
         if word.startswith("--") and not word.endswith("-") and not flag_exists(word)
     ]
+    assert not unknown, "no flags of this project; another program's are listed in FOREIGN_FLAGS"
 
 
 @per_document
 def test_variables_that_are_named_are_read(document: Document) -> None:
-    assert not [
+    unknown = [
         f"{word.where}: {word.text}"
         for word in _words(document)
         if _is_variable(word.text) and not is_read(word.text.partition("=")[0])
     ]
+    assert not unknown, "nothing here reads them; other programs' begin with one of FOREIGN_VARIABLES"
 
 
 def test_a_wrong_name_is_found() -> None:
