@@ -40,6 +40,11 @@ def test_help_shows_every_setting_with_its_description(role: str, settings: type
         (["pd", "--model-path", "m", "--encode-timeout-s", "0"], "--encode-timeout-s"),
         (["frontend", "--http-port", "99999"], "--http-port"),
         (["aks"], "ask"),
+        (
+            ["plan", "--model", "m", "--images", "1", "--size", "84"],
+            "--size: must be WIDTHxHEIGHT in pixels, as 1024x768, not '84'",
+        ),
+        (["drop", "--key", "zz"], "--key: must be 64 hexadecimal digits"),
     ],
 )
 def test_a_mistake_is_answered_with_the_way_out(arguments: list[str], says: str) -> None:

@@ -52,9 +52,9 @@ def ask_server(
     except openai.APIConnectionError as error:
         raise AskError(f"no server answers at {url}; start one with launch/disagg_e_pd.sh") from error
     except openai.APIStatusError as error:
-        raise AskError(f"the server answered {error.status_code}: {_server_message(error)}") from error
-    except openai.APIError as error:
-        raise AskError(f"the server reported: {error.message}") from error
+        raise _refused(error.status_code, _server_message(error)) from error
+    except openai.APIError as error:  # an event in a stream that had begun
+        raise _refused(error.code or "an error", error.message) from error
     total = time.perf_counter() - started
     if first is None:
         print(f"[no token came; {total:.2f} s]", file=sys.stderr)
@@ -98,6 +98,17 @@ def _image_url(image: str) -> str:
         raise AskError(f"cannot read {path}: {error.strerror}") from error
     kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
     return f"data:{kind};base64,{pybase64.b64encode(body).decode()}"
+
+
+def _refused(status: object, message: str) -> AskError:
+    """Return what to tell the user; Dynamo's text of a 503 says neither why nor what to do."""
+    text = f"the server answered {status}: {message}"
+    if str(status) == "503":
+        text += (
+            ". No PD worker is ready, or a picture is new and no encode worker can take it (starting, gone, "
+            "busy). Ask again in a moment; if that does not help, the workers' logs say why"
+        )
+    return AskError(text)
 
 
 def _server_message(error: openai.APIStatusError) -> str:

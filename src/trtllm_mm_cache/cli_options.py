@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import click
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic_core import ErrorDetails, PydanticUndefined
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -20,7 +20,8 @@ def settings_options(settings: type[Model]) -> Callable[[Callable[[Model], Any]]
     """Decorate a command so that it takes every field of `settings` as a flag and gets one instance.
 
     A field's `json_schema_extra={"env": NAME}` makes the environment variable NAME its fallback.
-    A value that the settings refuse becomes a usage error that names the flag.
+    A value that the settings refuse becomes a usage error that names the flag; for a field with a `pattern`,
+    `json_schema_extra={"form": TEXT}` is what the value must be, in words.
     """
 
     def decorate(command: Callable[[Model], Any]) -> Callable[..., Any]:
@@ -42,13 +43,21 @@ def _build(settings: type[Model], values: dict[str, Any]) -> Model:
     try:
         return settings.model_validate(given)
     except ValidationError as error:
-        problems = "; ".join(f"{_flag(str(p['loc'][0]))}: {p['msg']}" for p in error.errors())
-        raise click.UsageError(problems) from error
+        problems = (_describe(problem, settings) for problem in error.errors())
+        raise click.UsageError("; ".join(problems)) from error
+
+
+def _describe(problem: ErrorDetails, settings: type[BaseModel]) -> str:
+    name = str(problem["loc"][0])
+    text = problem["msg"]
+    if problem["type"] == "string_pattern_mismatch":
+        text = f"must be {_extra(settings.model_fields[name])['form']}, not '{problem['input']}'"
+    return f"{_flag(name)}: {text}"
 
 
 def _option(name: str, field: FieldInfo) -> Callable[..., Any]:
     required = field.default is PydanticUndefined
-    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    extra = _extra(field)
     env = extra.get("env")
     if extra.get("switch"):
         return click.option(_flag(name), name, is_flag=True, default=None, help=field.description)
@@ -67,6 +76,10 @@ def _option(name: str, field: FieldInfo) -> Callable[..., Any]:
         show_envvar=env is not None,
         help=_help(field),
     )
+
+
+def _extra(field: FieldInfo) -> dict[str, Any]:
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
 def _help(field: FieldInfo) -> str:

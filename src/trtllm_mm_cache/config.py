@@ -248,7 +248,10 @@ class DropSettings(ControlSettings):
     """What to drop."""
 
     key: str | None = Field(
-        None, pattern="^[0-9a-f]{64}$", description="Drop one embedding, by its key in hex."
+        None,
+        pattern="^[0-9a-f]{64}$",
+        description="Drop one embedding, by its key in hex.",
+        json_schema_extra={"form": "64 hexadecimal digits in lower case, as the log at DEBUG has them"},
     )
     salt: bool = Field(
         False,

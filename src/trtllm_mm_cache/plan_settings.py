@@ -14,7 +14,11 @@ class PlanSettings(Settings):
 
     model: Path = Field(description="Model directory; configuration and tokenizer files are enough.")
     images: int = Field(ge=1, description="Distinct images in the working set.")
-    size: str = Field(pattern=r"^[1-9]\d*x[1-9]\d*$", description="Their size in pixels, as 1024x768.")
+    size: str = Field(
+        pattern=r"^[1-9]\d*x[1-9]\d*$",
+        description="Their size in pixels, as 1024x768.",
+        json_schema_extra={"form": "WIDTHxHEIGHT in pixels, as 1024x768"},
+    )
     processor_kwargs: str = Field("{}", description="The requests' mm_processor_kwargs, as a JSON object.")
     images_in_prompt: int = Field(
         1, ge=1, description="Images in one request: a few models encode an image otherwise when not alone."

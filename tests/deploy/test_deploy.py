@@ -51,16 +51,41 @@ def test_every_alert_says_how_bad_it_is_and_what_it_means() -> None:
             assert rule["annotations"]["summary"].endswith("."), rule["alert"]
 
 
-def test_alerts_name_error_codes_that_exist() -> None:
-    codes = {
-        error.code
-        for error in vars(errors).values()
-        if isinstance(error, type) and issubclass(error, errors.MmCacheError)
+def codes(root: type[errors.MmCacheError]) -> set[str]:
+    """The codes of an error class and of all below it."""
+    tree = {each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, root)}
+    return {each.code for each in tree}
+
+
+def test_every_error_code_is_in_the_alert_that_it_belongs_to() -> None:
+    """A new code in errors.py must be sorted in here: into an alert, or into what needs none."""
+    every = codes(errors.MmCacheError)
+    alerts = {
+        "MmCacheEncodeErrors": codes(errors.EncodeError)
+        | codes(errors.TransferError)
+        | codes(errors.CacheError) - {"integrity"},
+        "MmCacheOverloaded": {"overloaded"},
+        "MmCacheEngineErrors": {"internal_error", "generation_error", "integrity"},
     }
+    the_client_is_at_fault = codes(errors.RequestError)
+    the_worker_ends_with_it = codes(errors.ConfigurationError) | {"discovery_lost"}
+
+    found = {
+        query.where.removeprefix("alert "): {code for code in every if re.fullmatch(pattern, code)}
+        for query in alert_queries()
+        for pattern in re.findall(r'code=~?"([^"]+)"', query.expression)
+    }
+    assert found == alerts
+    sorted_in = [*alerts.values(), the_client_is_at_fault, the_worker_ends_with_it]
+    assert sorted(code for group in sorted_in for code in group) == sorted(every)
+
+
+def test_alerts_name_no_code_that_no_error_has() -> None:
+    every = codes(errors.MmCacheError)
     for query in alert_queries():
-        for pattern in re.findall(r'code=~"([^"]+)"', query.expression):
+        for pattern in re.findall(r'code=~?"([^"]+)"', query.expression):
             for alternative in pattern.split("|"):
-                assert any(re.fullmatch(alternative, code) for code in codes), alternative
+                assert any(re.fullmatch(alternative, code) for code in every), alternative
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (Debian's package prometheus)")
