@@ -1,4 +1,4 @@
-"""After every test the books of every cache in this process must agree, whatever the test was about."""
+"""For every test, whatever it is about: torch has one thread, and afterwards every cache's books agree."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ import weakref
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.remembering import remember_managers
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Small models: more threads only wait for each other. And logits are compared to the last bit."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,21 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-import torch
-
 from tests.chaos.run import run_chaos
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_nothing_is_lost_and_no_answer_is_wrong_while_workers_die_and_freeze(tmp_path: Path) -> None:

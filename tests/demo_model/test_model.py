@@ -24,7 +24,6 @@ SEED = 20261124
 @pytest.fixture(scope="module")
 def results(model_dir: Path) -> list[Result]:
     print(f"seed {SEED}")
-    torch.set_num_threads(1)
     return list(score(model_dir, held_out(100, SEED), SEED))
 
 

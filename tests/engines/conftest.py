@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
 from tools.tiny_models import make_tiny_model
 
 from tests.engines.contract import ARCHITECTURES
@@ -54,15 +53,6 @@ class Halves:
     def carry(self, items: Sequence[EncodeItem]) -> list[Lease]:
         """Encode one by one, through the cache: see `contract.Carry`."""
         return [self.lease(self.encode(item)) for item in items]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Compare to the last bit under one thread count, and leave the cores to the other processes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
