@@ -89,6 +89,17 @@ class Cluster:
         )
         return answer.choices[0].message.content or ""
 
+    def encode_workers(self) -> float:
+        """Return how many encode workers the PD worker sees."""
+        return self.pods["pd"].service.process.metric("trtllm_mm_cache_encode_workers")
+
+    def kill_the_encode_worker(self) -> None:
+        """Kill its container, if it runs, and return when the PD worker knows that the pod is not ready."""
+        if self.pods["encode"].service.alive:
+            self.pods["encode"].service.kill()
+        self.reconcile()
+        wait_until(lambda: self.encode_workers() == 0, 10, "it is still listed")
+
     def lists_the_model(self) -> bool:
         self.reconcile()
         try:
@@ -125,9 +136,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         for pod in pods.values():
             pod.service.wait_ready()
         wait_until(running.lists_the_model, 30, "the frontend lists no model")
-        encode_workers = "trtllm_mm_cache_encode_workers"
-        pd = pods["pd"].service.process
-        wait_until(lambda: pd.metric(encode_workers) == 1, 30, "the PD worker sees no encode worker")
+        wait_until(lambda: running.encode_workers() == 1, 30, "the PD worker sees no encode worker")
         yield running
 
 
@@ -202,19 +211,25 @@ def test_top_and_drop_run_inside_a_pod(cluster: Cluster) -> None:
         assert shows in done.stdout
 
 
-def test_a_pod_that_is_not_ready_is_not_asked(cluster: Cluster) -> None:
+def test_a_pod_whose_container_was_killed_is_not_asked(cluster: Cluster) -> None:
     known = new_picture()
     answer = cluster.ask(known)
-    encode = cluster.pods["encode"].service
-    assert encode.stop() == 0
-    cluster.reconcile()
-    pd = cluster.pods["pd"].service.process
-    wait_until(
-        lambda: pd.metric("trtllm_mm_cache_encode_workers") == 0, 10, "the encode worker is still listed"
-    )
+    cluster.kill_the_encode_worker()
     assert cluster.ask(known) == answer
     with pytest.raises(openai.InternalServerError) as failed:
         cluster.ask(new_picture())
     assert failed.value.status_code == 503
     for role in ("pd", "encode"):
         assert "discovery has lost this worker" not in cluster.pods[role].service.log.read_text()
+
+
+@pytest.mark.long
+def test_a_container_that_restarts_in_its_pod_is_asked_again(cluster: Cluster) -> None:
+    cluster.kill_the_encode_worker()
+    encode = cluster.pods["encode"].service
+    encode.start()
+    encode.wait_ready()
+    cluster.reconcile()
+    wait_until(lambda: cluster.encode_workers() == 1, 10, "it is not listed again")
+    cluster.ask(new_picture())
+    assert encode.process.metric("trtllm_mm_cache_encodes_total") == 1
