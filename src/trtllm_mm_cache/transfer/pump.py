@@ -61,8 +61,8 @@ class AgentThread:
         self.started: Future[NixlLibrary] = Future()
         self.ended: Future[None] = Future()
         self._nixl: Any = None
-        # No SimpleQueue: CPython's (seen in 3.11.7, by gdb) computes anew how long to wait after its first look
-        # at the lock, and when that took longer than the timeout, it waits for ever.
+        # No SimpleQueue: CPython's (seen in 3.11.7, by gdb) computes anew how long to wait after its first
+        # look at the lock, and when that took longer than the timeout, it waits for ever.
         self._commands: queue.Queue[tuple[Future[Any], Callable[[Any], None]]] = queue.Queue()
         self._sides: tuple[Side, ...] = ()
         self._lock = threading.Lock()  # orders commands against the end
