@@ -147,7 +147,11 @@ def _setup(arguments: Sequence[str]) -> str | None:
 def _pip(arguments: Sequence[str]) -> str | None:
     for argument in arguments:
         name, bracket, extras = argument.rstrip("]").partition("[")
-        if bracket and name in (".", "trtllm-mm-cache") and (problem := _unknown_extra(extras.split(","))):
+        if (
+            bracket
+            and PurePosixPath(name).name in ("", "trtllm-mm-cache")
+            and (problem := _unknown_extra(extras.split(",")))
+        ):
             return problem
     return None
 

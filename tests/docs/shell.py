@@ -13,7 +13,7 @@ import yaml
 from tests.docs.documents import Document, Piece
 
 # Indented blocks and fences without a language hold commands, output and drawings alike.
-SHELL_LANGUAGES = ("", "bash", "sh", "shell", "console")
+SHELL_LANGUAGES = ("", "bash", "sh", "shell", "console", "dockerfile")
 PROGRAMS = (
     "trtllm-mm-cache",
     "disagg_e_pd.sh",
@@ -35,6 +35,7 @@ LAUNCHERS = (
     "time",
     "do",
     "then",
+    "RUN",
     "docker",
     "kubectl",
 )
@@ -102,6 +103,8 @@ def _lines(block: Piece) -> Iterator[str]:
     """The commands of a block, one each; where the block is known to be a shell's, quotes may span lines."""
     pending = ""
     for line in block.text.replace("\\\n", " ").splitlines():
+        if block.language == "console" and not pending and not line.startswith("$ "):
+            continue  # output
         pending = f"{pending}\n{line}" if pending else line
         if not block.language or _is_closed(pending):
             yield pending

@@ -51,6 +51,8 @@ def test_every_command_could_be_typed(document: Document) -> None:
         ("python tools/demos.py", "tools/demos.py is not there"),
         ("launch/setup_venv.sh .venv transformer --dev", "no extra transformer"),
         ("pip install 'trtllm-mm-cache[mpi,traces]'", "no extra traces"),
+        ("RUN pip install -e '.[gpu]'", "no extra gpu"),
+        ("RUN pip install '/opt/trtllm-mm-cache[trtlm]'", "no extra trtlm"),
         ("pytest -m 'gpus and long' tests", "no marker gpus"),
     ],
 )
@@ -73,6 +75,17 @@ two lines'; trtllm-mm-cache five "six
 seven"
 ```
 
+```console
+$ trtllm-mm-cache '6
+6'
+it's trtllm-mm-cache output
+$ trtllm-mm-cache seven
+```
+
+```dockerfile
+RUN python -m pip install x && pip install y
+```
+
 ```yaml
 spec:
   containers:
@@ -86,6 +99,10 @@ services: {pd: {command: trtllm-mm-cache ten}}
     assert found == [
         ("trtllm-mm-cache", ("two", "--three")),
         ("trtllm-mm-cache", ("five", "six\nseven")),
+        ("trtllm-mm-cache", ("6\n6",)),
+        ("trtllm-mm-cache", ("seven",)),
+        ("python", ("-m", "pip", "install", "x")),
+        ("pip", ("install", "y")),
         ("trtllm-mm-cache", ("eight", "--nine=a b")),
         ("trtllm-mm-cache", ("ten",)),
         ("trtllm-mm-cache", ("one",)),
