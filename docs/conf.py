@@ -18,7 +18,6 @@ extensions = ["myst_parser", "sphinx.ext.autodoc"]
 root_doc = "docs/index"
 include_patterns = ["*.md", "docs/**.md", "models/*.md", "benchmarks/*.md"]
 
-suppress_warnings = ["toc.not_included"]  # a page that docs/index.md does not name yet
 myst_heading_anchors = 4  # the same anchors as on a git host
 myst_enable_extensions = ["html_image"]
 
