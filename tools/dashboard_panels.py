@@ -15,7 +15,10 @@ IN_CACHE = PD + ',arena="cache"'
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel: its expressions by legend. `stat` shows the last value, `series` lines over time."""
+    """One panel: its expressions by legend. `stat` shows the last value, `timeseries` lines over time.
+
+    `thresholds` are values and the colours from there on: of a stat's number, or of dashed lines.
+    """
 
     title: str
     unit: str
@@ -25,6 +28,7 @@ class Panel:
     width: int = 8
     stacked: bool = False
     maximum: float | None = None
+    thresholds: tuple[tuple[float | None, str], ...] = ((None, "text"),)
 
 
 def aggregate(function: str, by: str, vector: str) -> str:
@@ -57,6 +61,8 @@ SERVED_BY_HIT = PD + ',outcome="hit"'
 HITS, MISSES = rate(f"{CACHE}_hits_total"), rate(f"{CACHE}_misses_total")
 HIT_RATIO = f"{HITS} / ({HITS} + {MISSES})"
 BYTE_HIT_RATIO = f"{ours('served_bytes_total', SERVED_BY_HIT)} / {ours('served_bytes_total')}"
+ERRORS = rate(f"{OURS}_errors_total", ANY, "dynamo_component, code")
+EVER = f"{gauge('errors_total', ANY, by='dynamo_component, code')} > 0"
 
 ROWS: dict[str, list[Panel]] = {
     "Is it worth it": [
@@ -77,6 +83,7 @@ ROWS: dict[str, list[Panel]] = {
             "In discovery, as the PD worker sees it that sees fewest. 0: every miss is answered 503.",
             "stat",
             6,
+            thresholds=((None, "red"), (1, "green")),
         ),
         Panel(
             "Hit ratio over time",
@@ -173,7 +180,8 @@ ROWS: dict[str, list[Panel]] = {
             "Images waiting for the tower",
             "short",
             {"{{instance}}": gauge("encode_queue", ENCODE, function="max", by="instance")},
-            "Beyond --max-queued-images the answer is 503.",
+            "Beyond --max-queued-images the answer is 503. The dashed line is the alert's.",
+            thresholds=((None, "text"), (64, "orange")),
         ),
         Panel(
             "Bytes READ",
@@ -198,8 +206,8 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Errors",
             "ops",
-            {"{{dynamo_component}} {{code}}": rate(f"{OURS}_errors_total", ANY, "dynamo_component, code")},
-            "Codes as in docs/observability.md.",
+            {"{{dynamo_component}} {{code}}": f"{ERRORS} and {EVER}"},
+            "Codes as in docs/observability.md; those that have come up.",
         ),
         Panel(
             "READs that did not end well",

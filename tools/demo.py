@@ -110,8 +110,13 @@ def _data_url(scene: Scene) -> str:
 
 
 @contextlib.contextmanager
-def running_stack(run_dir: Path, model: Path) -> Iterator[Stack]:
-    """Start the launch script on a free port, wait until it serves, and stop it in the end."""
+def running_stack(
+    run_dir: Path, model: Path, capacity_gb: float = 0.0625, **variables: str
+) -> Iterator[Stack]:
+    """Start the launch script on a free port, wait until it serves, and stop it in the end.
+
+    `variables` are the launch script's; `capacity_gb` is the PD worker's.
+    """
     run_dir.mkdir(parents=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -120,8 +125,11 @@ def running_stack(run_dir: Path, model: Path) -> Iterator[Stack]:
     environment = {"MODEL_PATH": str(model), "RUN_DIR": str(run_dir), "DYN_HTTP_PORT": str(port)}
     with log.open("wb") as output:
         launcher = subprocess.Popen(
-            [str(ROOT / "launch/disagg_e_pd.sh"), "--multimodal-embedding-cache-capacity-gb", "0.0625"],
-            env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+            [
+                str(ROOT / "launch/disagg_e_pd.sh"),
+                *("--multimodal-embedding-cache-capacity-gb", str(capacity_gb)),
+            ],
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **environment, **variables},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

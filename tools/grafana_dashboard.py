@@ -56,18 +56,29 @@ def _at(left: int, top: int, width: int, height: int) -> dict[str, Any]:
 
 
 def _panel(panel: Panel, place: dict[str, Any]) -> dict[str, Any]:
-    defaults: dict[str, Any] = {"unit": panel.unit, "min": 0}
+    # Thresholds and calculation are said even where they are plain: Grafana's own are red from 80 on.
+    steps = [{"color": colour, "value": value} for value, colour in panel.thresholds]
+    defaults: dict[str, Any] = {
+        "unit": panel.unit,
+        "min": 0,
+        "thresholds": {"mode": "absolute", "steps": steps},
+    }
     if panel.maximum is not None:
         defaults["max"] = panel.maximum
     if panel.kind == "timeseries":
         stacking = {"mode": "normal" if panel.stacked else "none"}
-        defaults["custom"] = {"fillOpacity": 40 if panel.stacked else 8, "stacking": stacking}
+        defaults["custom"] = {
+            "fillOpacity": 40 if panel.stacked else 8,
+            "stacking": stacking,
+            "thresholdsStyle": {"mode": "dashed" if len(panel.thresholds) > 1 else "off"},
+        }
     return {
         "type": panel.kind,
         "title": panel.title,
         "description": panel.about,
         "datasource": {"type": "prometheus", "uid": "${datasource}"},
         "fieldConfig": {"defaults": defaults, "overrides": []},
+        **({"options": {"reduceOptions": {"calcs": ["lastNotNull"]}}} if panel.kind == "stat" else {}),
         "targets": [
             {"refId": chr(ord("A") + number), "expr": expression, "legendFormat": legend}
             for number, (legend, expression) in enumerate(panel.expressions.items())

@@ -279,6 +279,11 @@ class SharedMemoryError(ConfigurationError):
     code = "shared_memory"
 
 
+def error_codes() -> list[str]:
+    """Return the codes of all errors of this package, sorted."""
+    return sorted(_tree(MmCacheError))
+
+
 def _tree(root: type[MmCacheError]) -> dict[str, type[MmCacheError]]:
     found = {root.code: root}
     for child in root.__subclasses__():

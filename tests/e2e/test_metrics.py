@@ -14,6 +14,7 @@ from prometheus_client.samples import Sample
 
 from tests.deploy.queries import alert_queries, dashboard_queries, unknown
 from tests.e2e.stack import REPOSITORY, Process, Stack, new_picture, wait_until
+from trtllm_mm_cache.errors import error_codes
 
 QUESTION = "What is this?"
 OURS = ("dynamo_component_embedding_cache_", "trtllm_mm_cache_")
@@ -73,6 +74,13 @@ def test_what_a_worker_exposes_is_what_is_documented(busy: Stack, component: str
             assert sample.labels["dynamo_component"] == component
             own = sample.labels.keys() - COMMON - {"le"} - DYNAMO_LABELS
             assert own == row.labels, name
+
+
+def test_every_error_code_is_there_before_the_first_error(busy: Stack) -> None:
+    """What comes up with the value 1 is no increase for Prometheus: rate() and alerts would not see it."""
+    for process in [*busy.workers("PD"), *busy.workers("encode")]:
+        samples = dict(families(process))["trtllm_mm_cache_errors_total"].samples
+        assert {sample.labels["code"] for sample in samples} == set(error_codes())
 
 
 def test_no_label_holds_anything_of_a_request(busy: Stack) -> None:

@@ -75,7 +75,7 @@ def errors(bench: Bench) -> dict[str, float]:
         sample.labels["code"]: sample.value
         for family in bench.metrics.registry.collect()
         for sample in family.samples
-        if sample.name == "trtllm_mm_cache_errors_total"
+        if sample.name == "trtllm_mm_cache_errors_total" and sample.value > 0
     }
 
 

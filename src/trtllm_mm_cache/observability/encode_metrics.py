@@ -6,6 +6,7 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from trtllm_mm_cache.errors import error_codes
 from trtllm_mm_cache.observability.buckets import BATCH_IMAGES, STEP_SECONDS
 from trtllm_mm_cache.observability.exposition import PREFIX
 from trtllm_mm_cache.observability.step import Step
@@ -43,6 +44,8 @@ class EncodeMetrics:
         self.errors = self._counter("errors", "Calls not served, by error code.", "code")
         for origin in ORIGINS:
             self.embeddings.labels(origin)
+        for code in error_codes():
+            self.errors.labels(code)
 
     def delivered(self, origin: str, *, encode_seconds: float) -> None:
         """Count one embedding that was exported; `encode_seconds` is what it had cost the tower."""

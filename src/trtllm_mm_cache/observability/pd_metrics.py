@@ -6,6 +6,7 @@ from typing import Final, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from trtllm_mm_cache.errors import error_codes
 from trtllm_mm_cache.observability.buckets import FIRST_TOKEN_SECONDS, STEP_SECONDS
 from trtllm_mm_cache.observability.exposition import PREFIX
 from trtllm_mm_cache.observability.step import Step
@@ -63,6 +64,8 @@ class PdMetrics:
             self.first_token.labels(kind)
         for ending in get_args(RequestOutcome):
             self.requests.labels(ending)
+        for code in error_codes():
+            self.errors.labels(code)
 
     def found(self, outcome: LookupOutcome, *, nbytes: int, seconds: float, saved_seconds: float) -> None:
         """Count one image that has its embedding; `saved_seconds` of the vision tower, for a hit."""
