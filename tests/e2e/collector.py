@@ -1,4 +1,4 @@
-"""An OpenTelemetry collector on loopback: takes spans over HTTP and keeps them."""
+"""OpenTelemetry collectors on loopback, over HTTP and over gRPC: they take spans and keep them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import contextlib
 import gzip
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import grpc
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
+)
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
+    TraceServiceServicer,
+    add_TraceServiceServicer_to_server,
 )
 
 
@@ -63,7 +69,7 @@ class Collector:
 
 @contextlib.contextmanager
 def collector() -> Iterator[Collector]:
-    """Serve a collector until the block ends."""
+    """Serve a collector over HTTP until the block ends."""
     kept = Collector()
 
     class Handler(BaseHTTPRequestHandler):
@@ -93,6 +99,29 @@ def collector() -> Iterator[Collector]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextlib.contextmanager
+def grpc_collector() -> Iterator[Collector]:
+    """Serve a collector over gRPC until the block ends."""
+    kept = Collector()
+
+    class Servicer(TraceServiceServicer):
+        def Export(  # noqa: N802 - gRPC's name
+            self, request: ExportTraceServiceRequest, context: grpc.ServicerContext
+        ) -> ExportTraceServiceResponse:
+            kept.take(request.SerializeToString())
+            return ExportTraceServiceResponse()
+
+    with ThreadPoolExecutor(2) as threads:
+        server = grpc.server(threads)
+        add_TraceServiceServicer_to_server(Servicer(), server)
+        kept.port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        try:
+            yield kept
+        finally:
+            server.stop(None).wait()
 
 
 def _attributes(pairs: object) -> dict[str, str]:

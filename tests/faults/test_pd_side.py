@@ -87,22 +87,49 @@ def test_a_pd_worker_killed_at_any_step_leaves_no_lease_and_its_successor_serves
     restart_pd(deployment, asked)
 
 
+def listed(deployment: Deployment, *words: str) -> set[str]:
+    """The names of discovery's entries for endpoints that have one of `words` in their names."""
+    entries = deployment.folder / "discovery/v1/instances"
+    return {path.name for path in entries.iterdir() if any(word in path.name for word in words)}
+
+
 def test_workers_that_stood_still_for_long_are_found_again(deployment: Deployment, deal: Deal) -> None:
     """Discovery drops what stands still for ten seconds; nobody but the worker can bring itself back."""
     asked = deal()
-    entries = deployment.folder / "discovery/v1/instances"
-
-    def listed() -> list[str]:
-        return [path.name for path in entries.iterdir() if "encode" in path.name or "pd" in path.name]
-
-    assert len(listed()) >= 3
+    assert len(listed(deployment, "encode", "pd")) >= 3
     frozen = [deployment.pd, *deployment.peers]
     for service in frozen:
         service.signal(signal.SIGSTOP)
-    wait_until(lambda: not listed(), 40, "discovery still lists workers that stand still")
+    wait_until(
+        lambda: not listed(deployment, "encode", "pd"), 40, "discovery still lists workers that stand still"
+    )
     for service in frozen:
         service.signal(signal.SIGCONT)
     began = time.monotonic()
     wait_until(lambda: answers(deployment, asked), 60, "no worker was found again")
     report("workers thawed after discovery had dropped them, serve after", began)
+    deployment.nothing_held()
+
+
+@LONG
+def test_a_worker_that_stands_still_at_birth_is_found_when_it_goes_on(
+    deployment: Deployment, deal: Deal
+) -> None:
+    """Stopped as soon as it is on discovery's list, it has not seen itself there when discovery drops it."""
+    pd = deployment.pd
+    pd.kill()
+    wait_until(lambda: not listed(deployment, "pd"), 40, "discovery still lists the dead PD worker")
+    pd.start()
+    # It looks at the list every half second, so it has seldom seen itself there.
+    wait_until(lambda: bool(listed(deployment, "pd%2Fgenerate")), 60, "the PD worker is not listed")
+    pd.signal(signal.SIGSTOP)
+    try:
+        wait_until(lambda: not listed(deployment, "pd"), 40, "discovery still lists who stands still")
+    finally:
+        pd.signal(signal.SIGCONT)
+    began = time.monotonic()
+    asked = deal()
+    wait_until(lambda: answers(deployment, asked), 60, "the PD worker was not found")
+    report("PD worker that stood still at birth serves after", began)
+    assert "discovery has lost this worker" in pd.log.read_text()
     deployment.nothing_held()

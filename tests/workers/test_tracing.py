@@ -1,8 +1,12 @@
-"""Spans along the eight steps, across both workers' code, collected in this process."""
+"""Spans along the eight steps, across both workers' code, collected in this process; and their export."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -11,6 +15,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from tests.e2e.collector import Collector, collector, grpc_collector
 from tests.workers.conftest import Bench, picture
 from trtllm_mm_cache.errors import ConfigurationError, EncodeUnavailableError, MmCacheError
 from trtllm_mm_cache.observability.tracing import configure_tracing, remote_parent, span, trace_headers
@@ -108,6 +113,38 @@ def test_tracing_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("OTEL_EXPORT_ENABLED", "0")
     configure_tracing("pd")
     assert trace.get_tracer_provider() is before
+
+
+@pytest.mark.parametrize(
+    ("protocol", "serve"), [("grpc", grpc_collector), ("http/protobuf", collector), (None, grpc_collector)]
+)
+def test_spans_arrive_over_each_protocol(
+    protocol: str | None, serve: Callable[[], AbstractContextManager[Collector]]
+) -> None:
+    code = (
+        "from trtllm_mm_cache.observability.tracing import configure_tracing, span\n"
+        "configure_tracing('pd')\n"
+        "with span('request', attributes={'images': 1}), span('lookup'): pass\n"
+    )
+    with serve() as traces:
+        variables = {
+            "OTEL_EXPORT_ENABLED": "1",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{traces.port}",
+            **({"OTEL_EXPORTER_OTLP_PROTOCOL": protocol} if protocol else {}),
+        }
+        ended = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert ended.returncode == 0, ended.stderr
+        lookup, asked = traces.spans()
+    assert (lookup.name, asked.name) == ("lookup", "request")
+    assert (lookup.trace_id, lookup.parent_id) == (asked.trace_id, asked.span_id)
+    assert (asked.service, asked.attributes) == ("trtllm-mm-cache-pd", {"images": "1"})
 
 
 def test_an_unknown_protocol_is_the_operators_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
