@@ -27,7 +27,8 @@ from trtllm_mm_cache.errors import MmCacheError
 from trtllm_mm_cache.transfer import Exporter, Reader, TransferAgent
 from trtllm_mm_cache.workers.breaker import CircuitBreakers
 from trtllm_mm_cache.workers.encode_worker import EncodeWorker
-from trtllm_mm_cache.workers.loader import EmbeddingLoader, MissingImage
+from trtllm_mm_cache.workers.loader import EmbeddingLoader
+from trtllm_mm_cache.workers.missing_image import MissingImage
 from trtllm_mm_cache.workers.passages import Passage
 from trtllm_mm_cache.workers.protocol import EncodeReady, EncodeRequest, parse_answer
 

@@ -37,7 +37,8 @@ from trtllm_mm_cache.observability.pd_metrics import PdMetrics
 from trtllm_mm_cache.workers.assembly import give_up, make_resolver
 from trtllm_mm_cache.workers.encode_client import EncodeClient
 from trtllm_mm_cache.workers.memory import PdMemory
-from trtllm_mm_cache.workers.resolver import ImageResolver, ResolvedImages
+from trtllm_mm_cache.workers.resolved_images import ResolvedImages
+from trtllm_mm_cache.workers.resolver import ImageResolver
 from trtllm_mm_cache.workers.runtime import connect
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -23,7 +23,8 @@ from trtllm_mm_cache.transfer import Exporter, Reader, TransferAgent
 from trtllm_mm_cache.workers.breaker import CircuitBreakers
 from trtllm_mm_cache.workers.loader import EmbeddingLoader
 from trtllm_mm_cache.workers.protocol import EncodeReady, EncodeRequest
-from trtllm_mm_cache.workers.resolver import ImageResolver, ResolvedImages
+from trtllm_mm_cache.workers.resolved_images import ResolvedImages
+from trtllm_mm_cache.workers.resolver import ImageResolver
 
 ROWS, WIDTH = 16, 64
 NBYTES = ROWS * WIDTH * 4
@@ -162,7 +163,12 @@ def require_salt() -> bool:
 
 
 @pytest.fixture
-async def bench(require_salt: bool) -> AsyncIterator[Bench]:
+def allow_private_addresses() -> bool:
+    return False
+
+
+@pytest.fixture
+async def bench(require_salt: bool, allow_private_addresses: bool) -> AsyncIterator[Bench]:
     exporting, reading = await TransferAgent.start(), await TransferAgent.start()
     source = MultimodalEmbeddingCacheManager(64 * NBYTES)
     cache = MultimodalEmbeddingCacheManager(4 * NBYTES)
@@ -172,7 +178,7 @@ async def bench(require_salt: bool) -> AsyncIterator[Bench]:
         await reading.register(manager.arena.base_address, manager.arena.capacity_bytes)
     peer = PeerEncodeWorkers(Exporter(exporting, lease_timeout_s=30), exporting, source)
     peer.gate.set()
-    settings = MediaSettings()
+    settings = MediaSettings(allow_private_addresses=allow_private_addresses)
     reader = Reader(reading)
     metrics, what_if = PdMetrics(), WhatIf("lru", cache.capacity_bytes)
     clock = SetClock()

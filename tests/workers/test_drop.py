@@ -12,7 +12,7 @@ from trtllm_mm_cache.cache.salt import salt_tag
 from trtllm_mm_cache.errors import ChecksumMismatchError
 from trtllm_mm_cache.workers.control import Control, DropReport, DropRequest, MetricsReport, control_path
 from trtllm_mm_cache.workers.protocol import parse
-from trtllm_mm_cache.workers.resolver import ResolvedImages
+from trtllm_mm_cache.workers.resolved_images import ResolvedImages
 
 EVERYTHING = DropRequest(everything=True)
 

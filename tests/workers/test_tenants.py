@@ -19,8 +19,7 @@ from tests.e2e.stack import new_picture, png
 from tests.media.origin import Resource, serving
 from tests.workers.conftest import Bench, assert_holds, picture
 from trtllm_mm_cache.errors import EncodeUnavailableError
-from trtllm_mm_cache.media import MediaSettings, MediaSource
-from trtllm_mm_cache.workers.resolver import ResolvedImages
+from trtllm_mm_cache.workers.resolved_images import ResolvedImages
 
 
 def counts(bench: Bench) -> dict[tuple[str, str], float]:
@@ -112,11 +111,10 @@ async def test_without_an_encode_worker_another_tenants_image_is_as_missing_as_a
     (await bench.resolve([known], salt="a")).release()
 
 
+@pytest.mark.parametrize("allow_private_addresses", [True])
 @pytest.mark.parametrize("require_salt", [False, True])
 @pytest.mark.parametrize("salt", ["b", None])
 async def test_a_url_that_another_tenant_fetched_is_fetched_again(bench: Bench, salt: str | None) -> None:
-    await bench.resolver._source.close()
-    bench.resolver._source = MediaSource(MediaSettings(allow_private_addresses=True))
     async with serving() as origin:
         resource = origin.routes["/a"] = Resource(png(new_picture(32, 32)), {"Cache-Control": "max-age=60"})
         for asker in ("a", "a", salt):

@@ -8,12 +8,9 @@ Two faces on the same entries. The one that Dynamo users know (`get`, `set`, `se
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from trtllm_mm_cache.cache.arena import ALIGNMENT, Arena
 from trtllm_mm_cache.cache.audit import check_ledger, take_statistics
@@ -21,7 +18,6 @@ from trtllm_mm_cache.cache.entry import (
     CachedEmbedding,
     CacheMutation,
     CacheReservation,
-    Details,
     EntryState,
 )
 from trtllm_mm_cache.cache.lease import Lease
@@ -32,6 +28,7 @@ from trtllm_mm_cache.cache.reservation import Reservation
 from trtllm_mm_cache.cache.room import make_room
 from trtllm_mm_cache.cache.selection import Dropped, Selection
 from trtllm_mm_cache.cache.statistics import CacheStatistics
+from trtllm_mm_cache.cache.store import store_copy
 from trtllm_mm_cache.errors import ArenaFullError
 
 logger = logging.getLogger(__name__)
@@ -187,34 +184,7 @@ class MultimodalEmbeddingCacheManager:
         in Dynamo, tensors for which held entries leave no room: then nothing changes. Blocks for the
         copy. Raises `AssertionError` for a tensor that is not contiguous, as Dynamo does.
         """
-        tensor = entry.tensor.detach()
-        nbytes = _tensor_bytes(tensor)
-        if nbytes > self._capacity:
-            logger.warning(
-                "embedding of %d bytes is larger than the cache of %d bytes", nbytes, self._capacity
-            )
-            return CacheMutation(False, [], [])
-        ledger = self._ledger
-        with ledger.guard:
-            ledger.begin()
-            present = ledger.visible.get(key)
-            try:
-                removed = make_room(ledger, nbytes, instead_of=present)
-            except ArenaFullError as error:
-                logger.warning("embedding not cached: %s", error.message)
-                return CacheMutation(False, [], [])
-            written = ledger.open_reservation(key, nbytes, "set")
-        try:
-            self.arena.write(written.extent, tensor)
-        except BaseException:
-            with ledger.guard:
-                ledger.close_reservation(written, "abandon")
-                ledger.after_hold(written)
-            raise
-        with ledger.guard:
-            replaced = ledger.publish(written, tensor.dtype, tuple(tensor.shape), Details(*entry[1:]))
-            ledger.after_hold(written)
-        return CacheMutation(True, [] if present or replaced else [key], removed)
+        return store_copy(self._ledger, key, entry, capacity_bytes=self._capacity)
 
     def make_room_for(self, key: str, size_bytes: int) -> CacheReservation:
         """Drop the entry under `key` and evict until an entry of `size_bytes` fits; reserve nothing.
@@ -279,9 +249,3 @@ class MultimodalEmbeddingCacheManager:
         """
         with self._ledger.guard:
             self._ledger.close()
-
-
-def _tensor_bytes(tensor: torch.Tensor) -> int:
-    if not tensor.is_contiguous():
-        raise AssertionError("the tensor must be contiguous")
-    return tensor.element_size() * math.prod(tensor.shape)

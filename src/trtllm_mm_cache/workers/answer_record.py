@@ -10,7 +10,7 @@ from opentelemetry.trace import Span
 from trtllm_mm_cache.errors import MmCacheError
 from trtllm_mm_cache.observability.logs import loggable_cause
 from trtllm_mm_cache.observability.pd_metrics import PdMetrics, RequestOutcome, kind_of
-from trtllm_mm_cache.workers.resolver import ResolvedImages
+from trtllm_mm_cache.workers.resolved_images import ResolvedImages
 
 logger = logging.getLogger(__name__)
 

@@ -1,73 +1,40 @@
-"""Steps 5 to 7 for one missing embedding: ask an encode worker, READ what it exports, commit it.
+"""Step 5 for one missing embedding: whom to ask for it, and whom after that.
 
-    5 miss         the encode worker that the key chooses; once more on the next one if that can help; those
-                   that are not there any more, though discovery still lists them, are passed over
-    6 READ         NIXL reads straight into a reserved extent
-    7 commit       only after checksum, size, shape, dtype, rows and values agree
-
-An instance whose breaker is open is passed over. An export that will not be READ is given up at once, so
-that it does not stay pinned in the encode worker's arena until its lease times out.
+The encode worker that the key chooses is asked first, and once more the next one if that can help. Those that
+are not there any more, though discovery still lists them, and those whose breaker is open are passed over.
+What one has ready is READ and committed as part of the same attempt: steps 6 and 7, in `receiver.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
-
-import torch
+from typing import Protocol
 
 from trtllm_mm_cache.cache.key import EmbeddingKey
-from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager, Reservation
+from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.what_if import WhatIf
-from trtllm_mm_cache.engines.base import ImageDescription
 from trtllm_mm_cache.errors import (
-    ArenaFullError,
     ChecksumMismatchError,
     EmbeddingMismatchError,
     EncodeError,
     EncodeTimeoutError,
     EncodeUnavailableError,
     EncodeUnreachableError,
-    EntryTooLargeError,
     MmCacheError,
     TransferError,
 )
 from trtllm_mm_cache.observability.pd_metrics import PdMetrics
-from trtllm_mm_cache.transfer import Export, PeerMetadata, Reader
+from trtllm_mm_cache.transfer import Reader
 from trtllm_mm_cache.workers.breaker import BreakerStatistics, CircuitBreakers
-from trtllm_mm_cache.workers.passages import Passage
-from trtllm_mm_cache.workers.protocol import ENCODE_SECONDS, EncodeReady, EncodeRequest
-from trtllm_mm_cache.workers.threads import in_thread
+from trtllm_mm_cache.workers.missing_image import MissingImage
+from trtllm_mm_cache.workers.protocol import EncodeReady, EncodeRequest
+from trtllm_mm_cache.workers.receiver import EmbeddingCheck, EmbeddingReceiver
 
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 2
-_UNCACHED = "resolver (uncached)"
-
-
-@dataclass(frozen=True)
-class MissingImage:
-    """One image between lookup and commit. Without `retain` its embedding is for one request alone."""
-
-    key: EmbeddingKey
-    media: bytes
-    description: ImageDescription
-    retain: bool
-    passage: Passage
-
-    @property
-    def dropped(self) -> bool:
-        """Whether a drop concerned it since its request came."""
-        return self.passage.dropped(self.key.hex)
-
-    @property
-    def retained(self) -> bool:
-        """Whether it may be stored, as things are now."""
-        return self.retain and not self.dropped
 
 
 @dataclass(frozen=True)
@@ -94,15 +61,10 @@ class EncodeWorkers(Protocol):
         ...
 
 
-EmbeddingCheck = Callable[[ImageDescription, tuple[int, int], torch.dtype, Mapping[str, Any]], None]
-"""`Generator.check_embedding`: raises `EmbeddingMismatchError` for what cannot be the image's embedding."""
-
-
 class EmbeddingLoader:
     """Loads missing embeddings for one PD worker. For use from one event loop.
 
-    `transit` is a manager that retains nothing; it takes what `cache` has no room for, and is the
-    same object as `cache` where the capacity is 0. `what_if` is told what enters the cache.
+    What it brings lies in `cache` or in `transit`; see `EmbeddingReceiver`.
     """
 
     def __init__(
@@ -121,23 +83,26 @@ class EmbeddingLoader:
         metrics: PdMetrics | None = None,
         what_if: WhatIf | None = None,
     ) -> None:
-        self._cache = cache
-        self._transit = transit
         self._encoders = encoders
         self._breakers = breakers
-        self._reader = reader
         self._fingerprint = fingerprint
-        self._check = check
-        self._reject_non_finite = reject_non_finite
         self._encode_timeout_s = encode_timeout_s
-        self._transfer_timeout_s = transfer_timeout_s
         self._metrics = metrics or PdMetrics()
-        self._what_if = what_if
-        self._retries = self._uncached = 0
+        self._retries = 0
+        self._receiver = EmbeddingReceiver(
+            cache=cache,
+            transit=transit,
+            reader=reader,
+            check=check,
+            reject_non_finite=reject_non_finite,
+            timeout_s=transfer_timeout_s,
+            metrics=self._metrics,
+            what_if=what_if,
+        )
 
     def statistics(self) -> LoaderStatistics:
         """Return a snapshot."""
-        return LoaderStatistics(self._retries, self._uncached)
+        return LoaderStatistics(self._retries, self._receiver.uncached)
 
     def breakers(self) -> BreakerStatistics:
         """Return a snapshot of the encode workers' breakers."""
@@ -147,7 +112,6 @@ class EmbeddingLoader:
         """Stop waiting for answers that nobody wants."""
         await self._encoders.close()
 
-    # 5 miss
     async def load(self, image: MissingImage) -> Lease:
         """Return a lease on the embedding of `image`, made by an encode worker.
 
@@ -200,60 +164,11 @@ class EmbeddingLoader:
             async with asyncio.timeout(seconds):
                 with self._metrics.encode_call.time():
                     ready = await self._encoders.encode(instance, request)
-                return await self._read_and_commit(image, request, ready)
+                return await self._receiver.receive(image, request, ready)
         except TimeoutError:
             raise EncodeTimeoutError(
                 f"an encode worker brought no embedding within {seconds:.3g} seconds; retry later"
             ) from None
-
-    # 6 READ, 7 commit
-    async def _read_and_commit(
-        self, image: MissingImage, request: EncodeRequest, ready: EncodeReady
-    ) -> Lease:
-        peer = PeerMetadata.from_wire(ready.peer)
-        try:
-            ready.check_answers(request)
-            dtype = _dtype(ready)
-            self._check(image.description, ready.shape, dtype, ready.metadata)
-            # In a thread: making room may move other entries, which copies megabytes.
-            reserve = partial(self._reserve, image, ready.nbytes)
-            with self._metrics.reserve.time():
-                reservation = await in_thread(reserve, undo=Reservation.abandon)
-        except BaseException:
-            self._reader.give_up(peer, ready.token)
-            raise
-        self._uncached += reservation.owner == _UNCACHED
-        export = Export(ready.token, ready.address, ready.nbytes, ready.checksum)
-        with self._metrics.transfer.time():
-            await self._reader.read_into(
-                reservation,
-                peer,
-                export,
-                deadline_s=self._transfer_timeout_s,
-                finite_dtype=ready.dtype if self._reject_non_finite else None,
-            )
-        metadata = {**ready.metadata, ENCODE_SECONDS: ready.encode_seconds}
-        try:
-            with self._metrics.commit.time():
-                lease = reservation.commit(
-                    dtype=dtype, shape=ready.shape, metadata=metadata, retain=not image.dropped
-                )
-        except MmCacheError:
-            reservation.abandon()
-            raise
-        if image.retained and self._what_if is not None:
-            self._what_if.loaded(image.key.hex, ready.nbytes)
-        return lease
-
-    def _reserve(self, image: MissingImage, nbytes: int) -> Reservation:
-        """Reserve room in the cache; where every byte is leased, in the transit arena: served, not cached."""
-        try:
-            if image.retained:
-                return self._cache.reserve(image.key.hex, nbytes, owner="resolver", tag=image.passage.tag)
-        except (ArenaFullError, EntryTooLargeError):
-            if self._transit is self._cache:
-                raise
-        return self._transit.reserve(image.key.hex, nbytes, owner=_UNCACHED)
 
 
 def _was_wrong(failure: MmCacheError | None) -> bool:
@@ -273,19 +188,3 @@ def _unavailable(ranked: list[int]) -> EncodeUnavailableError:
         else "no encode worker is alive, so new images cannot be encoded"
     )
     return EncodeUnavailableError(f"{reason}; text and cached images are still served; retry later")
-
-
-def _dtype(ready: EncodeReady) -> torch.dtype:
-    """Return the dtype that is announced, if the size is what it makes of the shape.
-
-    Looked at again at the commit; here, before room is made for what may be a wrong size.
-    """
-    dtype = getattr(torch, ready.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise EmbeddingMismatchError("the encode worker announced an embedding of an unknown dtype")
-    rows, width = ready.shape
-    if rows * width * dtype.itemsize != ready.nbytes:
-        raise EmbeddingMismatchError(
-            f"the encode worker announced {ready.nbytes} bytes for {rows} rows of {width} {ready.dtype}"
-        )
-    return dtype

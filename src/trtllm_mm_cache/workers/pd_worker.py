@@ -22,7 +22,8 @@ from trtllm_mm_cache.workers.answer_record import AnswerRecord
 from trtllm_mm_cache.workers.detached import detached
 from trtllm_mm_cache.workers.faults import as_dynamo_error
 from trtllm_mm_cache.workers.request import PdRequest, parse_request
-from trtllm_mm_cache.workers.resolver import ImageResolver, ResolvedImages
+from trtllm_mm_cache.workers.resolved_images import ResolvedImages
+from trtllm_mm_cache.workers.resolver import ImageResolver
 from trtllm_mm_cache.workers.runtime import RequestStoppedError, stream_until_stopped, until_stopped
 
 

@@ -3,15 +3,15 @@
 Read it top to bottom; the steps bear the numbers of the design:
 
     1 references   the image parts of the request, in order
-    2 bytes        fetched, size and format checked
+    2 bytes        fetched, size and format checked: `fetcher.py`
     3 key          the content is the key
     4 lookup       a hit is a lease on the arena's view; done
-    5 miss         one flight per key asks the encode worker that the key chooses
-    6 READ         NIXL reads straight into a reserved extent        } these two, and the asking,
-    7 commit       only after all that was announced agrees          } are in `loader.py`
+    5 miss         one flight per key; `loader.py` asks the encode worker that the key chooses
+    6 READ         NIXL reads straight into a reserved extent: `receiver.py`
+    7 commit       only after all that was announced agrees
 
-Whatever happens on the way, a lease or reservation that nobody will use is given back before
-`resolve` returns or raises.
+What the images of a request are together is in `resolved_images.py`. Whatever happens on the way, a lease or
+reservation that nobody will use is given back before `resolve` returns or raises.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ import logging
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trtllm_mm_cache.cache.flight import SingleFlight
@@ -34,47 +32,20 @@ from trtllm_mm_cache.cache.what_if import WhatIf
 from trtllm_mm_cache.config import MB
 from trtllm_mm_cache.engines.base import ImageDescription
 from trtllm_mm_cache.errors import MmCacheError, OverloadedError
-from trtllm_mm_cache.media import ImageInfo, MediaSettings, MediaSource, probe_image
-from trtllm_mm_cache.observability.pd_metrics import LookupOutcome, PdMetrics, scheme_of
+from trtllm_mm_cache.media import MediaSettings, MediaSource
+from trtllm_mm_cache.observability.pd_metrics import PdMetrics
 from trtllm_mm_cache.observability.tracing import span
 from trtllm_mm_cache.workers.admission import Admission, AdmissionStatistics
 from trtllm_mm_cache.workers.breaker import BreakerStatistics
 from trtllm_mm_cache.workers.control import DropReport, DropRequest
-from trtllm_mm_cache.workers.loader import EmbeddingLoader, LoaderStatistics, MissingImage
+from trtllm_mm_cache.workers.fetcher import OFF_LOOP_BYTES, ImageFetcher
+from trtllm_mm_cache.workers.loader import EmbeddingLoader, LoaderStatistics
+from trtllm_mm_cache.workers.missing_image import MissingImage
 from trtllm_mm_cache.workers.passages import Passages
 from trtllm_mm_cache.workers.protocol import ENCODE_SECONDS
+from trtllm_mm_cache.workers.resolved_images import Found, ResolvedImages, first_error, release_finished
 
 logger = logging.getLogger(__name__)
-
-_OFF_LOOP_BYTES = 64 * 1024
-
-
-@dataclass(frozen=True)
-class ResolvedImages:
-    """Leases in prompt order, to be released by the caller, and what they cost.
-
-    `joined` of the `misses` waited for a flight that was under way. Each distinct reference counts once.
-    """
-
-    leases: tuple[Lease, ...]
-    hits: int
-    misses: int
-    joined: int
-    nbytes: int
-    seconds: float
-
-    def release(self) -> None:
-        """Give every lease back. Idempotent."""
-        for lease in self.leases:
-            lease.release()
-
-
-@dataclass(frozen=True)
-class _Found:
-    """One image's lease and how it was come by."""
-
-    lease: Lease
-    outcome: LookupOutcome
 
 
 class ImageResolver:
@@ -106,17 +77,17 @@ class ImageResolver:
         what_if: WhatIf | None = None,
     ) -> None:
         self._source = source
-        self._media_settings = media_settings
         self._cache = cache
         self._loader = loader
         self._fingerprint = fingerprint
         self._require_salt = require_salt
         self._what_if = what_if
         self._metrics = metrics or PdMetrics()
+        self._fetcher = ImageFetcher(
+            source, media_settings, max_fetches=max_fetches, wait_s=fetch_wait_s, metrics=self._metrics
+        )
         self._flights: SingleFlight[Lease] = SingleFlight()
         self._passages = Passages()
-        self._fetches = asyncio.Semaphore(max_fetches)
-        self._fetch_wait_s = fetch_wait_s
         self._waiting = Admission(
             max_items=sys.maxsize,
             max_bytes=max_waiting_bytes,
@@ -144,7 +115,7 @@ class ImageResolver:
         tag = salt_tag(salt) if salt else None
         if not retain:
             salt = secrets.token_hex(32)
-        tasks: dict[str, asyncio.Task[_Found]] = {}
+        tasks: dict[str, asyncio.Task[Found]] = {}
         try:
             async with asyncio.TaskGroup() as group:
                 for index, reference in enumerate(references):
@@ -153,21 +124,13 @@ class ImageResolver:
                             self._resolve_one(index, reference, processor_kwargs, salt, variant, retain, tag)
                         )
         except BaseExceptionGroup as failures:
-            _release_finished(tasks.values())
-            raise _first_error(failures) from failures
+            release_finished(tasks.values())
+            raise first_error(failures) from failures
         except asyncio.CancelledError:
-            _release_finished(tasks.values())
+            release_finished(tasks.values())
             raise
-        outcomes = [task.result().outcome for task in tasks.values()]
-        leases = self._in_prompt_order(references, tasks)
-        return ResolvedImages(
-            leases=leases,
-            hits=outcomes.count("hit"),
-            misses=len(outcomes) - outcomes.count("hit"),
-            joined=outcomes.count("joined"),
-            nbytes=sum(lease.nbytes for lease in leases),
-            seconds=time.perf_counter() - started,
-        )
+        found = {reference: task.result() for reference, task in tasks.items()}
+        return ResolvedImages.of(references, found, seconds=time.perf_counter() - started)
 
     def statistics(self) -> LoaderStatistics:
         """Count what was retried and what was served uncached."""
@@ -216,11 +179,11 @@ class ImageResolver:
         variant: str,
         retain: bool,
         tag: bytes | None,
-    ) -> _Found:
+    ) -> Found:
         """Steps 2 to 7 for one image."""
         passage = self._passages.begin(tag)
         try:
-            media, info = await self._fetch(reference, tenant=(salt or "") if retain else None)
+            media, info = await self._fetcher.fetch(reference, tenant=(salt or "") if retain else None)
             key = await self._key(media, processor_kwargs, salt, variant)
             looked_up = time.perf_counter()
             description = ImageDescription(info.width, info.height, processor_kwargs, variant)
@@ -238,32 +201,6 @@ class ImageResolver:
         logger.debug("image %d: %s, key %s", index + 1, found.outcome, key, extra={"key": key.hex})
         return found
 
-    # 2 bytes
-    async def _fetch(self, reference: str, *, tenant: str | None) -> tuple[bytes, ImageInfo]:
-        scheme = scheme_of(reference)
-        with self._metrics.fetch.labels(scheme=scheme).time():
-            async with self._turn_to_fetch() if scheme in ("http", "https") else nullcontext():
-                media = await self._source.fetch(reference, tenant=tenant)
-            # A header of megabytes (metadata) can take long to read; that of a small file cannot.
-            if len(media) > _OFF_LOOP_BYTES:
-                return media, await asyncio.to_thread(probe_image, media, self._media_settings)
-            return media, probe_image(media, self._media_settings)
-
-    @asynccontextmanager
-    async def _turn_to_fetch(self) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(self._fetch_wait_s):
-                await self._fetches.acquire()
-        except TimeoutError:
-            raise OverloadedError(
-                f"the image's turn to be fetched did not come within {self._fetch_wait_s:g} seconds: too "
-                "many others are being fetched; retry in a moment"
-            ) from None
-        try:
-            yield
-        finally:
-            self._fetches.release()
-
     # 3 key
     async def _key(
         self, media: bytes, processor_kwargs: Mapping[str, Any], salt: str | None, variant: str
@@ -278,17 +215,17 @@ class ImageResolver:
             )
 
         with self._metrics.key.time():
-            return await asyncio.to_thread(compute) if len(media) > _OFF_LOOP_BYTES else compute()
+            return await asyncio.to_thread(compute) if len(media) > OFF_LOOP_BYTES else compute()
 
     # 4 lookup, 5 miss
-    async def _find(self, image: MissingImage) -> _Found:
+    async def _find(self, image: MissingImage) -> Found:
         if image.retain and (lease := self._look_up(image.key)) is not None:
-            return _Found(lease, "hit")
+            return Found(lease, "hit")
         with self._waiting.admitted(len(image.media)):
             lease, joined = await self._flights.run(
                 image.key.hex, lambda: self._load(image), share=Lease.clone, discard=Lease.release
             )
-        return _Found(lease, "joined" if joined else "miss")
+        return Found(lease, "joined" if joined else "miss")
 
     async def _load(self, image: MissingImage) -> Lease:
         with self._passages.loading(image.key.hex, image.passage):
@@ -299,30 +236,3 @@ class ImageResolver:
         if self._what_if is not None:
             self._what_if.looked_up(key.hex, None if lease is None else lease.nbytes)
         return lease
-
-    @staticmethod
-    def _in_prompt_order(
-        references: Sequence[str], tasks: Mapping[str, asyncio.Task[_Found]]
-    ) -> tuple[Lease, ...]:
-        """One lease a position: a reference that stands twice gets a second lease on the same view."""
-        given: set[str] = set()
-        leases = []
-        for reference in references:
-            lease = tasks[reference].result().lease
-            leases.append(lease.clone() if reference in given else lease)
-            given.add(reference)
-        return tuple(leases)
-
-
-def _release_finished(tasks: Any) -> None:
-    for task in tasks:
-        if task.done() and not task.cancelled() and task.exception() is None:
-            task.result().lease.release()
-
-
-def _first_error(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The error to raise for a request: ours before foreign ones, the first image's before later ones."""
-    known = [error for error in failures.exceptions if isinstance(error, MmCacheError)]
-    if known:
-        return min(known, key=lambda error: error.image_index or 0)
-    return failures.exceptions[0]
