@@ -9,9 +9,18 @@ import pytest
 
 from tests.e2e.conftest import deal, model_dir, oracle
 from tests.faults.deployment import Deployment, deployed
-from tests.workers.conftest import allow_private_addresses, bench, require_salt
+from tests.workers.conftest import allow_private_addresses, bench, reject_non_finite, require_salt
 
-__all__ = ["allow_private_addresses", "bench", "deal", "deployment", "model_dir", "oracle", "require_salt"]
+__all__ = [
+    "allow_private_addresses",
+    "bench",
+    "deal",
+    "deployment",
+    "model_dir",
+    "oracle",
+    "reject_non_finite",
+    "require_salt",
+]
 
 
 @pytest.fixture(scope="session")

@@ -120,8 +120,13 @@ async def test_an_embedding_with_nan_or_infinity_is_refused_and_never_cached(
     assert bench.peer.calls == [1, 2]
     assert bench.cache.keys() == []
     assert bench.reader.statistics().not_finite == 2
-    bench.loader._reject_non_finite = False
+
+
+@pytest.mark.parametrize("reject_non_finite", [False])
+async def test_an_embedding_with_nan_is_served_where_the_operator_says_so(bench: Bench) -> None:
+    bench.peer.spoil = float("nan")
     (await bench.resolve([picture()])).release()
+    assert bench.peer.calls == [1]
 
 
 async def test_misses_beyond_the_bound_are_refused_while_hits_are_served(bench: Bench) -> None:

@@ -120,8 +120,9 @@ def test_a_worker_that_stands_still_at_birth_is_found_when_it_goes_on(
     pd.kill()
     wait_until(lambda: not listed(deployment, "pd"), 40, "discovery still lists the dead PD worker")
     pd.start()
-    # It looks at the list every half second, so it has seldom seen itself there.
-    wait_until(lambda: bool(listed(deployment, "pd%2Fgenerate")), 60, "the PD worker is not listed")
+    deadline = time.monotonic() + 60
+    while not listed(deployment, "pd%2Fgenerate"):  # without a pause: a moment later it has seen itself there
+        assert time.monotonic() < deadline, "the PD worker is not listed"
     pd.signal(signal.SIGSTOP)
     try:
         wait_until(lambda: not listed(deployment, "pd"), 40, "discovery still lists who stands still")

@@ -168,7 +168,14 @@ def allow_private_addresses() -> bool:
 
 
 @pytest.fixture
-async def bench(require_salt: bool, allow_private_addresses: bool) -> AsyncIterator[Bench]:
+def reject_non_finite() -> bool:
+    return True
+
+
+@pytest.fixture
+async def bench(
+    require_salt: bool, allow_private_addresses: bool, reject_non_finite: bool
+) -> AsyncIterator[Bench]:
     exporting, reading = await TransferAgent.start(), await TransferAgent.start()
     source = MultimodalEmbeddingCacheManager(64 * NBYTES)
     cache = MultimodalEmbeddingCacheManager(4 * NBYTES)
@@ -190,7 +197,7 @@ async def bench(require_salt: bool, allow_private_addresses: bool) -> AsyncItera
         reader=reader,
         fingerprint="ab" * 32,
         check=check_embedding,
-        reject_non_finite=True,
+        reject_non_finite=reject_non_finite,
         encode_timeout_s=5,
         transfer_timeout_s=5,
         metrics=metrics,
