@@ -18,9 +18,9 @@ _NOT_PASSED_ON = ("HF_HUB_OFFLINE", "PYTHONPATH")
 
 @dataclass(frozen=True)
 class LoadRun:
-    """What AIPerf measured. `ttft_ms` is by session and turn of the request."""
+    """What AIPerf measured. `ttft_ms` is by the request's place in the file; those that failed have none."""
 
-    ttft_ms: dict[tuple[int, int], float]
+    ttft_ms: dict[int, float]
     requests_per_s: float
     output_tokens_per_s: float
     version: str
@@ -71,9 +71,7 @@ def read_export(folder: Path) -> LoadRun:
     records = [json.loads(line) for line in (folder / "profile_export.jsonl").read_text().splitlines()]
     return LoadRun(
         ttft_ms={
-            (record["metadata"]["session_num"], record["metadata"]["turn_index"]): record["metrics"][
-                "time_to_first_token"
-            ]["value"]
+            record["metadata"]["session_num"]: record["metrics"]["time_to_first_token"]["value"]
             for record in records
             if "time_to_first_token" in record["metrics"]
         },

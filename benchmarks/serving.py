@@ -94,9 +94,9 @@ def summary(runs: Runs, requests: Sequence[Request]) -> dict[str, Any]:
         report["ttft_ms_by_kind"] = {
             arm: {
                 kind: [
-                    round(run.load.ttft_ms[request.session, request.turn], 1)
+                    round(run.load.ttft_ms[number], 1)
                     for run in runs[arm]
-                    for request in requests
+                    for number, request in enumerate(requests)
                     if request.is_hit == (kind == "hit")
                 ]
                 for kind in ("hit", "miss")

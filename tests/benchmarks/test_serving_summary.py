@@ -15,7 +15,7 @@ REQUESTS = pooled(4, 2, words=1)  # two pictures, each shown twice
 
 
 def run_of(hit_ms: float, miss_ms: float, *, encodes: int, hits: int, cpu_s: float = 1.0) -> ArmRun:
-    times = {(request.session, 0): hit_ms if request.is_hit else miss_ms for request in REQUESTS}
+    times = {n: hit_ms if request.is_hit else miss_ms for n, request in enumerate(REQUESTS)}
     load = LoadRun(times, requests_per_s=1000 / (hit_ms + miss_ms), output_tokens_per_s=1.0, version="0")
     return ArmRun(load, encodes, hits, 4 - hits, cpu_s)
 
@@ -44,10 +44,10 @@ def test_without_reuse_the_cost_is_taken_round_by_round() -> None:
     assert cost["cpu"] == pytest.approx(0.05)
 
 
-def test_aiperfs_export_is_read_by_session_and_turn(tmp_path: Path) -> None:
+def test_aiperfs_export_is_read_by_place(tmp_path: Path) -> None:
     """The two files as AIPerf 0.13 leaves them, without the fields that are not read."""
     rows = [
-        {"metadata": {"session_num": number, "turn_index": 0}, "metrics": metrics}
+        {"metadata": {"session_num": number}, "metrics": metrics}
         for number, metrics in enumerate(
             [{"time_to_first_token": {"value": 12.5, "unit": "ms"}}, {"error": {"value": 1}}]
         )
@@ -62,4 +62,4 @@ def test_aiperfs_export_is_read_by_session_and_turn(tmp_path: Path) -> None:
             }
         )
     )
-    assert read_export(tmp_path) == LoadRun({(0, 0): 12.5}, 8.0, 99.0, "0.13.0")
+    assert read_export(tmp_path) == LoadRun({0: 12.5}, 8.0, 99.0, "0.13.0")
