@@ -2,7 +2,7 @@
 
     python -m benchmarks.burst [--requests 64] [--rounds 5]
 
-The stack that `launch/disagg_e_pd.sh` starts, with its demo model. All requests of a round show the same
+The stack that `launch/disagg_e_pd.sh` starts, with a small random model. All requests of a round show one
 new picture and ask for one token. `alone` is one request for a picture of its own, before each round. The
 last line is one JSON object.
 """

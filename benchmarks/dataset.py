@@ -59,13 +59,17 @@ def pooled(count: int, pool: int, words: int) -> list[Request]:
 
 
 def sliding_window(users: int, turns: int, window: int, words: int) -> list[Request]:
-    """Return conversations: in each turn a user shows the last `window` pictures, one of them new."""
+    """Return conversations: in each turn a user shows the last `window` pictures, one of them new.
+
+    All users' first turns come first, then all second ones: a turn does not overtake the one before it while
+    fewer than `users` requests are under way.
+    """
     return list(
         _requests(
             [
                 (user, turn, tuple(user * (turns + window) + turn + place for place in range(window)))
-                for user in range(users)
                 for turn in range(turns)
+                for user in range(users)
             ],
             words,
         )
@@ -95,12 +99,12 @@ def write_aiperf(
     With `stand_in` that text stands in the place of every picture that came before.
     """
     with path.open("w", encoding="utf-8") as file:
-        for request in requests:
+        for place, request in enumerate(requests):
             both = list(zip(request.pictures, request.repeated, strict=True))
             shown = [number for number, came in both if stand_in is None or not came]
             texts = [stand_in or "" for _, came in both if stand_in is not None and came]
             row = {
-                "session_id": f"session-{request.session}",
+                "session_id": f"request-{place}",  # AIPerf mixes up lines of one session
                 "text": " ".join([*texts, request.text]),
                 "images": [data_url(picture(first_seed + number, width, height)) for number in shown],
             }

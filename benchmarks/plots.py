@@ -34,9 +34,9 @@ def ttft_distribution(folder: Path) -> Figure:
     figure, axes = _canvas("Time to first token at 80 % reuse: hits skip the encode worker")
     everything = kinds["off"]["hit"] + kinds["off"]["miss"]
     for label, values, colour, style in (
-        ("hit: the picture was seen before", kinds["on"]["hit"], COLOURS["on"], "-"),
-        ("miss: first time", kinds["on"]["miss"], "#c55a11", "-"),
-        ("without the cache: every request", everything, COLOURS["off"], "--"),
+        ("hit", kinds["on"]["hit"], COLOURS["on"], "-"),
+        ("miss", kinds["on"]["miss"], "#c55a11", "-"),
+        ("without the cache", everything, COLOURS["off"], "--"),
     ):
         ordered = sorted(values)
         shares = [100 * (rank + 1) / len(ordered) for rank in range(len(ordered))]
@@ -47,7 +47,7 @@ def ttft_distribution(folder: Path) -> Figure:
     axes.set_xlabel("time to first token, ms")
     axes.set_ylabel("requests that have it by then, %")
     axes.set_xlim(left=0)
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="center right", frameon=False)
     _note(axes, _setting(report))
     return figure
 
@@ -113,7 +113,7 @@ def transfer_time_by_size(folder: Path) -> Figure:
     axes.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
     axes.set_xlabel("size of the embedding, MB")
     axes.set_ylabel("ms (median)")
-    axes.legend(frameon=False)
+    axes.legend(loc="upper left", frameon=False)
     return figure
 
 
@@ -156,7 +156,7 @@ def _setting(report: dict[str, Any]) -> str:
     run = report["this_run"]
     return (
         f"{run['requests']} requests x {run['rounds']} rounds, {run['concurrency']} at a time, pictures of "
-        f"{run['width']} x {run['height']}; demo model on {report['machine']['cores']} CPU cores, AIPerf "
+        f"{run['width']} x {run['height']}; tiny model on {report['machine']['cores']} CPU cores, AIPerf "
         f"{report['aiperf']}"
     )
 

@@ -163,7 +163,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--aiperf", type=Path, required=True, help="AIPerf's executable")
-    parser.add_argument("--model", type=Path, help="model directory [the launch script's demo model]")
+    parser.add_argument("--model", type=Path, help="model directory [a small Qwen2-VL with random weights]")
     parser.add_argument("--reuse", type=int, nargs="*", default=[0, 50, 80, 95], help="percent")
     parser.add_argument("--window", action="store_true", help="the sliding window too")
     parser.add_argument("--users", type=int, default=6, help="of the sliding window")
