@@ -5,6 +5,7 @@ Each picture has the name of what it shows and is drawn from the JSON files of t
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable
@@ -47,7 +48,7 @@ def ttft_distribution(folder: Path) -> Figure:
     axes.set_xlabel("time to first token, ms")
     axes.set_ylabel("requests that have it by then, %")
     axes.set_xlim(left=0)
-    axes.legend(loc="center right", frameon=False)
+    axes.legend(loc="lower right", frameon=False)
     _note(axes, _setting(report))
     return figure
 
@@ -56,6 +57,8 @@ def throughput_by_reuse(folder: Path) -> Figure:
     """Draw requests per second against reuse, for the three arms."""
     paths = sorted((folder / "serving").glob("reuse-*.json"), key=lambda path: int(path.stem[6:]))
     reports = [_read(path) for path in paths]
+    if not reports:
+        raise FileNotFoundError(errno.ENOENT, "no results of serving", str(folder / "serving/reuse-*.json"))
     figure, axes = _canvas("Throughput against reuse")
     for arm, label in LABELS.items():
         points = [

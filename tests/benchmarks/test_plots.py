@@ -15,7 +15,8 @@ def test_every_plot_is_drawn_from_the_kept_results(tmp_path: Path) -> None:
     drawn = draw(folder)
     assert [path.stem for path in drawn] == list(PLOTS)
     for path in drawn:
-        assert Image.open(path).width > 600
+        with Image.open(path) as picture:
+            assert picture.width > 600
         assert (RESULTS / path.name).exists(), f"python -m benchmarks.plots draws {path.name}"
 
 
