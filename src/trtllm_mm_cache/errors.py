@@ -280,8 +280,8 @@ class SharedMemoryError(ConfigurationError):
 
 
 def error_codes() -> list[str]:
-    """Return the codes of all errors of this package, sorted."""
-    return sorted(_tree(MmCacheError))
+    """Return the codes that workers can report, sorted: this file's, not the command line's own."""
+    return sorted(code for code, error in _tree(MmCacheError).items() if error.__module__ == __name__)
 
 
 def _tree(root: type[MmCacheError]) -> dict[str, type[MmCacheError]]:
