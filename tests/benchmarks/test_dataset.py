@@ -46,3 +46,12 @@ def test_the_ideal_shows_a_picture_once_and_text_in_its_place_afterwards(tmp_pat
         assert whole["images"] == [data_url(picture(request.pictures[0], 28, 28))]
         assert ideal["images"] == ([] if request.is_hit else whole["images"])
         assert ideal["text"].startswith("a a a ") is request.is_hit
+
+
+def test_every_line_is_a_session_of_its_own_also_in_conversations(tmp_path: Path) -> None:
+    """AIPerf mixed up lines that bore one session: some were sent twice and others never."""
+    requests = sliding_window(users=2, turns=3, window=2, words=1)
+    path = tmp_path / "requests"
+    write_aiperf(path, requests, first_seed=0, width=28, height=28, stand_in=None)
+    sessions = [json.loads(line)["session_id"] for line in path.read_text().splitlines()]
+    assert len(set(sessions)) == len(requests)
