@@ -31,7 +31,7 @@ import torch
 from benchmarks.measuring import MB, finish, say
 
 from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
-from trtllm_mm_cache.cache.policy import make_policy
+from trtllm_mm_cache.cache.eviction.base import make_policy
 
 SCALE = 64
 CAPACITY = 160 * MB

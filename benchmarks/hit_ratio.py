@@ -21,7 +21,7 @@ from tests.cache.traces import Trace, scan_polluted, zipf
 from tqdm import tqdm
 
 from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
-from trtllm_mm_cache.cache.policy import make_policy
+from trtllm_mm_cache.cache.eviction.base import make_policy
 
 TRAFFIC = {"zipf": zipf, "scans": scan_polluted}
 POLICIES = ("lru", "s3fifo")

@@ -21,16 +21,16 @@ from dynamo.runtime import Context
 
 from trtllm_mm_cache.cache.key import EmbeddingKey
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
-from trtllm_mm_cache.config import EncodeSettings
-from trtllm_mm_cache.engines.base import EncodedImage, EncodeItem, ImageDescription
+from trtllm_mm_cache.settings import EncodeSettings
+from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem, ItemDescription
 from trtllm_mm_cache.errors import MmCacheError
 from trtllm_mm_cache.transfer import Exporter, Reader, TransferAgent
-from trtllm_mm_cache.workers.breaker import CircuitBreakers
-from trtllm_mm_cache.workers.encode_worker import EncodeWorker
-from trtllm_mm_cache.workers.loader import EmbeddingLoader
-from trtllm_mm_cache.workers.missing_image import MissingImage
-from trtllm_mm_cache.workers.passages import Passage
-from trtllm_mm_cache.workers.protocol import EncodeReady, EncodeRequest, parse_answer
+from trtllm_mm_cache.tiers.breaker import CircuitBreakers
+from trtllm_mm_cache.encode.server import EncodeWorker
+from trtllm_mm_cache.tiers.loader import EmbeddingLoader
+from trtllm_mm_cache.tiers.missing_image import MissingItem
+from trtllm_mm_cache.runtime.passages import Passage
+from trtllm_mm_cache.runtime.messages import EncodeReady, EncodeRequest, parse_answer
 
 FINGERPRINT = "ab" * 32
 WIDTH = 1024
@@ -52,11 +52,11 @@ class ReadyTower:
         """Return how many rows the request asks for."""
         return int(item.processor_kwargs["nbytes"]) // (2 * WIDTH)
 
-    def encode(self, batch: Sequence[int]) -> list[EncodedImage | MmCacheError]:
+    def encode(self, batch: Sequence[int]) -> list[EncodedItem | MmCacheError]:
         """Hand over a part of what is there, of another tensor each time."""
         self._ready.reverse()
-        results: list[EncodedImage | MmCacheError] = [
-            EncodedImage(self._ready[0][:rows], {"image_grid_thw": [1, rows, 4]}) for rows in batch
+        results: list[EncodedItem | MmCacheError] = [
+            EncodedItem(self._ready[0][:rows], {"image_grid_thw": [1, rows, 4]}) for rows in batch
         ]
         self.ended_at = time.perf_counter()
         return results
@@ -124,8 +124,8 @@ class OurReceiver(Receiver):
 
     async def receive(self, nbytes: int) -> Times:
         """Load an embedding of `nbytes` bytes under a key that is new."""
-        description = ImageDescription(0, 0, {"nbytes": nbytes})
-        image = MissingImage(
+        description = ItemDescription(0, 0, {"nbytes": nbytes})
+        image = MissingItem(
             EmbeddingKey(secrets.token_bytes(32)), self.media, description, True, Passage(None)
         )
         lease = await self.loader.load(image)

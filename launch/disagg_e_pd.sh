@@ -62,7 +62,7 @@ if ! python3 -c 'import trtllm_mm_cache' 2>/dev/null; then
     fi
     export PATH=$root/.venv/bin:$PATH  # mpirun is there
 fi
-worker=("$python" -m trtllm_mm_cache.cli)
+worker=("$python" -m trtllm_mm_cache.cli.main)
 
 # --- 2 engine, model, configuration ------------------------------------------------------------------
 
@@ -269,7 +269,7 @@ done)"
 cat <<TEXT
 [launch] serving $name with $engine on http://127.0.0.1:$DYN_HTTP_PORT after $((SECONDS - began)) s. Try:
 
-  $python -m trtllm_mm_cache.cli ask --url http://127.0.0.1:$DYN_HTTP_PORT/v1 $picture "$question"
+  $python -m trtllm_mm_cache.cli.main ask --url http://127.0.0.1:$DYN_HTTP_PORT/v1 $picture "$question"
 
   curl -s http://127.0.0.1:$DYN_HTTP_PORT/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": "$name", "max_tokens": 32, "messages": [{"role": "user", "content": [{"type": "text", "text": "$question"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,$(base64 <"$root/models/card.png" | tr -d '\n')"}}]}]}'
 
@@ -277,8 +277,8 @@ cat <<TEXT
 
   $visit
 
-  $python -m trtllm_mm_cache.cli top
-  $python -m trtllm_mm_cache.cli drop --all
+  $python -m trtllm_mm_cache.cli.main top
+  $python -m trtllm_mm_cache.cli.main drop --all
 
 [launch] Ctrl-C stops everything.
 TEXT

@@ -11,12 +11,12 @@ import pytest
 from click.testing import CliRunner
 
 from tests.e2e.stack import free_port
-from trtllm_mm_cache.ask import AskError, ask_server
-from trtllm_mm_cache.cli import cli
-from trtllm_mm_cache.cli_options import settings_options
-from trtllm_mm_cache.config import EncodeSettings, FrontendSettings, PdSettings, Settings
+from trtllm_mm_cache.cli.ask import AskError, ask_server
+from trtllm_mm_cache.cli.main import cli
+from trtllm_mm_cache.cli.options import settings_options
+from trtllm_mm_cache.settings import EncodeSettings, FrontendSettings, PdSettings, Settings
 from trtllm_mm_cache.media import MediaSettings
-from trtllm_mm_cache.workers.media_limits import image_limits
+from trtllm_mm_cache.runtime.media_limits import image_limits
 
 ROLES = {"frontend": FrontendSettings, "encode": EncodeSettings, "pd": PdSettings}
 
@@ -83,7 +83,7 @@ def test_limits_on_images_reach_what_reads_them(arguments: list[str], formats: f
 
 def test_help_loads_no_engine_and_no_transfer_library() -> None:
     code = (
-        "import sys\nfrom trtllm_mm_cache.cli import cli\ncli(['pd', '--help'], standalone_mode=False)\n"
+        "import sys\nfrom trtllm_mm_cache.cli.main import cli\ncli(['pd', '--help'], standalone_mode=False)\n"
         "heavy = {'torch', 'transformers', 'nixl', 'nixl_cu13', 'dynamo'} & sys.modules.keys()\n"
         "sys.exit(f'loaded: {heavy}' if heavy else 0)"
     )

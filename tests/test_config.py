@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from trtllm_mm_cache.config import EncodeSettings, PdSettings, load_engine_args
+from trtllm_mm_cache.settings import EncodeSettings, PdSettings, load_engine_args
 from trtllm_mm_cache.engines.transformers import TransformersEngineArgs
 from trtllm_mm_cache.engines.trtllm import TrtllmEncoderArgs, TrtllmLlmArgs
 from trtllm_mm_cache.errors import ConfigurationError

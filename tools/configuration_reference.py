@@ -16,8 +16,8 @@ import click
 from pydantic import BaseModel
 
 from settings_tables import flag_table, key_table, own_fields, table
-from trtllm_mm_cache.cli import cli
-from trtllm_mm_cache.config import (
+from trtllm_mm_cache.cli.main import cli
+from trtllm_mm_cache.settings import (
     ControlSettings,
     DropSettings,
     EncodeSettings,
@@ -29,8 +29,8 @@ from trtllm_mm_cache.config import (
 )
 from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs
 from trtllm_mm_cache.engines.trtllm.settings import TrtllmEncoderArgs, TrtllmLlmArgs
-from trtllm_mm_cache.media.settings import MediaSettings
-from trtllm_mm_cache.plan_settings import PlanSettings
+from trtllm_mm_cache.settings import MediaSettings
+from trtllm_mm_cache.settings import PlanSettings
 from trtllm_mm_cache.transfer.environment import DEFAULT_SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from tests.cache.waiting import wait_until
-from trtllm_mm_cache.cache.arena import Arena
-from trtllm_mm_cache.cache.shared_region import SHARED_MEMORY_ROOT
+from trtllm_mm_cache.cache.arena.arena import Arena
+from trtllm_mm_cache.cache.arena.region import SHARED_MEMORY_ROOT
 from trtllm_mm_cache.errors import IntegrityError, SharedMemoryError
 
 MIB = 1024 * 1024
@@ -98,7 +98,7 @@ def test_more_than_the_file_system_has_is_refused_by_name_and_takes_nothing(
     ):
         Arena(total + 1024 * MIB)
     # Another process may take the space between the look and the allocation: the same error, no bus error.
-    monkeypatch.setattr("trtllm_mm_cache.cache.shared_region._check_free_space", lambda nbytes: None)
+    monkeypatch.setattr("trtllm_mm_cache.cache.arena.region._check_free_space", lambda nbytes: None)
     with pytest.raises(SharedMemoryError, match=r"--shm-size"):
         Arena(total + 1024 * MIB)
     new = set(SHARED_MEMORY_ROOT.glob(f"torch_{os.getpid()}_*")) - before
@@ -138,7 +138,7 @@ def test_a_container_with_little_shared_memory() -> None:
 
 OWNER = """
 import signal
-from trtllm_mm_cache.cache.arena import Arena
+from trtllm_mm_cache.cache.arena.arena import Arena
 arena = Arena(1024 * 1024)
 print(arena.storage._share_filename_cpu_()[1].decode(), flush=True)
 signal.pause()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
-from trtllm_mm_cache.cache.selection import Selection
+from trtllm_mm_cache.cache.scope import Selection
 
 NBYTES = 256
 

@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from trtllm_mm_cache.cache.extents import ALIGNMENT, Extent, ExtentMap, aligned
-from trtllm_mm_cache.cache.windows import cheapest_windows
+from trtllm_mm_cache.cache.arena.extents import ALIGNMENT, Extent, ExtentMap, aligned
+from trtllm_mm_cache.cache.arena.windows import cheapest_windows
 from trtllm_mm_cache.errors import IntegrityError
 
 CELLS = 40

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from trtllm_mm_cache.cache import leftovers
-from trtllm_mm_cache.cache.arena import Arena
-from trtllm_mm_cache.cache.leftovers import SHARED_MEMORY_ROOT, remove_leftovers
+from trtllm_mm_cache.cache.arena.arena import Arena
+from trtllm_mm_cache.cache.arena.leftovers import SHARED_MEMORY_ROOT, remove_leftovers
 
 CAPACITY = 4 * 1024**2
 
@@ -26,8 +26,8 @@ OWNER = f"""
 import sys
 from trtllm_mm_cache.cache import leftovers
 leftovers._PREFIX = {PREFIX!r}
-from trtllm_mm_cache.cache.arena import Arena
-from trtllm_mm_cache.cache.shared_region import _path
+from trtllm_mm_cache.cache.arena.arena import Arena
+from trtllm_mm_cache.cache.arena.region import _path
 arenas = [Arena({CAPACITY}) for _ in range(2)]
 print(*(_path(arena.storage) for arena in arenas), flush=True)
 if sys.stdin.read():

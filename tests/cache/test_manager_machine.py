@@ -26,8 +26,8 @@ from trtllm_mm_cache.cache.manager import (
     MultimodalEmbeddingCacheManager,
     Reservation,
 )
-from trtllm_mm_cache.cache.policy import make_policy
-from trtllm_mm_cache.cache.selection import Selection
+from trtllm_mm_cache.cache.eviction.base import make_policy
+from trtllm_mm_cache.cache.scope import Selection
 from trtllm_mm_cache.errors import ArenaFullError, EmbeddingMismatchError, EntryTooLargeError
 
 KEYS = st.sampled_from("abcdefghijkl")

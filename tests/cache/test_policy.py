@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
-from trtllm_mm_cache.cache.policy import make_policy
+from trtllm_mm_cache.cache.eviction.base import make_policy
 from trtllm_mm_cache.errors import ConfigurationError
 
 UNIT = 64 * 1024

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from trtllm_mm_cache.cache.arena import Arena
-from trtllm_mm_cache.cache.shared_region import open_shared_storage
+from trtllm_mm_cache.cache.arena.arena import Arena
+from trtllm_mm_cache.cache.arena.region import open_shared_storage
 from trtllm_mm_cache.errors import SharedMemoryError
 
 LATE_S = 2.5
@@ -61,7 +61,7 @@ def test_an_arena_is_made_although_the_helper_is_late(caplog: pytest.LogCaptureF
 
 OPENER = """
 import sys
-from trtllm_mm_cache.cache.shared_region import open_shared_storage
+from trtllm_mm_cache.cache.arena.region import open_shared_storage
 manager, file, nbytes = sys.argv[1:]
 print("ready", flush=True)
 sys.stdin.readline()

@@ -14,7 +14,7 @@ from tools.demo_model.tokenizer import make_tokenizer
 from transformers import AutoTokenizer
 
 from tests.engines.contract import reference_model, reference_processor
-from trtllm_mm_cache.engines.base import EncodedImage, EncodeItem
+from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem
 from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, TransformersVisionEncoder
 
 SEED = 20261124
@@ -49,7 +49,7 @@ def test_the_engine_encodes_what_transformers_encodes(model_dir: Path) -> None:
     for grid in GRIDS:
         picture = draw(random_scene(rng, grid))
         (encoded,) = encoder.encode([encoder.preprocess(EncodeItem(picture))])
-        assert isinstance(encoded, EncodedImage)
+        assert isinstance(encoded, EncodedItem)
         images = reference_processor(model_dir).image_processor([picture], return_tensors="pt")
         with torch.inference_mode():
             (expected,) = reference_model(model_dir).get_image_features(**images).pooler_output

@@ -15,7 +15,7 @@ import dynamo._core
 import pytest
 
 from tests.deploy.manifests import FOLDER, ROLES, Manifest, container, manifest, manifests, pod_template
-from trtllm_mm_cache.cli import cli
+from trtllm_mm_cache.cli.main import cli
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)

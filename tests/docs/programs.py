@@ -18,9 +18,9 @@ from tests.docs.arguments import parse_arguments
 from tests.docs.documents import ROOT, tracked_files
 from tests.docs.shell import ELLIPSES, Command, is_placeholder
 from tests.docs.variables import is_launch_variable, is_read, make_variables
-from trtllm_mm_cache.cli import cli
-from trtllm_mm_cache.config import DropSettings, EncodeSettings, FrontendSettings, PdSettings, TopSettings
-from trtllm_mm_cache.plan_settings import PlanSettings
+from trtllm_mm_cache.cli.main import cli
+from trtllm_mm_cache.settings import DropSettings, EncodeSettings, FrontendSettings, PdSettings, TopSettings
+from trtllm_mm_cache.settings import PlanSettings
 
 SETTINGS: dict[str, type[BaseModel]] = {
     "frontend": FrontendSettings,
@@ -119,7 +119,7 @@ def _make(arguments: Sequence[str]) -> str | None:
 def _python(command: Command) -> str | None:
     if command.arguments[:1] == ("-m",):
         module, *rest = command.arguments[1:]
-        if module == "trtllm_mm_cache.cli":
+        if module == "trtllm_mm_cache.cli.main":
             return _cli(rest, command.whole)
         if module.startswith("trtllm_mm_cache"):
             return f"{module} is no program"

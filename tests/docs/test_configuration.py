@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from trtllm_mm_cache.cli import cli
+from trtllm_mm_cache.cli.main import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/configuration.md"

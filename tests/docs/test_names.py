@@ -16,7 +16,7 @@ from tests.docs.shell import commands, parse
 from tests.docs.variables import CODE, is_read
 
 # Where a path in the prose may begin: pages name files of the package and tests without the folder before.
-ROOTS = (PurePosixPath("."), PurePosixPath("src/trtllm_mm_cache"), PurePosixPath("tests"))
+ROOTS = (PurePosixPath("."), PurePosixPath("trtllm_mm_cache"), PurePosixPath("tests"))
 # Flags of other programs that the prose names: mpirun's, Docker's, kubectl's.
 FOREIGN_FLAGS = frozenset({"--allow-run-as-root", "--bind-to", "--oversubscribe", "--shm-size", "--dry-run"})
 
@@ -92,7 +92,7 @@ def test_variables_that_are_named_are_read(document: Document) -> None:
 
 
 def test_a_wrong_name_is_found() -> None:
-    for word in ["workers/resolver.py", "tests/docs/", "configs/*/pd.yaml", "tensorrt_llm/llmapi/llm.py"]:
+    for word in ["pd/resolve.py", "tests/docs/", "configs/*/pd.yaml", "tensorrt_llm/llmapi/llm.py"]:
         assert path_is_there(word), word
     for word in ["workers/resolve.py", "tests/doc/x", "docs/mpi.txt", "configs/*/pds.yaml", "./launch/x.sh"]:
         assert not path_is_there(word), word

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import PurePosixPath
 
 from tests.docs.documents import ROOT, tracked_files
-from trtllm_mm_cache.config import EncodeSettings, FrontendSettings, PdSettings, TopSettings
+from trtllm_mm_cache.settings import EncodeSettings, FrontendSettings, PdSettings, TopSettings
 
 CODE = ("src", "launch", "tests", "tools", "benchmarks", "Makefile", "pyproject.toml")
 CODE_SUFFIXES = (".py", ".sh", ".toml", "")

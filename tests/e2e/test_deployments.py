@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.cards import Asked, Deal, Oracle
 from tests.e2e.stack import Process, Stack, data_url, launched, new_picture, png, wait_until
-from trtllm_mm_cache.ask import AskError, ask_server
+from trtllm_mm_cache.cli.ask import AskError, ask_server
 
 QUESTION = "What is this?"
 

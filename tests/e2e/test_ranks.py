@@ -11,7 +11,7 @@ import pytest
 from tests.e2e.cards import Deal
 from tests.e2e.stack import Stack, launched, message, new_picture, wait_until
 from tests.mpi.jobs import END_TIMEOUT_S, children_of, runs
-from trtllm_mm_cache.config import MB
+from trtllm_mm_cache.settings import MB
 
 QUESTION = "What is this?"
 

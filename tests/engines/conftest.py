@@ -14,7 +14,7 @@ from tools.tiny_models import make_tiny_model
 
 from tests.engines.contract import ARCHITECTURES
 from trtllm_mm_cache.cache.manager import CachedEmbedding, Lease, MultimodalEmbeddingCacheManager
-from trtllm_mm_cache.engines.base import EncodedImage, EncodeItem
+from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem
 from trtllm_mm_cache.engines.transformers import (
     TransformersEngineArgs,
     TransformersGenerator,
@@ -36,13 +36,13 @@ class Halves:
     )
     _keys: Iterator[int] = field(default_factory=itertools.count)
 
-    def encode(self, item: EncodeItem) -> EncodedImage:
+    def encode(self, item: EncodeItem) -> EncodedItem:
         """Encode one item alone."""
         (result,) = self.encoder.encode([self.encoder.preprocess(item)])
-        assert isinstance(result, EncodedImage), result
+        assert isinstance(result, EncodedItem), result
         return result
 
-    def lease(self, encoded: EncodedImage) -> Lease:
+    def lease(self, encoded: EncodedItem) -> Lease:
         """Put an embedding into the cache and hold it."""
         key = str(next(self._keys))
         self.cache.set(key, CachedEmbedding(encoded.tensor, metadata=encoded.metadata))

@@ -7,13 +7,13 @@ import torch
 from PIL import Image
 
 from tests.engines.conftest import Halves
-from trtllm_mm_cache.engines.base import EncodedImage, EncodeItem, ImageDescription
+from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem, ItemDescription
 from trtllm_mm_cache.errors import EmbeddingMismatchError
 
 SIZES = [(64, 64), (112, 40), (333, 97), (40, 500), (1000, 700), (3, 3)]
 
 
-def announce(halves: Halves, image: ImageDescription, encoded: EncodedImage, **changes: object) -> None:
+def announce(halves: Halves, image: ItemDescription, encoded: EncodedItem, **changes: object) -> None:
     rows, width = encoded.tensor.shape
     announced = {"shape": (rows, width), "dtype": encoded.tensor.dtype, "metadata": encoded.metadata}
     halves.generator.check_embedding(image, **(announced | changes))  # type: ignore[arg-type]
@@ -23,13 +23,13 @@ def announce(halves: Halves, image: ImageDescription, encoded: EncodedImage, **c
 def test_the_embedding_of_the_image_passes_upright_or_turned(halves: Halves, size: tuple[int, int]) -> None:
     variant = halves.generator.variant(1)
     encoded = halves.encode(EncodeItem(Image.new("RGB", size, "grey"), variant=variant))
-    announce(halves, ImageDescription(*size, variant=variant), encoded)
-    announce(halves, ImageDescription(*size[::-1], variant=variant), encoded)  # as EXIF may say
+    announce(halves, ItemDescription(*size, variant=variant), encoded)
+    announce(halves, ItemDescription(*size[::-1], variant=variant), encoded)  # as EXIF may say
 
 
 def test_other_rows_width_dtype_or_text_do_not(halves: Halves) -> None:
     encoded = halves.encode(EncodeItem(Image.new("RGB", (112, 40)), variant=halves.generator.variant(1)))
-    image, (rows, width) = ImageDescription(112, 40), encoded.tensor.shape
+    image, (rows, width) = ItemDescription(112, 40), encoded.tensor.shape
     for changes in (
         {"shape": (rows + 1, width)},
         {"shape": (rows - 1, width)},
@@ -50,10 +50,10 @@ def test_with_a_grid_another_images_embedding_does_not(halves_of: object, archit
     encoded = halves.encode(EncodeItem(Image.new("RGB", (112, 448))))
     for other in ((224, 224), (112, 112)):  # the first has as many patches
         with pytest.raises(EmbeddingMismatchError, match="grid"):
-            announce(halves, ImageDescription(*other), encoded)
+            announce(halves, ItemDescription(*other), encoded)
     asked = {"max_pixels": 4000}
     if architecture != "qwen3_vl":  # its smallest size is larger
         smaller = halves.encode(EncodeItem(Image.new("RGB", (600, 400)), processor_kwargs=asked))
-        announce(halves, ImageDescription(600, 400, asked), smaller)
+        announce(halves, ItemDescription(600, 400, asked), smaller)
         with pytest.raises(EmbeddingMismatchError, match="grid"):
-            announce(halves, ImageDescription(600, 400), smaller)
+            announce(halves, ItemDescription(600, 400), smaller)

@@ -24,7 +24,7 @@ from tests.engines.contract import (
     reference_model,
 )
 from trtllm_mm_cache.cache.manager import Lease
-from trtllm_mm_cache.engines.base import EncodedImage, SamplingParams
+from trtllm_mm_cache.engines.base import EncodedItem, SamplingParams
 from trtllm_mm_cache.errors import EmbeddingMismatchError
 
 
@@ -68,7 +68,7 @@ def test_the_grid_decides_positions(architecture: str, halves_of: Callable[[str]
 
     def logits(metadata: Mapping[str, Any]) -> torch.Tensor:
         return halves.generator.prefill_logits(
-            case.request, [halves.lease(EncodedImage(encoded.tensor, metadata))]
+            case.request, [halves.lease(EncodedItem(encoded.tensor, metadata))]
         )
 
     with_grid = reference_logits(case)
@@ -88,7 +88,7 @@ def test_deepstack_levels_reach_the_decoder(halves_of: Callable[[str], Halves]) 
     for level in (1, 2):
         tensor = encoded.tensor.clone()
         tensor[:, level * hidden : (level + 1) * hidden] = 0
-        lease = halves.lease(EncodedImage(tensor, encoded.metadata))
+        lease = halves.lease(EncodedItem(tensor, encoded.metadata))
         assert_clearly_different(halves.generator.prefill_logits(case.request, [lease]), expected)
 
 

@@ -27,7 +27,7 @@ from tests.engines.contract import (
     reference_model,
     reference_processor,
 )
-from trtllm_mm_cache.engines.base import EncodedImage, EncodeItem
+from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem
 from trtllm_mm_cache.engines.transformers import (
     TransformersEngineArgs,
     TransformersGenerator,
@@ -41,9 +41,9 @@ from trtllm_mm_cache.errors import (
 )
 
 
-def encoded(results: list[Any]) -> list[EncodedImage]:
+def encoded(results: list[Any]) -> list[EncodedItem]:
     """Return the results, all of which must be embeddings."""
-    assert all(isinstance(result, EncodedImage) for result in results), results
+    assert all(isinstance(result, EncodedItem) for result in results), results
     return results
 
 
@@ -84,10 +84,10 @@ def test_one_failing_image_spoils_no_other(halves: Halves) -> None:
     wrong_shape = replace(good, inputs={**good.inputs, name: good.inputs[name][..., :-1]})
     results = halves.encoder.encode([good, wrong_rows, wrong_shape, good])
     assert [type(result) for result in results] == [
-        EncodedImage,
+        EncodedItem,
         EncodeFailedError,
         EncodeFailedError,
-        EncodedImage,
+        EncodedItem,
     ]
     assert_same_up_to_rounding(results[3].tensor, halves.encode(item).tensor)
 

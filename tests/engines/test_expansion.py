@@ -23,7 +23,7 @@ from tests.engines.contract import (
     reference_model,
     reference_processor,
 )
-from trtllm_mm_cache.engines.base import EncodedImage
+from trtllm_mm_cache.engines.base import EncodedItem
 from trtllm_mm_cache.engines.transformers.prompt import PromptExpander
 from trtllm_mm_cache.errors import EmbeddingMismatchError, PlaceholderMismatchError
 
@@ -183,14 +183,14 @@ def test_an_embedding_of_another_shape_is_refused(halves: Halves) -> None:
         "dtype": tensor.to(torch.bfloat16),
     }
     for name, other in wrong.items():
-        lease = halves.lease(EncodedImage(other, encoded.metadata))
+        lease = halves.lease(EncodedItem(other, encoded.metadata))
         with pytest.raises(EmbeddingMismatchError) as caught:
             halves.generator.prefill_logits(case.request, [lease])
-        assert caught.value.image_index == 0, name
+        assert caught.value.item_index == 0, name
 
 
 def test_an_embedding_without_placeholder_text_is_refused(small: Halves) -> None:
     case = chat_case(small.model_dir, pictures(1))
-    lease = small.lease(EncodedImage(small.encode(case.items("")[0]).tensor, {}))
+    lease = small.lease(EncodedItem(small.encode(case.items("")[0]).tensor, {}))
     with pytest.raises(EmbeddingMismatchError, match="placeholder"):
         small.generator.prefill_logits(case.request, [lease])

@@ -32,14 +32,14 @@ from tests.engines.contract import (
     pictures,
     reference_logits,
 )
-from trtllm_mm_cache.config import PdSettings
-from trtllm_mm_cache.observability.pd_metrics import PdMetrics
-from trtllm_mm_cache.workers.assembly import give_up, make_resolver
-from trtllm_mm_cache.workers.encode_client import EncodeClient
-from trtllm_mm_cache.workers.memory import PdMemory
-from trtllm_mm_cache.workers.resolved_images import ResolvedImages
-from trtllm_mm_cache.workers.resolver import ImageResolver
-from trtllm_mm_cache.workers.runtime import connect
+from trtllm_mm_cache.settings import PdSettings
+from trtllm_mm_cache.pd.metrics import PdMetrics
+from trtllm_mm_cache.pd.assembly import give_up, make_resolver
+from trtllm_mm_cache.runtime.encode_client import EncodeClient
+from trtllm_mm_cache.pd.memory import PdMemory
+from trtllm_mm_cache.pd.resolved_images import ResolvedItems
+from trtllm_mm_cache.pd.resolve import ItemResolver
+from trtllm_mm_cache.runtime.connect import connect
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -60,7 +60,7 @@ class Encoders:
             return
         args = self.folder / "encode.yaml"
         args.write_text("device: cpu\ntorch_threads: 1\n")
-        command = [sys.executable, "-m", "trtllm_mm_cache.cli", "encode", "--max-batch-images", "1"]
+        command = [sys.executable, "-m", "trtllm_mm_cache.cli.main", "encode", "--max-batch-images", "1"]
         command += ["--model-path", str(self.model_of(architecture)), "--extra-engine-args", str(args)]
         command += [
             "--multimodal-embedding-cache-capacity-gb",
@@ -88,9 +88,9 @@ class PdSide:
 
     halves: Halves
     memory: PdMemory
-    resolver: ImageResolver
+    resolver: ItemResolver
 
-    async def resolve(self, case: Case) -> ResolvedImages:
+    async def resolve(self, case: Case) -> ResolvedItems:
         """Send the case's pictures the way of a request's images."""
         return await self.resolver.resolve(
             [data_url(png(image)) for image in case.images],
@@ -204,6 +204,6 @@ async def test_the_same_image_twice_in_one_prompt_is_one_encode(pd_side: PdSide)
     images.release()
 
 
-def release_all(resolved: Sequence[ResolvedImages]) -> None:
+def release_all(resolved: Sequence[ResolvedItems]) -> None:
     for images in resolved:
         images.release()

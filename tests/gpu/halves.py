@@ -12,7 +12,7 @@ from PIL import Image
 from tests.engines.contract import Case
 from trtllm_mm_cache.cache.key import embedding_key
 from trtllm_mm_cache.cache.manager import CachedEmbedding, Lease, MultimodalEmbeddingCacheManager
-from trtllm_mm_cache.engines.base import EncodedImage, EncodeItem
+from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem
 from trtllm_mm_cache.engines.trtllm import (
     TrtllmEncoderArgs,
     TrtllmGenerator,
@@ -65,7 +65,7 @@ class GpuHalves:
 
     def _lease(self, image: Image.Image) -> Lease:
         (encoded,) = self.encoder.encode([self.encoder.preprocess(EncodeItem(image))])
-        assert isinstance(encoded, EncodedImage), encoded
+        assert isinstance(encoded, EncodedItem), encoded
         key = embedding_key(image.tobytes(), fingerprint=self.generator.fingerprint).hex
         self.cache.set(key, CachedEmbedding(encoded.tensor.cpu(), metadata=encoded.metadata))
         lease = self.cache.lease(key)

@@ -12,7 +12,7 @@ import torch
 
 from tests.transfer.conftest import MB, PdSide, PdSideMaker, RemoteMaker, until
 from tests.transfer.remote import RemoteExporter
-from trtllm_mm_cache.cache.arena import Arena
+from trtllm_mm_cache.cache.arena.arena import Arena
 from trtllm_mm_cache.errors import ArenaFullError, PeerLostError, TransferError, TransferTimeoutError
 from trtllm_mm_cache.transfer import Export, Reader, TransferAgent
 

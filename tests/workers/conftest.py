@@ -15,16 +15,16 @@ from tests.e2e.stack import data_url, new_picture, png
 from trtllm_mm_cache.cache.key import EmbeddingKey
 from trtllm_mm_cache.cache.manager import CachedEmbedding, Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.what_if import WhatIf
-from trtllm_mm_cache.engines.base import ImageDescription
+from trtllm_mm_cache.engines.base import ItemDescription
 from trtllm_mm_cache.errors import EmbeddingMismatchError, MmCacheError
 from trtllm_mm_cache.media import MediaSettings, MediaSource
-from trtllm_mm_cache.observability.pd_metrics import PdMetrics
+from trtllm_mm_cache.pd.metrics import PdMetrics
 from trtllm_mm_cache.transfer import Exporter, Reader, TransferAgent
-from trtllm_mm_cache.workers.breaker import CircuitBreakers
-from trtllm_mm_cache.workers.loader import EmbeddingLoader
-from trtllm_mm_cache.workers.protocol import EncodeReady, EncodeRequest
-from trtllm_mm_cache.workers.resolved_images import ResolvedImages
-from trtllm_mm_cache.workers.resolver import ImageResolver
+from trtllm_mm_cache.tiers.breaker import CircuitBreakers
+from trtllm_mm_cache.tiers.loader import EmbeddingLoader
+from trtllm_mm_cache.runtime.messages import EncodeReady, EncodeRequest
+from trtllm_mm_cache.pd.resolved_images import ResolvedItems
+from trtllm_mm_cache.pd.resolve import ItemResolver
 
 ROWS, WIDTH = 16, 64
 NBYTES = ROWS * WIDTH * 4
@@ -115,7 +115,7 @@ class SetClock:
 
 
 def check_embedding(
-    image: ImageDescription, shape: tuple[int, int], dtype: torch.dtype, metadata: Mapping[str, Any]
+    image: ItemDescription, shape: tuple[int, int], dtype: torch.dtype, metadata: Mapping[str, Any]
 ) -> None:
     """As an engine's own check, for the one shape that the peer makes."""
     if shape != (ROWS, WIDTH) or dtype != torch.float32 or metadata.get("rows") != ROWS:
@@ -129,14 +129,14 @@ class Bench:
     peer: PeerEncodeWorkers
     cache: MultimodalEmbeddingCacheManager
     transit: MultimodalEmbeddingCacheManager
-    resolver: ImageResolver
+    resolver: ItemResolver
     loader: EmbeddingLoader
     reader: Reader
     metrics: PdMetrics
     what_if: WhatIf
     clock: SetClock
 
-    async def resolve(self, references: Sequence[str], *, salt: str | None = None) -> ResolvedImages:
+    async def resolve(self, references: Sequence[str], *, salt: str | None = None) -> ResolvedItems:
         return await self.resolver.resolve(references, processor_kwargs={}, salt=salt, variant="")
 
     async def nothing_held(self) -> None:
@@ -203,7 +203,7 @@ async def bench(
         metrics=metrics,
         what_if=what_if,
     )
-    resolver = ImageResolver(
+    resolver = ItemResolver(
         source=MediaSource(settings),
         media_settings=settings,
         cache=cache,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trtllm_mm_cache.errors import OverloadedError
-from trtllm_mm_cache.workers.admission import Admission
+from trtllm_mm_cache.runtime.admission import Admission
 
 
 def refusal() -> OverloadedError:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from trtllm_mm_cache.engines.base import EncodedImage
+from trtllm_mm_cache.engines.base import EncodedItem
 from trtllm_mm_cache.errors import EncodeFailedError, EncodeOverloadedError, InvalidImageError, MmCacheError
-from trtllm_mm_cache.workers.batcher import MicroBatcher
+from trtllm_mm_cache.encode.batcher import MicroBatcher
 
 
 class Tower:
@@ -24,14 +24,14 @@ class Tower:
         self.open = threading.Event()
         self.open.set()
 
-    def encode(self, batch: Sequence[Any]) -> list[EncodedImage | MmCacheError]:
+    def encode(self, batch: Sequence[Any]) -> list[EncodedItem | MmCacheError]:
         self.batches.append(list(batch))
         self.entered.set()
         assert self.open.wait(10)
         if "break" in batch:
             raise RuntimeError("out of memory")
         return [
-            item if isinstance(item, MmCacheError) else EncodedImage(torch.full((1, 1), float(item)), {})
+            item if isinstance(item, MmCacheError) else EncodedItem(torch.full((1, 1), float(item)), {})
             for item in batch
         ]
 

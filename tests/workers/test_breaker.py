@@ -17,7 +17,7 @@ from trtllm_mm_cache.errors import (
     MmCacheError,
     ProtocolMismatchError,
 )
-from trtllm_mm_cache.workers.breaker import CircuitBreakers
+from trtllm_mm_cache.tiers.breaker import CircuitBreakers
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from trtllm_mm_cache.workers.detached import detached
+from trtllm_mm_cache.runtime.detached import detached
 
 DEADLINE_S = 10.0
 

@@ -8,16 +8,16 @@ import pytest
 from dynamo.runtime import Context
 
 from tests.workers.conftest import NBYTES, Bench, assert_holds, picture
-from trtllm_mm_cache.cache.salt import salt_tag
+from trtllm_mm_cache.cache.scope import salt_tag
 from trtllm_mm_cache.errors import ChecksumMismatchError
-from trtllm_mm_cache.workers.control import Control, DropReport, DropRequest, MetricsReport, control_path
-from trtllm_mm_cache.workers.protocol import parse
-from trtllm_mm_cache.workers.resolved_images import ResolvedImages
+from trtllm_mm_cache.runtime.control import Control, DropReport, DropRequest, MetricsReport, control_path
+from trtllm_mm_cache.runtime.messages import parse
+from trtllm_mm_cache.pd.resolved_images import ResolvedItems
 
 EVERYTHING = DropRequest(everything=True)
 
 
-async def in_flight(bench: Bench, reference: str, salt: str | None = None) -> asyncio.Task[ResolvedImages]:
+async def in_flight(bench: Bench, reference: str, salt: str | None = None) -> asyncio.Task[ResolvedItems]:
     """Begin a request whose encode worker does not answer yet."""
     calls = len(bench.peer.calls)
     bench.peer.gate.clear()
@@ -28,7 +28,7 @@ async def in_flight(bench: Bench, reference: str, salt: str | None = None) -> as
     return request
 
 
-def selecting(images: ResolvedImages) -> dict[str, DropRequest]:
+def selecting(images: ResolvedItems) -> dict[str, DropRequest]:
     return {
         "its key": DropRequest(key=images.leases[0].key),
         "its salt": DropRequest(tag=salt_tag("one").hex()),

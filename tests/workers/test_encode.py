@@ -16,15 +16,15 @@ from tools.tiny_models import make_tiny_model
 from tests.e2e.stack import new_picture, png
 from trtllm_mm_cache.cache.key import embedding_key
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
-from trtllm_mm_cache.cache.salt import salt_tag
-from trtllm_mm_cache.config import EncodeSettings
-from trtllm_mm_cache.engines.base import EncodedImage, EncodeItem, VisionEncoder
+from trtllm_mm_cache.cache.scope import salt_tag
+from trtllm_mm_cache.settings import EncodeSettings
+from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem, VisionEncoder
 from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, TransformersVisionEncoder
 from trtllm_mm_cache.errors import EncodeOverloadedError, MmCacheError
 from trtllm_mm_cache.transfer import Exporter, TransferAgent
-from trtllm_mm_cache.workers.control import DropRequest
-from trtllm_mm_cache.workers.encode_worker import EncodeWorker
-from trtllm_mm_cache.workers.protocol import EncodeReady, EncodeRequest, parse_answer
+from trtllm_mm_cache.runtime.control import DropRequest
+from trtllm_mm_cache.encode.server import EncodeWorker
+from trtllm_mm_cache.runtime.messages import EncodeReady, EncodeRequest, parse_answer
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ class GatedEncoder:
     def preprocess(self, item: EncodeItem) -> Any:
         return self._encoder.preprocess(item)
 
-    def encode(self, batch: Sequence[Any]) -> list[EncodedImage | MmCacheError]:
+    def encode(self, batch: Sequence[Any]) -> list[EncodedItem | MmCacheError]:
         self.reached.set()
         assert self.open.wait(30)
         return self._encoder.encode(batch)

@@ -13,8 +13,8 @@ import pytest
 from dynamo.runtime import Context
 
 from trtllm_mm_cache.errors import EncodeUnavailableError, EncodeUnreachableError
-from trtllm_mm_cache.workers.encode_client import EncodeClient
-from trtllm_mm_cache.workers.protocol import EncodeReady, EncodeRequest
+from trtllm_mm_cache.runtime.encode_client import EncodeClient
+from trtllm_mm_cache.runtime.messages import EncodeReady, EncodeRequest
 
 REQUEST = EncodeRequest(fingerprint="ab" * 32, key="cd" * 32, media=b"image")
 READY = EncodeReady(

@@ -19,7 +19,7 @@ from tests.media.conftest import check_politeness
 from tests.media.pictures import picture, saved
 from trtllm_mm_cache.cache.key import embedding_key
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
-from trtllm_mm_cache.config import EncodeSettings
+from trtllm_mm_cache.settings import EncodeSettings
 from trtllm_mm_cache.engines.base import EncodeItem
 from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, TransformersVisionEncoder
 from trtllm_mm_cache.errors import (
@@ -32,8 +32,8 @@ from trtllm_mm_cache.errors import (
 )
 from trtllm_mm_cache.media import MediaSettings, decode_image
 from trtllm_mm_cache.transfer import Exporter, TransferAgent
-from trtllm_mm_cache.workers.encode_worker import EncodeWorker
-from trtllm_mm_cache.workers.protocol import EncodeReady, parse_answer
+from trtllm_mm_cache.encode.server import EncodeWorker
+from trtllm_mm_cache.runtime.messages import EncodeReady, parse_answer
 
 load_image = pytest.importorskip("transformers.image_utils").load_image
 

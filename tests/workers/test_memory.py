@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from trtllm_mm_cache.config import GB, MB, PdSettings
-from trtllm_mm_cache.workers.memory import PdMemory
+from trtllm_mm_cache.settings import GB, MB, PdSettings
+from trtllm_mm_cache.pd.memory import PdMemory
 
 
 @pytest.mark.parametrize("policy", ["lru", "s3fifo"])

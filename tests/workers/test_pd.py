@@ -13,10 +13,10 @@ from dynamo.runtime import Context
 
 from tests.workers.conftest import Bench, picture
 from trtllm_mm_cache.cache.manager import Lease
-from trtllm_mm_cache.config import PdSettings
+from trtllm_mm_cache.settings import PdSettings
 from trtllm_mm_cache.engines.base import GenerationRequest, TokenDelta
 from trtllm_mm_cache.errors import EncodeUnavailableError
-from trtllm_mm_cache.workers.pd_worker import PdWorker
+from trtllm_mm_cache.pd.answer import PdWorker
 
 
 class PeerGenerator:

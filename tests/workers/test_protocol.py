@@ -16,8 +16,8 @@ from trtllm_mm_cache.errors import (
     InvalidImageError,
     ProtocolMismatchError,
 )
-from trtllm_mm_cache.workers.encode_client import rendezvous_rank
-from trtllm_mm_cache.workers.protocol import EncodeFault, EncodeReady, EncodeRequest, parse, parse_answer
+from trtllm_mm_cache.runtime.encode_client import rendezvous_rank
+from trtllm_mm_cache.runtime.messages import EncodeFault, EncodeReady, EncodeRequest, parse, parse_answer
 
 DIGEST = "ab" * 32
 

@@ -19,7 +19,7 @@ from tests.e2e.stack import new_picture, png
 from tests.media.origin import Resource, serving
 from tests.workers.conftest import Bench, assert_holds, picture
 from trtllm_mm_cache.errors import EncodeUnavailableError
-from trtllm_mm_cache.workers.resolved_images import ResolvedImages
+from trtllm_mm_cache.pd.resolved_images import ResolvedItems
 
 
 def counts(bench: Bench) -> dict[tuple[str, str], float]:
@@ -42,14 +42,14 @@ def counts(bench: Bench) -> dict[tuple[str, str], float]:
     }
 
 
-def shown(images: ResolvedImages) -> dict[str, Any]:
+def shown(images: ResolvedItems) -> dict[str, Any]:
     """What a request's log line and the metrics by kind of request are made of."""
     values = {field.name: getattr(images, field.name) for field in dataclasses.fields(images)}
     del values["leases"], values["seconds"]
     return values
 
 
-async def observed(bench: Bench, ask: Callable[[], Awaitable[ResolvedImages]]) -> Any:
+async def observed(bench: Bench, ask: Callable[[], Awaitable[ResolvedItems]]) -> Any:
     """Everything that changes by one request."""
     before = counts(bench)
     images = await ask()
@@ -80,7 +80,7 @@ async def test_no_request_joins_another_tenants_flight(bench: Bench, salt: str |
             while len(bench.peer.calls) < count:
                 await asyncio.sleep(0)
 
-    async def ask_while_a_flies(reference: str) -> ResolvedImages:
+    async def ask_while_a_flies(reference: str) -> ResolvedItems:
         calls = len(bench.peer.calls)
         bench.peer.gate.clear()
         flying = asyncio.create_task(bench.resolve([known], salt="a"))

@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from tests.e2e.collector import Collector, collector, grpc_collector
 from tests.workers.conftest import Bench, picture
 from trtllm_mm_cache.errors import ConfigurationError, EncodeUnavailableError, MmCacheError
-from trtllm_mm_cache.observability.tracing import configure_tracing, remote_parent, span, trace_headers
+from trtllm_mm_cache.observability.traces import configure_tracing, remote_parent, span, trace_headers
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_spans_arrive_over_each_protocol(
     protocol: str | None, serve: Callable[[], AbstractContextManager[Collector]]
 ) -> None:
     code = (
-        "from trtllm_mm_cache.observability.tracing import configure_tracing, span\n"
+        "from trtllm_mm_cache.observability.traces import configure_tracing, span\n"
         "configure_tracing('pd')\n"
         "with span('request', attributes={'images': 1}), span('lookup'): pass\n"
     )

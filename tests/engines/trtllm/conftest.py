@@ -16,7 +16,7 @@ from PIL import Image
 from tests.engines.conftest import ModelFactory
 from trtllm_mm_cache.cache.key import embedding_key
 from trtllm_mm_cache.cache.manager import CachedEmbedding, Lease, MultimodalEmbeddingCacheManager
-from trtllm_mm_cache.engines.base import EncodedImage, EncodeItem
+from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem
 from trtllm_mm_cache.engines.trtllm import (
     TrtllmEncoderArgs,
     TrtllmGenerator,
@@ -40,12 +40,12 @@ class TrtllmHalves:
         default_factory=lambda: MultimodalEmbeddingCacheManager(4 << 20)
     )
 
-    def encode(self, image: Image.Image) -> EncodedImage:
+    def encode(self, image: Image.Image) -> EncodedItem:
         (result,) = self.encoder.encode([self.encoder.preprocess(EncodeItem(image))])
-        assert isinstance(result, EncodedImage), result
+        assert isinstance(result, EncodedItem), result
         return result
 
-    def lease(self, encoded: EncodedImage) -> Lease:
+    def lease(self, encoded: EncodedItem) -> Lease:
         """Put an embedding into the cache under its content's key, as the workers do, and hold it."""
         content = encoded.tensor.numpy().tobytes()
         key = embedding_key(content, fingerprint=self.generator.fingerprint).hex

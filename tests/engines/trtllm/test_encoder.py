@@ -11,7 +11,7 @@ import torch
 from tests.engines.conftest import Halves
 from tests.engines.contract import assert_bit_equal, picture, pictures
 from tests.engines.trtllm.conftest import TrtllmHalves
-from trtllm_mm_cache.engines.base import EncodedImage, EncodeItem
+from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem
 from trtllm_mm_cache.engines.trtllm import TrtllmEncoderArgs, TrtllmVisionEncoder
 from trtllm_mm_cache.errors import ConfigurationError, EncodeFailedError, InvalidRequestError
 
@@ -31,7 +31,7 @@ def test_a_batch_gives_each_image_its_own_result(trtllm: TrtllmHalves) -> None:
     batch = trtllm.encoder.encode([trtllm.encoder.preprocess(EncodeItem(image)) for image in images])
     assert len(batch) == 3
     for result, image in zip(batch, images, strict=True):
-        assert isinstance(result, EncodedImage)
+        assert isinstance(result, EncodedItem)
         torch.testing.assert_close(result.tensor, trtllm.encode(image).tensor)
 
 
@@ -68,7 +68,7 @@ def test_an_image_the_engine_cannot_encode_spoils_no_other(
 ) -> None:
     good, thin = picture(1, 64, 64), picture(1, 2000, 4)  # an aspect ratio that the processor refuses
     first, second = qwen.encoder.encode([good, thin])
-    assert isinstance(first, EncodedImage)
+    assert isinstance(first, EncodedItem)
     assert isinstance(second, EncodeFailedError)
     assert "the vision tower failed on a batch of 2 images" in caplog.text
 

@@ -14,7 +14,7 @@ import torch
 from blake3 import blake3
 
 from tensorrt_llm._torch.shared_tensor import SharedTensorContainer
-from trtllm_mm_cache.engines.base import EncodedImage, EncodeItem
+from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem
 from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, TransformersVisionEncoder
 
 _HEADER_BYTES = 64
@@ -30,7 +30,7 @@ class VisionTower:
         self._exported = [tensor for tensor in self._exported if not self._dropped(tensor)]
         items = [EncodeItem(image) for image in request["images"]]
         results = self._encoder.encode([self._encoder.preprocess(item) for item in items])
-        images = [result for result in results if isinstance(result, EncodedImage)]
+        images = [result for result in results if isinstance(result, EncodedItem)]
         if len(images) != len(items):
             raise RuntimeError("an image could not be encoded")
         encoded: dict[str, Any] = {
@@ -59,7 +59,7 @@ class VisionTower:
         return [int.from_bytes(digest[start : start + 4], "big", signed=True) for start in range(0, 32, 4)]
 
     def _positions(
-        self, token_ids: list[int], images: list[EncodedImage], grids: list[list[int]]
+        self, token_ids: list[int], images: list[EncodedItem], grids: list[list[int]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As the engine's own preprocessing: by Hugging Face's `get_rope_index` on the expanded prompt."""
         model = self._encoder._model

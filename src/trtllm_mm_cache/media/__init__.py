@@ -1,7 +1,0 @@
-"""From a reference in a request to a validated image."""
-
-from trtllm_mm_cache.media.image import ImageInfo, decode_image, probe_image
-from trtllm_mm_cache.media.settings import MediaSettings
-from trtllm_mm_cache.media.source import MediaSource
-
-__all__ = ["ImageInfo", "MediaSettings", "MediaSource", "decode_image", "probe_image"]

@@ -1,0 +1,113 @@
+"""`trtllm-mm-cache drop`: drops embeddings on every worker that discovery knows.
+
+Three rounds: encode workers, PD workers, encode workers again. The first makes sure that a PD worker which
+has dropped cannot be given the old bytes once more. The second ends when what was on its way to the PD
+workers has ended, and the third takes what that left in the encode workers' arenas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+import sys
+from collections.abc import Sequence
+
+from trtllm_mm_cache.cache.scope import salt_tag
+from trtllm_mm_cache.errors import ConfigurationError, MmCacheError
+from trtllm_mm_cache.runtime.connect import connect
+from trtllm_mm_cache.runtime.control import DropReport, DropRequest
+from trtllm_mm_cache.runtime.control_client import ControlClient, Worker
+from trtllm_mm_cache.runtime.no_worker import no_worker_found
+from trtllm_mm_cache.settings import DropSettings
+
+_CALL_S = 10.0
+
+
+def run_drop(settings: DropSettings) -> None:
+    """Drop what `settings` says and print what each worker dropped.
+
+    Raises `ConfigurationError` when it does not say what to drop, `MmCacheError` when no worker was found or
+    one did not do it; the others have then done it all the same.
+    """
+    request = _request(settings)
+    asyncio.run(_drop(settings, request))
+
+
+def _request(settings: DropSettings) -> DropRequest:
+    if (settings.key is not None) + settings.salt + settings.all != 1:
+        raise ConfigurationError("say what to drop: --key HEX, --salt or --all")
+    if settings.salt:
+        return DropRequest(tag=salt_tag(_read_salt()).hex(), deadline_s=settings.wait_s)
+    return DropRequest(key=settings.key, everything=settings.all, deadline_s=settings.wait_s)
+
+
+def _read_salt() -> str:
+    """Read the salt where nobody sees it: neither the list of processes nor the shell's history."""
+    salt = getpass.getpass("cache_salt: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
+    if not salt:
+        raise ConfigurationError("--salt reads the cache_salt from standard input, and there was none")
+    return salt
+
+
+async def _drop(settings: DropSettings, request: DropRequest) -> None:
+    runtime = connect(settings)
+    try:
+        encode = await ControlClient.connect(runtime, "encode", settings.encode_endpoint)
+        pd = await ControlClient.connect(runtime, "PD", settings.endpoint)
+        encode_workers, pd_workers = await asyncio.gather(
+            encode.workers(wait_s=settings.discovery_wait_s), pd.workers(wait_s=settings.discovery_wait_s)
+        )
+        if not encode_workers and not pd_workers:
+            raise no_worker_found(settings)
+        rounds = [(encode, encode_workers), (pd, pd_workers), (encode, encode_workers)]
+        failures = 0
+        totals: dict[Worker, DropReport] = {}
+        for client, workers in rounds:
+            failures += await _round(client, workers, request, totals)
+    finally:
+        runtime.shutdown()
+    for worker, report in totals.items():
+        print(_describe(worker, report))
+    if failures:
+        raise MmCacheError("not every worker has dropped; the lines above say which have")
+
+
+async def _round(
+    client: ControlClient, workers: Sequence[Worker], request: DropRequest, totals: dict[Worker, DropReport]
+) -> int:
+    """Ask `workers` at the same time; add to `totals` what they dropped, return how many did not answer."""
+    timeout_s = request.deadline_s + _CALL_S
+    answers = await asyncio.gather(
+        *(client.call(worker, request, DropReport, timeout_s=timeout_s) for worker in workers),
+        return_exceptions=True,
+    )
+    failures = 0
+    for worker, answer in zip(workers, answers, strict=True):
+        if isinstance(answer, MmCacheError):
+            failures += 1
+            print(f"{worker}: {answer}", file=sys.stderr)
+        elif isinstance(answer, BaseException):
+            raise answer
+        else:
+            totals[worker] = _sum(totals.get(worker), answer)
+    return failures
+
+
+def _sum(before: DropReport | None, report: DropReport) -> DropReport:
+    if before is None:
+        return report
+    return DropReport(
+        entries=before.entries + report.entries,
+        nbytes=before.nbytes + report.nbytes,
+        media=before.media + report.media,
+        under_way=report.under_way,
+    )
+
+
+def _describe(worker: Worker, report: DropReport) -> str:
+    text = f"{worker}: dropped {report.entries} embeddings of {report.nbytes} bytes"
+    if report.media:
+        text += f", forgot {report.media} fetched files"
+    if report.under_way:
+        text += f"; {report.under_way} still on their way, which an encode worker may store: drop again"
+    return text

@@ -1,0 +1,177 @@
+"""The command line: `trtllm-mm-cache frontend|encode|pd|drop|top|ask|plan`.
+
+Every subcommand imports what it needs when it runs, so that `--help` answers at once and no
+command loads an engine it does not use.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from trtllm_mm_cache import __version__
+from trtllm_mm_cache.cli.options import settings_options
+from trtllm_mm_cache.errors import ConfigurationError, MmCacheError
+from trtllm_mm_cache.settings import (
+    DropSettings,
+    EncodeSettings,
+    FrontendSettings,
+    PdSettings,
+    PlanSettings,
+    TopSettings,
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="trtllm-mm-cache")
+def cli() -> None:
+    """Multimodal serving that never runs the vision encoder twice on the same picture.
+
+    Start `frontend`, one or more `encode` workers and one or more `pd` workers, in any order; or all
+    of them with launch/disagg_e_pd.sh. Then `ask photo.jpg "What is this?"`.
+    """
+
+
+@cli.command()
+@settings_options(FrontendSettings)
+def frontend(settings: FrontendSettings) -> None:
+    """Serve the OpenAI HTTP API and route requests to the PD workers."""
+    from trtllm_mm_cache.runtime.frontend import run_frontend
+
+    run_frontend(settings)
+
+
+@cli.command()
+@settings_options(EncodeSettings)
+def encode(settings: EncodeSettings) -> None:
+    """Run an encode worker: images in, embeddings out, over NIXL."""
+    from trtllm_mm_cache.encode.process import run_encode_worker
+
+    run_encode_worker(settings)
+
+
+@cli.command()
+@settings_options(PdSettings)
+def pd(settings: PdSettings) -> None:
+    """Run a prefill+decode worker with its embedding cache."""
+    from trtllm_mm_cache.pd.process import run_pd_worker
+
+    run_pd_worker(settings)
+
+
+@cli.command()
+@settings_options(DropSettings)
+def drop(settings: DropSettings) -> None:
+    """Drop cached embeddings on every worker: one key, all of one salt, or everything.
+
+    What a request holds stays true for it, what is on its way is served and not kept. Fetched http(s)
+    files are forgotten too.
+    """
+    _be_a_visitor()
+    from trtllm_mm_cache.cli.drop import run_drop
+
+    run_drop(settings)
+
+
+@cli.command()
+@settings_options(TopSettings)
+def top(settings: TopSettings) -> None:
+    """Watch the workers: hit ratio, bytes, latency by hit and miss, each encode worker.
+
+    One plain text frame where the output is no terminal.
+    """
+    _be_a_visitor()
+    from trtllm_mm_cache.cli.top.run import run_top
+
+    run_top(settings)
+
+
+@cli.command()
+@click.argument("arguments", nargs=-1, required=True, metavar="[IMAGE]... QUESTION")
+@click.option(
+    "--url",
+    default="http://127.0.0.1:8000/v1",
+    show_default=True,
+    envvar="OPENAI_BASE_URL",
+    show_envvar=True,
+    help="Base URL of the server.",
+)
+@click.option("--model", default=None, help="Model name. Default: the first one the server lists.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer."
+)
+@click.option(
+    "--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy."
+)
+@click.option(
+    "--timeout", type=click.FloatRange(1), default=120.0, show_default=True, help="Seconds to wait."
+)
+def ask(
+    arguments: tuple[str, ...],
+    url: str,
+    model: str | None,
+    max_tokens: int,
+    temperature: float,
+    timeout: float,
+) -> None:
+    """Ask a running server about pictures and stream its answer.
+
+    IMAGE is a file or an http(s) URL; any number of them may precede the QUESTION.
+    """
+    from trtllm_mm_cache.cli.ask import ask_server
+
+    *images, question = arguments
+    ask_server(
+        images,
+        question,
+        url=url,
+        model=model,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        timeout=timeout,
+    )
+
+
+@cli.command()
+@settings_options(PlanSettings)
+def plan(settings: PlanSettings) -> None:
+    """Say how much memory a working set of images takes, and which flags to set.
+
+    Loads no weights: a directory with a model's configuration and tokenizer files is enough.
+    """
+    from trtllm_mm_cache.cli.plan import make_plan
+
+    click.echo(make_plan(settings).text())
+
+
+def _be_a_visitor() -> None:
+    """Prepare a command that calls a deployment's workers and serves nothing; before Dynamo is imported.
+
+    Dynamo writes its log to file descriptor 2, and a line for each call whatever DYN_LOG says. It would bury
+    what the command prints, so it goes nowhere unless DYN_LOG asks for it; Python's stderr goes on as before.
+    """
+    os.environ.pop("DYN_SYSTEM_PORT", None)  # in a worker's container that port is the worker's
+    if "DYN_LOG" in os.environ:
+        return
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+
+
+def main() -> None:
+    """Entry point: run the command line; an operator's mistake ends in one line and exit code 2."""
+    try:
+        cli.main(standalone_mode=True)
+    except ConfigurationError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except MmCacheError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The process of an encode worker: model, arena, NIXL agent, endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+from trtllm_mm_cache.cache.eviction.base import make_policy
+from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
+from trtllm_mm_cache.encode.metrics import EncodeMetrics
+from trtllm_mm_cache.encode.server import EncodeWorker
+from trtllm_mm_cache.engines.registry import load_engine
+from trtllm_mm_cache.observability.exposition import Exposition
+from trtllm_mm_cache.observability.logs import configure_logging
+from trtllm_mm_cache.observability.traces import configure_tracing
+from trtllm_mm_cache.runtime.connect import connect, drain_on_signals, endpoint_path
+from trtllm_mm_cache.runtime.control import Control, control_path
+from trtllm_mm_cache.runtime.ending import close_arena
+from trtllm_mm_cache.runtime.model_files import local_model_path
+from trtllm_mm_cache.runtime.presence import serve_present
+from trtllm_mm_cache.settings import GB, EncodeSettings
+from trtllm_mm_cache.transfer import Exporter, TransferAgent
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_DEADLINE_S = 5.0
+
+
+def run_encode_worker(settings: EncodeSettings) -> None:
+    """Load the model, serve until SIGTERM or SIGINT, drain, return. Raises `ConfigurationError` at start."""
+    configure_logging(settings.log_level, settings.log_format)
+    configure_tracing("encode")
+    asyncio.run(_serve(settings))
+
+
+async def _serve(settings: EncodeSettings) -> None:
+    runtime = connect(settings)
+    draining = drain_on_signals(runtime)
+    model_path = await local_model_path(settings.model_path)
+    engine = await asyncio.to_thread(load_engine, settings.engine)
+    encoder = await asyncio.to_thread(
+        engine.load_vision_encoder, Path(model_path), settings.extra_engine_args
+    )
+    capacity = int(settings.multimodal_embedding_cache_capacity_gb * GB)
+    policy = make_policy(settings.multimodal_embedding_cache_policy, capacity)
+    manager = await asyncio.to_thread(MultimodalEmbeddingCacheManager, capacity, policy=policy)
+    agent = await TransferAgent.start()
+    await agent.register(manager.arena.base_address, manager.arena.capacity_bytes)
+    exporter = Exporter(agent, lease_timeout_s=settings.lease_timeout_s)
+    metrics = EncodeMetrics()
+    worker = EncodeWorker(encoder, manager, exporter, agent.metadata, settings, metrics)
+    endpoint = runtime.endpoint(endpoint_path(settings.endpoint))
+    labels = {"dynamo_component": "encode", "model": Path(model_path).name}
+    exposition = Exposition(worker.readings, labels, metrics.registry)
+    endpoint.metrics.register_prometheus_expfmt_callback(exposition.render)
+    control = Control(worker.drop, exposition.render)
+    logger.info(
+        "encode worker ready: arena %.2f GB, fingerprint %s…", capacity / GB, encoder.fingerprint[:12]
+    )
+    runtime.set_health_status(True)
+    try:
+        await asyncio.gather(
+            serve_present(endpoint, worker.handle, draining),
+            serve_present(runtime.endpoint(control_path(settings.endpoint)), control.handle, draining),
+        )
+    finally:
+        await worker.close()
+        await agent.close(deadline_s=_CLOSE_DEADLINE_S)
+        close_arena(manager, "cache")
+        logger.info("encode worker ended")

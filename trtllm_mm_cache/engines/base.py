@@ -1,0 +1,227 @@
+"""The two seams of an engine: `VisionEncoder` on the encode worker, `Generator` on the PD worker.
+
+One contract suite (`tests/engines/`) runs over every implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from PIL import Image
+
+from trtllm_mm_cache.cache.arena.handle import Handle
+from trtllm_mm_cache.cache.entry import EmbeddingMetadata
+from trtllm_mm_cache.cache.key import Kind
+from trtllm_mm_cache.errors import MmCacheError
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class EncodeItem:
+    """One decoded item (an image) and how it is to be processed.
+
+    `variant` is what `Generator.variant` said for the request: some architectures tile an image
+    differently when it is not alone in its prompt. It is part of the embedding's key.
+    """
+
+    image: Image.Image
+    processor_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    variant: str = ""
+
+
+@dataclass(frozen=True)
+class ItemDescription:
+    """What the PD worker knows of an item that it has not decoded.
+
+    `width` and `height` are in pixels as stored, before any EXIF orientation; the rest as in `EncodeItem`.
+    """
+
+    width: int
+    height: int
+    processor_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    variant: str = ""
+    kind: Kind = "image"
+
+
+@dataclass(frozen=True)
+class EncodedItem:
+    """The vision tower's output for one item.
+
+    `tensor` is contiguous, `[rows, width]`; deepstack features, where the architecture has them,
+    lie beside the row in the width (`width = hidden * (1 + levels)`). It belongs to the caller.
+    `metadata` is all that the generator needs besides the tensor: the grid, and the text that the item's
+    placeholder expands to.
+    """
+
+    tensor: torch.Tensor
+    metadata: EmbeddingMetadata
+
+
+class LeasedEmbedding(Protocol):
+    """What an engine sees of a lease: the embedding, in place, valid until the release."""
+
+    @property
+    def key(self) -> str:
+        """64 hexadecimal digits that name the content: equal keys have equal bytes."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the embedding."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[rows, width]`."""
+        ...
+
+    @property
+    def metadata(self) -> EmbeddingMetadata:
+        """What the engine's encoder said of it."""
+        ...
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """A view for this process, valid as long as it or an alias of it is alive. Do not write to it."""
+        ...
+
+    def handle(self, *, openers: int = 0) -> Handle:
+        """Return how another process opens it; valid only while the lease is held."""
+        ...
+
+    def clone(self) -> LeasedEmbedding:
+        """Return another lease on the embedding, released on its own."""
+        ...
+
+    def release(self) -> None:
+        """Let go. Idempotent."""
+        ...
+
+
+@dataclass(frozen=True)
+class EmbeddingShape:
+    """What an item's embedding will be, known without encoding it: `[rows, width]` of `dtype`."""
+
+    rows: int
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.rows * self.width * self.dtype.itemsize
+
+
+class VisionEncoder(Protocol):
+    """Images to embeddings. Blocking: the encode worker calls it from worker threads."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of everything that decides an embedding's bytes besides the image and its kwargs."""
+        ...
+
+    def preprocess(self, item: EncodeItem) -> Any:
+        """Turn one image into the tower's input. Thread-safe.
+
+        Raises `InvalidRequestError` for unknown or ill-typed `processor_kwargs`, `InvalidImageError`
+        for an image the model's processor refuses.
+        """
+        ...
+
+    def encode(self, batch: Sequence[Any]) -> list[EncodedItem | MmCacheError]:
+        """Run the tower over preprocessed images; one result or error for each, in order.
+
+        One call at a time. An image that fails does not spoil the others of its batch.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the model."""
+        ...
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens and when to stop; field names as in OpenAI's API and Dynamo's request.
+
+    `temperature` 0 or None is greedy. `max_tokens` None means up to the model's context length.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt, as the frontend tokenised it: one image placeholder for each image.
+
+    `prompt_text` is the rendered template, where the frontend sends it; engines that expand
+    placeholders in text prefer it over decoding `token_ids`.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    prompt_text: str | None
+    sampling: SamplingParams
+    cache_salt: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenDelta:
+    """Tokens that are new since the last delta. The last delta has a `finish_reason`.
+
+    `prompt_tokens` counts the prompt after the placeholders were expanded.
+    """
+
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    finish_reason: FinishReason | None = None
+
+
+class Generator(Protocol):
+    """Prompts and embeddings to tokens."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal to the `VisionEncoder.fingerprint` whose embeddings this generator accepts."""
+        ...
+
+    def variant(self, image_count: int) -> str:
+        """Say how a prompt with `image_count` images has them encoded; "" where it makes no difference."""
+        ...
+
+    def check_embedding(
+        self, item: ItemDescription, shape: tuple[int, int], dtype: torch.dtype, metadata: EmbeddingMetadata
+    ) -> None:
+        """Raise `EmbeddingMismatchError` when this cannot be an embedding of that item for this model.
+
+        Called before a byte of it is read, with what an encode worker says of it. Must not block.
+        """
+        ...
+
+    def generate(
+        self, request: GenerationRequest, leases: Sequence[LeasedEmbedding]
+    ) -> AsyncGenerator[TokenDelta]:
+        """Stream tokens. `leases` stand in prompt order, one for each placeholder.
+
+        The caller keeps the leases until the iterator has ended; the engine reads their views and
+        does not copy them as a whole. Closing the generator stops the computation.
+        Raises `PlaceholderMismatchError` when images and placeholders disagree,
+        `EmbeddingMismatchError` when an embedding does not fit the model.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Stop what runs and free the model."""
+        ...

@@ -1,0 +1,196 @@
+"""The PD side: prompts and embeddings to tokens with the model's language half."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from trtllm_mm_cache.cache.manager import Lease
+from trtllm_mm_cache.engines.base import (
+    FinishReason,
+    GenerationRequest,
+    ItemDescription,
+    SamplingParams,
+    TokenDelta,
+)
+from trtllm_mm_cache.engines.transformers.announced import EmbeddingCheck
+from trtllm_mm_cache.engines.transformers.architectures import MULTI_IMAGE, SINGLE_IMAGE
+from trtllm_mm_cache.engines.transformers.features import FeatureLayout
+from trtllm_mm_cache.engines.transformers.leader import Alone, Ranks
+from trtllm_mm_cache.engines.transformers.loading import fingerprint_of, load_text_half, read_config
+from trtllm_mm_cache.engines.transformers.lockstep import Limits
+from trtllm_mm_cache.engines.transformers.prepare import PreparedRequest, RequestPreparer
+from trtllm_mm_cache.engines.transformers.processor import load_processor
+from trtllm_mm_cache.engines.transformers.prompt import PromptExpander
+from trtllm_mm_cache.engines.transformers.sampling import logits_processors
+from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs
+from trtllm_mm_cache.engines.transformers.streaming import AnswerEnd, TokenStream
+from trtllm_mm_cache.errors import IntegrityError
+
+
+class TransformersGenerator:
+    """`Generator` over Hugging Face's `generate(..., mm_encoder_outputs=...)`.
+
+    One request computes at a time, in a thread of its own; the others wait in order and cost nothing
+    meanwhile. The vision tower is never loaded. With several ranks this is rank 0, and each request
+    computes on all of them; `ranks` belongs to the generator from then on.
+    """
+
+    def __init__(self, model_path: Path, args: TransformersEngineArgs, ranks: Ranks | None = None) -> None:
+        """Load the language half. Blocking. Raises `ConfigurationError`."""
+        self._ranks = ranks or Alone()
+        try:
+            self._load(model_path, args)
+            self._ranks.wait_loaded()
+        except BaseException:
+            self._ranks.dismiss()
+            raise
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
+        self._streams: set[TokenStream] = set()
+
+    def _load(self, model_path: Path, args: TransformersEngineArgs) -> None:
+        config, self._architecture = read_config(model_path)
+        self._fingerprint = fingerprint_of(model_path, args)
+        processor = load_processor(model_path, config)
+        self._tokenizer = processor.tokenizer
+        self._model: Any = load_text_half(
+            model_path, config, self._architecture, args, ranks=self._ranks.size
+        )
+        text_config = config.get_text_config()
+        layout = FeatureLayout.of(config, self._architecture, args.resolved_embedding_dtype())
+        expander = PromptExpander(processor, config)
+        self._check = EmbeddingCheck(processor, config, self._architecture, layout, expander)
+        self._prepare = RequestPreparer(
+            processor=processor,
+            config=config,
+            architecture=self._architecture,
+            layout=layout,
+            expander=expander,
+            context=min(text_config.max_position_embeddings, args.max_model_len or sys.maxsize),
+            vocabulary=self._model.get_input_embeddings().num_embeddings,
+            device=args.resolved_device(),
+            share=self._ranks.share,
+        )
+        self._eos_token_ids = _as_tuple(
+            self._model.generation_config.eos_token_id or text_config.eos_token_id
+        )
+        # generate() fills every value that a request leaves open from here: released models bring
+        # sampling defaults of their own, but what an omitted field means is the API's to say.
+        self._model.generation_config = GenerationConfig()
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Generator.fingerprint`."""
+        return self._fingerprint
+
+    def variant(self, image_count: int) -> str:
+        """Return "single" or "multi" where the architecture tiles a lone image differently, else ""."""
+        if not self._architecture.multi_image_variant or image_count == 0:
+            return ""
+        return SINGLE_IMAGE if image_count == 1 else MULTI_IMAGE
+
+    def check_embedding(
+        self, image: ItemDescription, shape: tuple[int, int], dtype: torch.dtype, metadata: Mapping[str, Any]
+    ) -> None:
+        """See `Generator.check_embedding`."""
+        self._check(image, shape, dtype, metadata)
+
+    async def generate(
+        self, request: GenerationRequest, leases: Sequence[Lease]
+    ) -> AsyncGenerator[TokenDelta, None]:
+        """Stream tokens; see `Generator.generate`.
+
+        The token that ends an answer (end of sequence, stop token, last of a stop string) is among
+        the tokens. More `max_tokens` than the context has room for are cut to what fits.
+        Raises `InvalidRequestError` for sampling values and for a prompt that fills the context.
+
+        Closing the iterator, or cancelling the task that reads it, stops the computation at its next
+        token and returns when it has stopped, at most one forward pass later. A second cancellation
+        does not wait for that; the computation's views keep the embeddings in place until it ends.
+        """
+        prepared = await asyncio.to_thread(self._prepare, request, leases)
+        stream = TokenStream()
+        self._streams.add(stream)
+        try:
+            work = self._submit(prepared, stream)
+            try:
+                finish_reason: FinishReason | None = None
+                while finish_reason is None:
+                    tokens, finish_reason = await stream.next()
+                    yield TokenDelta(tuple(tokens), prepared.prompt_tokens, finish_reason)
+            finally:
+                stream.cancel()
+                if not work.cancel():
+                    await stream.wait_ended()
+        finally:
+            self._streams.discard(stream)
+
+    def prefill_logits(self, request: GenerationRequest, leases: Sequence[Lease]) -> torch.Tensor:
+        """Return `[vocabulary]` float32 on the CPU: the logits of the first token after the prompt.
+
+        For verification and evaluation: it is what `generate` starts from, bit for bit, and no key or
+        value is kept. Blocking; takes its turn among the requests. Raises like `generate`.
+        """
+        prepared = self._prepare(replace(request, sampling=SamplingParams(max_tokens=1)), leases)
+        return self._executor.submit(self._first_logits, prepared).result()
+
+    async def close(self) -> None:
+        """Cancel what runs and what waits, and free the model once the thread has left it."""
+        for stream in self._streams:
+            stream.cancel()
+        await asyncio.to_thread(self._executor.shutdown, wait=True, cancel_futures=True)
+        await asyncio.to_thread(self._ranks.close)
+        self._model = None
+
+    def _submit(self, prepared: PreparedRequest, stream: TokenStream) -> Future[FinishReason]:
+        try:
+            work = self._executor.submit(self._compute, prepared, stream)
+        except RuntimeError as error:
+            raise IntegrityError("a request came to a generator that is closed") from error
+        work.add_done_callback(stream.end)
+        return work
+
+    def _compute(self, prepared: PreparedRequest, stream: TokenStream) -> FinishReason:
+        """Run in the computing thread: emit tokens into `stream` and return why they ended."""
+        sampling = prepared.sampling
+        eos_token_ids = () if sampling.ignore_eos else self._eos_token_ids
+        stop_token_ids = [*eos_token_ids, *sampling.stop_token_ids]
+        end = AnswerEnd(sampling, stop_token_ids, self._tokenizer, prepared.prompt_tokens, stream)
+        limits = Limits(
+            max_new_tokens=prepared.max_new_tokens,
+            min_new_tokens=min(sampling.min_tokens, prepared.max_new_tokens),
+            stop_token_ids=tuple(stop_token_ids),
+        )
+        with self._ranks.computing(prepared.inputs, prepared.shared, limits):
+            self._model.generate(
+                **prepared.inputs,
+                generation_config=limits.generation_config(),
+                logits_processor=logits_processors(sampling),
+                stopping_criteria=self._ranks.criteria(end),
+            )
+        return end.reason
+
+    def _first_logits(self, prepared: PreparedRequest) -> torch.Tensor:
+        limits = Limits(max_new_tokens=1)
+        with self._ranks.computing(prepared.inputs, prepared.shared, limits):
+            output = self._model.generate(
+                **prepared.inputs,
+                generation_config=limits.generation_config(output_logits=True, return_dict_in_generate=True),
+                stopping_criteria=self._ranks.criteria(),
+            )
+        logits: torch.Tensor = output.logits[0][0]
+        return logits.float().cpu()
+
+
+def _as_tuple(token_ids: int | list[int] | None) -> tuple[int, ...]:
+    if token_ids is None:
+        return ()
+    return (token_ids,) if isinstance(token_ids, int) else tuple(token_ids)

@@ -1,0 +1,182 @@
+"""Bytes to a validated image: header first, pixels only when the header is within the limits.
+
+Only the plugin that the file's own signature names is tried, and it is called directly: Pillow's
+general `Image.open` tries plugins in turn, applies limits that are global to the process and reports
+through warnings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from PIL import (
+    BmpImagePlugin,
+    ExifTags,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from trtllm_mm_cache.errors import InvalidImageError, MediaTooLargeError, MmCacheError, UnsupportedMediaError
+from trtllm_mm_cache.media.image_limits import (
+    BudgetedBytes,
+    check_jpeg_scans,
+    check_png_profiles,
+    check_size,
+    check_webp_canvas,
+)
+from trtllm_mm_cache.settings import ImageFormat, MediaSettings
+
+_PLUGINS: dict[ImageFormat, type[ImageFile.ImageFile]] = {
+    "PNG": PngImagePlugin.PngImageFile,
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+}
+
+_SIGNATURES: tuple[tuple[bytes, ImageFormat], ...] = (
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"BM", "BMP"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+)
+
+_UPRIGHT: dict[int, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image of each EXIF orientation upright (EXIF 2.32, tag 0x0112)."""
+
+_TIFF_COMPRESSIONS = {
+    "raw",
+    "packbits",
+    "tiff_ccitt",
+    "group3",
+    "group4",
+    "tiff_lzw",
+    "tiff_deflate",
+    "tiff_adobe_deflate",
+}
+"""Those whose cost is linear in the pixels. JPEG and WebP inside TIFF would need the checks that the
+formats themselves get, for every strip."""
+
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """What an image's header says. Width and height as stored, before any EXIF orientation."""
+
+    format: ImageFormat
+    width: int
+    height: int
+
+
+def probe_image(data: bytes, settings: MediaSettings) -> ImageInfo:
+    """Read an image's header and check it against the limits, without decoding pixels.
+
+    Blocking: microseconds for honest files, up to about half a second for hostile ones, so servers run
+    it in a thread as well; thread-safe. Raises `UnsupportedMediaError` for anything but the accepted
+    formats, `MediaTooLargeError` beyond the pixel limits, `InvalidImageError` for a broken header.
+    What lies behind the header can still be broken: only `decode_image` tells.
+    """
+    image_format, image = _open(data, settings)
+    width, height = image.size
+    return ImageInfo(format=image_format, width=width, height=height)
+
+
+def decode_image(data: bytes, settings: MediaSettings) -> Image.Image:
+    """Decode an image completely, to upright 8-bit RGB without metadata.
+
+    Pixel for pixel what Hugging Face's `transformers.image_utils.load_image` gives, so that a model
+    sees here what it sees there: the EXIF orientation is applied, then `convert("RGB")`, which drops
+    transparency rather than composing it on a background. Of an animation or a file of several
+    pages the first counts. One exception: `load_image` clips 16-bit grey, which turns nearly all of
+    it white; here its high byte counts, as it does in 16-bit colour.
+
+    Blocking: run it in a thread; thread-safe. Takes up to 12 bytes a pixel while it runs. Raises what
+    `probe_image` raises, and `InvalidImageError` for data that is broken or ends early.
+    """
+    _, image = _open(data, settings)
+    return _guarded(lambda: _upright_rgb(image))
+
+
+def _open(data: bytes, settings: MediaSettings) -> tuple[ImageFormat, ImageFile.ImageFile]:
+    """Return the format and the image with its header read, its file ready for the pixels."""
+    if not data:
+        raise InvalidImageError("the image is empty")
+    if len(data) > settings.max_file_size_bytes:
+        raise MediaTooLargeError(
+            f"the image has {len(data)} bytes, more than the limit of {settings.max_file_size_bytes}; "
+            "use a smaller one"
+        )
+    image_format = _format_of(data)
+    if image_format is None or image_format not in settings.image_formats:
+        accepted = ", ".join(sorted(settings.image_formats))
+        raise UnsupportedMediaError(f"the media is not an image in an accepted format ({accepted})")
+    if image_format == "WEBP":
+        check_webp_canvas(data, settings)
+    elif image_format == "JPEG":
+        check_jpeg_scans(data)
+    elif image_format == "PNG":
+        check_png_profiles(data)
+    file = BudgetedBytes(data, whole=image_format == "WEBP")
+    image = _guarded(lambda: _PLUGINS[image_format](file))
+    check_size(image.size, settings)
+    if image_format == "TIFF" and image.info.get("compression") not in _TIFF_COMPRESSIONS:
+        raise UnsupportedMediaError("the TIFF's compression is not accepted; use LZW or deflate")
+    file.allow_pixels()
+    return image_format, image
+
+
+def _format_of(data: bytes) -> ImageFormat | None:
+    for signature, image_format in _SIGNATURES:
+        if data.startswith(signature):
+            return image_format
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    return None
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    if turn is not None:
+        image = image.transpose(turn)
+    # What is left of the metadata would only mislead: an orientation that is applied already, a
+    # transparent colour that the result does not have.
+    image.info.clear()
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _guarded(work: Callable[[], Result]) -> Result:
+    """Run decoder code; whatever it raises becomes an error of ours that shows none of its insides."""
+    try:
+        return work()
+    except MmCacheError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise MediaTooLargeError("the image has more pixels than the decoder accepts") from error
+    except Exception as error:
+        # Decoders answer hostile bytes with nearly every built-in exception there is.
+        raise InvalidImageError("the image is broken or ends early") from error

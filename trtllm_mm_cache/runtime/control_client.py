@@ -1,0 +1,108 @@
+"""Finding all workers of a deployment and calling their control endpoints."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from dynamo.runtime import Client, DistributedRuntime
+
+from trtllm_mm_cache.errors import MmCacheError, from_wire
+from trtllm_mm_cache.runtime.control import MetricsReport, MetricsRequest, control_path
+from trtllm_mm_cache.runtime.messages import EncodeFault, Message, parse
+
+# Discovery tells of instances one by one; they have all come when none has for this long.
+_SETTLED_S = 0.3
+
+Report = TypeVar("Report", bound=Message)
+
+
+class WorkerUnreachableError(MmCacheError):
+    """A worker that discovery names did not answer."""
+
+    code = "worker_unreachable"
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One worker: its role, for people, and its instance id in Dynamo."""
+
+    role: str
+    instance: int
+
+    def __str__(self) -> str:
+        return f"{self.role} worker {self.instance:x}"
+
+
+class ControlClient:
+    """Calls the workers of one component. For use from one event loop."""
+
+    def __init__(self, role: str, client: Client) -> None:
+        self._role = role
+        self._client = client
+
+    @classmethod
+    async def connect(cls, runtime: DistributedRuntime, role: str, endpoint_url: str) -> ControlClient:
+        """Begin to watch the component of `endpoint_url`; `role` names its workers."""
+        return cls(role, await runtime.endpoint(control_path(endpoint_url)).client())
+
+    async def workers(self, *, wait_s: float) -> Sequence[Worker]:
+        """Return the workers alive, having waited for the first of them, but at most `wait_s` seconds."""
+        loop = asyncio.get_running_loop()
+        known: list[int] = []
+        give_up, settled = loop.time() + wait_s, loop.time() + wait_s
+        while loop.time() < (settled if known else give_up):
+            now = sorted(self._client.instance_ids())
+            if now != known:
+                known, settled = now, loop.time() + _SETTLED_S
+            await asyncio.sleep(0.02)
+        return self._known()
+
+    def _known(self) -> Sequence[Worker]:
+        return [Worker(self._role, instance) for instance in sorted(self._client.instance_ids())]
+
+    async def metrics(self, wait_s: float, timeout_s: float) -> dict[str, str | MmCacheError]:
+        """Return every worker's own metrics by its name, or why a worker gave none."""
+        workers = await self.workers(wait_s=wait_s) if wait_s else self._known()
+        answers = await asyncio.gather(
+            *(self.call(worker, MetricsRequest(), MetricsReport, timeout_s=timeout_s) for worker in workers),
+            return_exceptions=True,
+        )
+        texts: dict[str, str | MmCacheError] = {}
+        for worker, answer in zip(workers, answers, strict=True):
+            if isinstance(answer, MetricsReport):
+                texts[str(worker)] = answer.text
+            elif isinstance(answer, MmCacheError):
+                texts[str(worker)] = answer
+            else:
+                raise answer
+        return texts
+
+    async def call(
+        self, worker: Worker, request: Message, report: type[Report], *, timeout_s: float
+    ) -> Report:
+        """Send one request to one worker and return its report.
+
+        Raises the error that the worker reports, or `WorkerUnreachableError`.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                stream = await self._client.direct(request.model_dump(), worker.instance)
+                async for item in stream:
+                    return _parse(item.data() if hasattr(item, "data") else item, report)
+        except TimeoutError:
+            raise WorkerUnreachableError(f"{worker} did not answer within {timeout_s:g} seconds") from None
+        except MmCacheError:
+            raise
+        except Exception as error:  # Dynamo raises bare exceptions for a lost connection
+            raise WorkerUnreachableError(f"{worker} cannot be reached") from error
+        raise WorkerUnreachableError(f"{worker} ended its answer without a report")
+
+
+def _parse(payload: Any, report: type[Report]) -> Report:
+    if isinstance(payload, dict) and payload.get("status") == "error":
+        fault = parse(EncodeFault, payload)
+        raise from_wire({"code": fault.code, "message": fault.message})
+    return parse(report, payload)

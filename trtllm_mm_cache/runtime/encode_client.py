@@ -1,0 +1,117 @@
+"""The PD worker's side of step 5: which encode worker to ask, and asking it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import xxhash
+from dynamo.runtime import Client, Context
+
+from trtllm_mm_cache.cache.key import EmbeddingKey
+from trtllm_mm_cache.errors import EncodeFailedError, EncodeUnavailableError, EncodeUnreachableError
+from trtllm_mm_cache.observability.traces import trace_headers
+from trtllm_mm_cache.runtime.messages import EncodeReady, EncodeRequest, parse_answer
+
+logger = logging.getLogger(__name__)
+
+# How long an answer may come after its caller has gone. The encode worker is told, so it is soon or never.
+_LATE_ANSWER_S = 30.0
+
+# What Dynamo 1.6.1 says when a call never left: its instance is dead, but still listed for up to 10 seconds.
+_NEVER_SENT = ("not found for endpoint", "TCP connection to")
+
+
+def rendezvous_rank(key: EmbeddingKey, instances: list[int]) -> list[int]:
+    """Order `instances` by rendezvous hashing: the first one is the key's home.
+
+    Every PD worker that sees the same instances finds the same order, and when one instance goes,
+    only the keys whose home it was move.
+    """
+
+    def weight(instance: int) -> tuple[int, int]:
+        return xxhash.xxh3_64_intdigest(instance.to_bytes(8, "big") + key.digest), instance
+
+    return sorted(instances, key=weight, reverse=True)
+
+
+class EncodeClient:
+    """Calls encode workers through Dynamo. For use from one event loop; no deadline of its own.
+
+    An answer that comes when its caller has gone is an export that nobody will READ: it goes to `unwanted`.
+    """
+
+    def __init__(self, client: Client, unwanted: Callable[[EncodeReady], None]) -> None:
+        self._client = client
+        self._unwanted = unwanted
+        self._calls: set[asyncio.Task[EncodeReady]] = set()
+
+    @property
+    def instances(self) -> list[int]:
+        """Ids of the encode workers that are alive now, as discovery sees them."""
+        return list(self._client.instance_ids())
+
+    def rank(self, key: EmbeddingKey) -> list[int]:
+        """Return the live instances in the order in which to ask them for `key`; empty if there are none."""
+        return rendezvous_rank(key, self.instances)
+
+    async def encode(self, instance: int, request: EncodeRequest) -> EncodeReady:
+        """Ask `instance` for one embedding.
+
+        Raises what the encode worker reports, `EncodeUnreachableError` when it is not there,
+        `EncodeUnavailableError` when it goes away before it answers, `ProtocolMismatchError` for an
+        answer of another protocol.
+        Cancelling the call tells the encode worker that nobody waits any more.
+        """
+        # A context of its own: the flight outlives the request that started it.
+        context = Context()
+        call = asyncio.create_task(self._call(instance, request, context), name="encode call")
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+        try:
+            return await asyncio.shield(call)
+        except asyncio.CancelledError:
+            context.stop_generating()
+            call.add_done_callback(self._give_up)
+            asyncio.get_running_loop().call_later(_LATE_ANSWER_S, call.cancel)
+            raise
+
+    async def close(self) -> None:
+        """Stop waiting for answers that nobody wants."""
+        calls = list(self._calls)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    async def _call(self, instance: int, request: EncodeRequest, context: Context) -> EncodeReady:
+        try:
+            message = request.model_dump() | {"trace_headers": trace_headers()}
+            stream = await self._client.direct(message, instance, context=context)
+            del request, message  # megabytes, which a call that nobody waits for need not keep
+            async for item in stream:
+                return parse_answer(_data(item))
+        except (ValueError, ConnectionError) as error:
+            raise _unreachable(error) from error
+        except Exception as error:  # the runtime raises bare Exception for a lost connection
+            if type(error) is not Exception:
+                raise
+            raise _unreachable(error) from error
+        raise EncodeFailedError("the encode worker ended its answer without an embedding; retry")
+
+    def _give_up(self, call: asyncio.Task[EncodeReady]) -> None:
+        if not call.cancelled() and call.exception() is None:
+            self._unwanted(call.result())
+
+
+def _data(item: Any) -> Any:
+    return item.data() if hasattr(item, "data") else item
+
+
+def _unreachable(error: Exception) -> EncodeUnavailableError:
+    text = str(error)
+    logger.warning("encode worker unreachable: %s", text.splitlines()[0][:200] if text else error)
+    if any(words in text for words in _NEVER_SENT):
+        return EncodeUnreachableError("the encode worker for this image is not there; retry in a moment")
+    return EncodeUnavailableError("the encode worker for this image cannot be reached; retry in a moment")

@@ -1,0 +1,95 @@
+"""The seam of the tiers: what is asked for, what a tier answers, and what it is offered.
+
+A tier finds an embedding and says what lies ready; reserving room for it, the checks and the commit are the
+same for all and belong to whoever passes `receive` in (`receive.py`). So a tier never sees the cache, and a
+tier that has several places to ask (the encode workers) can try the next one when what the first sent was
+wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from trtllm_mm_cache.cache.entry import EmbeddingMetadata
+from trtllm_mm_cache.cache.key import EmbeddingKey
+from trtllm_mm_cache.cache.manager import Lease, Reservation
+from trtllm_mm_cache.cache.scope import Scope
+from trtllm_mm_cache.engines.base import ItemDescription
+from trtllm_mm_cache.runtime.drops import DropWatch
+
+
+@dataclass(frozen=True)
+class MissingItem:
+    """One item between lookup and commit. `watch` tells whether a drop concerned it since its request came."""
+
+    key: EmbeddingKey
+    media: bytes
+    description: ItemDescription
+    scope: Scope
+    watch: DropWatch
+
+    @property
+    def dropped(self) -> bool:
+        """Whether a drop has concerned it."""
+        return self.watch.dropped(self.key.hex)
+
+    @property
+    def retained(self) -> bool:
+        """Whether its embedding may be stored, as things are now."""
+        return self.scope.retain and not self.dropped
+
+
+class Found(Protocol):
+    """An embedding that lies ready in a tier: `shape` of the torch dtype named `dtype`, `nbytes` in all.
+
+    It ends by exactly one of `read_into` and `release`.
+    """
+
+    nbytes: int
+    dtype: str
+    shape: tuple[int, int]
+    metadata: EmbeddingMetadata
+
+    async def read_into(self, reservation: Reservation, *, finite: bool) -> None:
+        """Fill `reservation`, checked; with `finite`, NaN and infinity are refused.
+
+        When it raises (also `CancelledError`), the reservation is no longer the caller's: it is abandoned, or
+        in quarantine until no byte can arrive any more. Raises `TransferError`.
+        """
+        ...
+
+    def release(self) -> None:
+        """Say that it will not be read. Does not block."""
+        ...
+
+
+Receive = Callable[[MissingItem, Found], Awaitable[Lease]]
+"""Reserve, read, check, commit: raises `TransferError`, `InvalidEmbeddingError` or `CacheError`; what was
+found has then been released and what was reserved is free again or in quarantine."""
+
+
+class Tier(Protocol):
+    """One place that embeddings come from. For use from one event loop."""
+
+    name: str
+    """For metrics and logs."""
+
+    async def fill(self, item: MissingItem, receive: Receive) -> Lease | None:
+        """Bring the embedding of `item` by way of `receive`, or return None where this tier has none.
+
+        Ends within the tier's own deadline. What it raises is a miss to the chain, unless it is the last tier.
+        """
+        ...
+
+    def offer(self, lease: Lease) -> None:
+        """Store what `lease` holds, some time soon, if the tier stores; the lease stays the caller's.
+
+        Never waits and never raises.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Stop what is under way."""
+        ...
