@@ -16,7 +16,8 @@
     │   │   └── EncodeUnreachableError   503  this one cannot be connected to (retryable)
     │   ├── EncodeOverloadedError        503  its queue or arena is full (retryable)
     │   ├── EncodeTimeoutError           504  no answer within the deadline (retryable)
-    │   ├── EncodeFailedError            502  the vision tower failed on this image (retryable)
+    │   ├── EncodeFailedError            502  the vision tower failed on this item (retryable)
+    │   ├── InvalidEmbeddingError        502  the vision tower made NaN or infinity of this item (retryable)
     │   └── ProtocolMismatchError        502  other protocol version or other model fingerprint
     ├── TransferError                the bytes did not arrive as promised (all retryable)
     │   ├── TransferTimeoutError         504  a READ had not settled at its deadline
@@ -175,9 +176,15 @@ class EncodeTimeoutError(EncodeError):
 
 
 class EncodeFailedError(EncodeError):
-    """The vision tower failed on this image."""
+    """The vision tower failed on this item."""
 
     code = "encode_failed"
+
+
+class InvalidEmbeddingError(EncodeError):
+    """The vision tower made NaN or infinity of this item: it speaks of the item, not of the worker."""
+
+    code = "invalid_embedding"
 
 
 class ProtocolMismatchError(EncodeError):

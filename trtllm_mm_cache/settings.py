@@ -147,8 +147,8 @@ class EngineSettings(RuntimeSettings):
     max_waiting_image_mb: float = Field(
         1024,
         ge=1,
-        description="Bytes of image files, in MB, that may wait for their embeddings; beyond it a new image is "
-        "answered 503, and cached ones are still served.",
+        description="Bytes of image files, in MB, that may wait for their embeddings; beyond it a new image "
+        "is answered 503, and cached ones are still served.",
     )
 
 

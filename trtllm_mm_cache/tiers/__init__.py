@@ -1,4 +1,4 @@
-"""Where a missing embedding comes from: a chain of tiers, nearest first, of which the encode workers are the last.
+"""Where a missing embedding comes from: a chain of tiers, nearest first; the encode workers are the last.
 
 `base` is the seam, `chain` the order, `receive` what every tier's answer goes through before it is visible.
 """

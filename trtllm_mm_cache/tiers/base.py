@@ -22,7 +22,7 @@ from trtllm_mm_cache.runtime.drops import DropWatch
 
 @dataclass(frozen=True)
 class MissingItem:
-    """One item between lookup and commit. `watch` tells whether a drop concerned it since its request came."""
+    """One item between lookup and commit. `watch` tells whether a drop concerned it meanwhile."""
 
     key: EmbeddingKey
     media: bytes
@@ -79,7 +79,7 @@ class Tier(Protocol):
     async def fill(self, item: MissingItem, receive: Receive) -> Lease | None:
         """Bring the embedding of `item` by way of `receive`, or return None where this tier has none.
 
-        Ends within the tier's own deadline. What it raises is a miss to the chain, unless it is the last tier.
+        Ends within the tier's own deadline. What it raises is a miss to the chain, unless it is the last.
         """
         ...
 
