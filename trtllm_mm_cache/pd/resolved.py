@@ -69,8 +69,8 @@ async def all_or_first_error(works: Sequence[Coroutine[Any, Any, Found]]) -> lis
     """Run `works` at the same time and return their results in order.
 
     When one fails, the others are cancelled; when all have ended, the leases of those that had one are
-    released and the first one's error is raised, ours before foreign ones. No task group: the group that it raises and
-    the tasks would keep each other, and the requests' bytes, until the garbage collector runs.
+    released and the first one's error is raised, ours before foreign ones. No task group: the group that it
+    raises and the tasks would keep each other, and the requests' bytes, until the garbage collector runs.
     """
     tasks = [asyncio.ensure_future(work) for work in works]
     error: BaseException | None = None
