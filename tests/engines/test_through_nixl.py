@@ -60,7 +60,7 @@ class Encoders:
             return
         args = self.folder / "encode.yaml"
         args.write_text("device: cpu\ntorch_threads: 1\n")
-        command = [sys.executable, "-m", "trtllm_mm_cache.cli.main", "encode", "--max-batch-images", "1"]
+        command = [sys.executable, "-m", "trtllm_mm_cache.cli", "encode", "--max-batch-images", "1"]
         command += ["--model-path", str(self.model_of(architecture)), "--extra-engine-args", str(args)]
         command += [
             "--multimodal-embedding-cache-capacity-gb",

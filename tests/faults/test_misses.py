@@ -21,11 +21,14 @@ from tests.pd.bench import (
     Bench,
     assert_holds,
     image_url,
+    pd_settings,
 )
 from trtllm_mm_cache.errors import (
     ArenaFullError,
     EmbeddingMismatchError,
     EncodeUnavailableError,
+    InvalidEmbeddingError,
+    MmCacheError,
     OverloadedError,
 )
 
