@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import tracemalloc
 from collections.abc import Iterator
 from typing import Any
@@ -38,12 +39,14 @@ def settings() -> PdSettings:
 
 @pytest.fixture
 def traced() -> Iterator[None]:
+    logging.disable()  # pytest keeps every record with its traceback, to show them
     gc.collect()
     gc.disable()
     tracemalloc.start()
     yield
     tracemalloc.stop()
     gc.enable()
+    logging.disable(logging.NOTSET)
 
 
 def large_url(number: int, body: bytes | None = None) -> str:
