@@ -51,6 +51,7 @@ def shown(images: ResolvedItems) -> dict[str, Any]:
 async def observed(bench: Bench, ask: Callable[[], Awaitable[ResolvedItems]]) -> Any:
     """Everything that changes by one request. One encode worker: which one is asked depends on the key."""
     bench.peer.instances = [1]
+    (await bench.resolve([image_url()], salt="yet another")).release()  # its breaker is known from here on
     before = counts(bench)
     images = await ask()
     assert_holds(images.leases[0])
