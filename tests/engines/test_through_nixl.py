@@ -37,7 +37,7 @@ from trtllm_mm_cache.pd.metrics import PdMetrics
 from trtllm_mm_cache.pd.assembly import give_up, make_resolver
 from trtllm_mm_cache.runtime.encode_client import EncodeClient
 from trtllm_mm_cache.pd.memory import PdMemory
-from trtllm_mm_cache.pd.resolved_images import ResolvedItems
+from trtllm_mm_cache.pd.resolved import ResolvedItems
 from trtllm_mm_cache.pd.resolve import ItemResolver
 from trtllm_mm_cache.runtime.connect import connect
 
@@ -60,7 +60,7 @@ class Encoders:
             return
         args = self.folder / "encode.yaml"
         args.write_text("device: cpu\ntorch_threads: 1\n")
-        command = [sys.executable, "-m", "trtllm_mm_cache.cli.main", "encode", "--max-batch-images", "1"]
+        command = [sys.executable, "-m", "trtllm_mm_cache.cli", "encode", "--max-batch-images", "1"]
         command += ["--model-path", str(self.model_of(architecture)), "--extra-engine-args", str(args)]
         command += [
             "--multimodal-embedding-cache-capacity-gb",

@@ -22,13 +22,13 @@ from typing import Any
 import click
 from dynamo.runtime import Context
 from PIL import Image
+from trtllm_mm_cache.workers import encode
 
 from trtllm_mm_cache.cli.options import settings_options
-from trtllm_mm_cache.settings import EncodeSettings
-from trtllm_mm_cache.transfer.checksum import checksum
-from trtllm_mm_cache.workers import encode
 from trtllm_mm_cache.encode.server import EncodeWorker
 from trtllm_mm_cache.runtime.messages import EncodeFault
+from trtllm_mm_cache.settings import EncodeSettings
+from trtllm_mm_cache.transfer.checksum import checksum
 
 Answer = dict[str, Any]
 

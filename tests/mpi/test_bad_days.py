@@ -49,7 +49,7 @@ def pd(folder: Path, model_dir: Path) -> list[str]:
         "--transfer-arena-mb": "8",
         "--multimodal-embedding-cache-capacity-gb": "0.03125",
     }
-    return ["-m", "trtllm_mm_cache.cli.main", "pd", *(part for option in options.items() for part in option)]
+    return ["-m", "trtllm_mm_cache.cli", "pd", *(part for option in options.items() for part in option)]
 
 
 def talk(folder: Path, model_dir: Path) -> list[str]:

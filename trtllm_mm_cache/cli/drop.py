@@ -42,7 +42,7 @@ def _request(settings: DropSettings) -> DropRequest:
 
 
 def _read_salt() -> str:
-    """Read the salt where nobody sees it: neither the list of processes nor the shell's history."""
+    """Read the salt from where neither the list of processes nor the shell's history shows it."""
     salt = getpass.getpass("cache_salt: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
     if not salt:
         raise ConfigurationError("--salt reads the cache_salt from standard input, and there was none")
@@ -107,7 +107,7 @@ def _sum(before: DropReport | None, report: DropReport) -> DropReport:
 def _describe(worker: Worker, report: DropReport) -> str:
     text = f"{worker}: dropped {report.entries} embeddings of {report.nbytes} bytes"
     if report.media:
-        text += f", forgot {report.media} fetched files"
+        text += f", {report.media} fetched files"
     if report.under_way:
         text += f"; {report.under_way} still on their way, which an encode worker may store: drop again"
     return text

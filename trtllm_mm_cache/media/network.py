@@ -109,11 +109,11 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
         Raises `MediaForbiddenError`, `MediaFetchError`, `httpcore2.ConnectTimeout`.
         """
         loop = asyncio.get_running_loop()
+        failure: Exception | None = None
         try:
             async with asyncio.timeout(timeout) as scope:
                 addresses = await self._permitted(host, port)
                 deadline = scope.when()
-                failure: Exception | None = None
                 for position, address in enumerate(addresses):
                     # Each address gets its share of the time, so one that swallows packets leaves
                     # some for the next.
@@ -128,6 +128,8 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
                 raise MediaFetchError("the media server cannot be reached") from failure
         except TimeoutError as error:
             raise httpcore2.ConnectTimeout from error
+        finally:
+            failure = None  # its traceback leads to this frame: a cycle that only the collector would end
 
     async def connect_unix_socket(
         self,

@@ -6,13 +6,15 @@ import contextlib
 
 import pytest
 
-from tests.workers.conftest import SetClock
+from tests.pd.bench import SetClock
 from trtllm_mm_cache.errors import (
     ChecksumMismatchError,
+    EmbeddingMismatchError,
     EncodeFailedError,
     EncodeOverloadedError,
     EncodeTimeoutError,
     EncodeUnavailableError,
+    InvalidEmbeddingError,
     InvalidImageError,
     MmCacheError,
     ProtocolMismatchError,
@@ -55,19 +57,28 @@ def test_failures_in_a_row_open_it_and_touch_no_other(
     call(breakers, 1)
     for _ in range(2):
         call(breakers, 1, error("failed"))
-        assert breakers.statistics().states == {1: "closed"}
+        assert breakers.states() == {1: "closed"}
     call(breakers, 1, error("failed"))
     assert not breakers.admits(1)
     assert breakers.admits(2)
-    assert breakers.statistics().states == {1: "open"}
-    assert (breakers.statistics().opened, breakers.statistics().refused) == (1, 1)
+    assert breakers.states() == {1: "open"}
+    assert (breakers.opened, breakers.passed_over) == (1, 1)
 
 
-@pytest.mark.parametrize("error", [InvalidImageError, EncodeOverloadedError, EncodeFailedError])
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidImageError,
+        EncodeOverloadedError,
+        EncodeFailedError,
+        InvalidEmbeddingError,
+        EmbeddingMismatchError,
+    ],
+)
 def test_a_refusal_shows_that_it_lives(breakers: CircuitBreakers, error: type[MmCacheError]) -> None:
     for _ in range(10):
         call(breakers, 1, error("this image"))
-    assert breakers.statistics().states == {1: "closed"}
+    assert breakers.states() == {1: "closed"}
 
 
 def test_one_probe_at_a_time_closes_it_or_opens_it_again(breakers: CircuitBreakers, clock: SetClock) -> None:
@@ -75,15 +86,15 @@ def test_one_probe_at_a_time_closes_it_or_opens_it_again(breakers: CircuitBreake
     clock.now = 9.9
     assert not breakers.admits(1)
     clock.now = 10
-    assert breakers.statistics().states == {1: "half-open"}
+    assert breakers.states() == {1: "half-open"}
     with contextlib.suppress(EncodeTimeoutError), breakers.calling(1):
         assert not breakers.admits(1), "a second call while the probe is under way"
         raise EncodeTimeoutError("still")
     assert not breakers.admits(1)
     clock.now = 20
     call(breakers, 1)
-    assert breakers.statistics().states == {1: "closed"}
-    assert breakers.statistics().opened == 1
+    assert breakers.states() == {1: "closed"}
+    assert breakers.opened == 1
 
 
 def test_a_probe_that_is_cancelled_says_nothing_and_the_next_call_is_the_probe(
@@ -92,9 +103,9 @@ def test_a_probe_that_is_cancelled_says_nothing_and_the_next_call_is_the_probe(
     opened(breakers, 1)
     clock.now = 10
     call(breakers, 1, GeneratorExit())
-    assert breakers.statistics().states == {1: "half-open"}
+    assert breakers.states() == {1: "half-open"}
     call(breakers, 1)
-    assert breakers.statistics().states == {1: "closed"}
+    assert breakers.states() == {1: "closed"}
 
 
 def test_a_call_from_before_it_opened_counts_when_it_ends(breakers: CircuitBreakers, clock: SetClock) -> None:
@@ -106,7 +117,7 @@ def test_a_call_from_before_it_opened_counts_when_it_ends(breakers: CircuitBreak
         assert not breakers.admits(1)
         early.__exit__(None, None, None)
         breakers.keep([1])
-        assert breakers.statistics().states == {1: "closed"}, "what it brought is news enough"
+        assert breakers.states() == {1: "closed"}, "what it brought is news enough"
 
 
 def test_one_that_went_and_came_back_begins_closed(breakers: CircuitBreakers) -> None:
@@ -114,4 +125,4 @@ def test_one_that_went_and_came_back_begins_closed(breakers: CircuitBreakers) ->
     breakers.keep([2])
     breakers.keep([1, 2])
     assert breakers.admits(1)
-    assert breakers.statistics().states == {}
+    assert breakers.states() == {}

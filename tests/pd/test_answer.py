@@ -11,12 +11,12 @@ import pytest
 from dynamo.llm.exceptions import HttpError, InvalidArgument
 from dynamo.runtime import Context
 
-from tests.workers.conftest import Bench, picture
+from tests.pd.bench import Bench, image_url
 from trtllm_mm_cache.cache.manager import Lease
-from trtllm_mm_cache.settings import PdSettings
 from trtllm_mm_cache.engines.base import GenerationRequest, TokenDelta
 from trtllm_mm_cache.errors import EncodeUnavailableError
 from trtllm_mm_cache.pd.answer import PdWorker
+from trtllm_mm_cache.settings import PdSettings
 
 
 class PeerGenerator:
@@ -82,7 +82,7 @@ def errors(bench: Bench) -> dict[str, float]:
 async def test_tokens_and_usage_are_streamed_while_the_leases_are_held(
     worker: PdWorker, generator: PeerGenerator, bench: Bench
 ) -> None:
-    outputs = await run(worker, request(picture(), picture()))
+    outputs = await run(worker, request(image_url(), image_url()))
     assert [output["token_ids"] for output in outputs] == [[1], [2, 3]]
     assert outputs[-1]["finish_reason"] == "stop"
     assert outputs[0]["completion_usage"]["completion_tokens"] == 1, "an answer may end at any token"
@@ -101,10 +101,10 @@ async def test_who_leaves_with_the_last_token_was_served(
 ) -> None:
     """As Dynamo's frontend does, which knows the model's end token."""
     generator.stalls_after = heard
-    outputs = worker.handle(request(picture()), Context())
+    outputs = worker.handle(request(image_url()), Context())
     for _ in range(heard):
         await anext(outputs)
-    await outputs.aclose()  # type: ignore[attr-defined]
+    await outputs.aclose()
     await bench.nothing_held()
     counted = {
         sample.labels["outcome"]: sample.value
@@ -120,7 +120,7 @@ async def test_an_engines_own_failure_is_a_500_whose_text_stays_in_the_log(
 ) -> None:
     generator.failure = RuntimeError("CUDA error at /secret/path.cu")
     with caplog.at_level(logging.ERROR), pytest.raises(HttpError) as caught:
-        await run(worker, request(picture()))
+        await run(worker, request(image_url()))
     assert caught.value.code == 500
     assert "secret" not in str(caught.value)
     assert "/secret/path.cu" in caplog.text
@@ -137,5 +137,5 @@ async def test_a_clients_mistake_is_an_invalid_argument(worker: PdWorker, bench:
 async def test_no_encode_worker_is_a_503_and_never_a_504(worker: PdWorker, bench: Bench) -> None:
     bench.peer.changes = [EncodeUnavailableError("gone"), EncodeUnavailableError("gone")]
     with pytest.raises(HttpError) as caught:
-        await run(worker, request(picture()))
+        await run(worker, request(image_url()))
     assert caught.value.code == 503

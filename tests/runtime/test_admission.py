@@ -18,13 +18,12 @@ def test_items_and_bytes_are_bounded_and_come_back_however_the_work_ends() -> No
         with pytest.raises(OverloadedError), admission.admitted(41):
             pass
         with admission.admitted(40), admission.admitted(0):
-            assert (admission.statistics().items, admission.statistics().nbytes) == (3, 100)
+            assert (admission.items, admission.nbytes) == (3, 100)
             with pytest.raises(OverloadedError), admission.admitted(0):
                 pass
         with pytest.raises(KeyError), admission.admitted(40):
             raise KeyError
-    statistics = admission.statistics()
-    assert (statistics.items, statistics.nbytes, statistics.refused) == (0, 0, 2)
+    assert (admission.items, admission.nbytes, admission.refused) == (0, 0, 2)
 
 
 def test_one_item_that_is_larger_than_the_bound_is_served_alone() -> None:

@@ -7,12 +7,12 @@ import asyncio
 import pytest
 from dynamo.runtime import Context
 
-from tests.workers.conftest import NBYTES, Bench, assert_holds, picture
+from tests.pd.bench import NBYTES, Bench, assert_holds, image_url
 from trtllm_mm_cache.cache.scope import salt_tag
 from trtllm_mm_cache.errors import ChecksumMismatchError
+from trtllm_mm_cache.pd.resolved import ResolvedItems
 from trtllm_mm_cache.runtime.control import Control, DropReport, DropRequest, MetricsReport, control_path
 from trtllm_mm_cache.runtime.messages import parse
-from trtllm_mm_cache.pd.resolved_images import ResolvedItems
 
 EVERYTHING = DropRequest(everything=True)
 
@@ -49,7 +49,7 @@ CONCERNED = {
 
 @pytest.mark.parametrize("what", CONCERNED)
 async def test_what_is_stored_is_gone_for_lookups_and_true_for_its_holder(bench: Bench, what: str) -> None:
-    reference = picture()
+    reference = image_url()
     held = await bench.resolve([reference], salt="one")
     report = await bench.resolver.drop(selecting(held)[what])
     concerned = CONCERNED[what]
@@ -66,7 +66,7 @@ async def test_what_is_stored_is_gone_for_lookups_and_true_for_its_holder(bench:
 async def test_a_flight_under_way_is_served_and_does_not_commit_into_the_cache(
     bench: Bench, what: str
 ) -> None:
-    reference = picture()
+    reference = image_url()
     known = await bench.resolve([reference], salt="one")
     drop = selecting(known)[what]
     known.release()
@@ -89,7 +89,7 @@ async def test_a_flight_under_way_is_served_and_does_not_commit_into_the_cache(
 async def test_what_is_being_read_when_the_drop_comes_does_not_become_visible(bench: Bench) -> None:
     caught = False
     for _ in range(50):  # a READ of 4 KB may be over before this task looks again
-        request = asyncio.create_task(bench.resolve([picture()]))
+        request = asyncio.create_task(bench.resolve([image_url()]))
         while not (caught or request.done()):
             await asyncio.sleep(0)
             caught = bench.cache.statistics().reservations == 1
@@ -104,7 +104,7 @@ async def test_what_is_being_read_when_the_drop_comes_does_not_become_visible(be
 
 
 async def test_a_drop_waits_no_longer_than_it_was_told_and_says_what_is_left(bench: Bench) -> None:
-    request = await in_flight(bench, picture())
+    request = await in_flight(bench, image_url())
     report = await bench.resolver.drop(DropRequest(everything=True, deadline_s=0))
     assert report.under_way == 1
     bench.peer.gate.set()
@@ -113,11 +113,11 @@ async def test_a_drop_waits_no_longer_than_it_was_told_and_says_what_is_left(ben
 
 
 async def test_a_flight_that_outlives_who_began_it_is_dropped_too(bench: Bench) -> None:
-    reference = picture()
+    reference = image_url()
     first = await in_flight(bench, reference)
     second = asyncio.create_task(bench.resolve([reference]))
     async with asyncio.timeout(5):
-        while not bench.resolver.flights.statistics().joined:
+        while not bench.resolver.flights.joined:
             await asyncio.sleep(0)
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -132,7 +132,7 @@ async def test_a_flight_that_outlives_who_began_it_is_dropped_too(bench: Bench) 
 
 async def test_a_second_attempt_after_a_drop_asks_the_encode_worker_not_to_retain(bench: Bench) -> None:
     bench.peer.changes = [ChecksumMismatchError("damaged")]
-    request = await in_flight(bench, picture())
+    request = await in_flight(bench, image_url())
     dropping = asyncio.create_task(bench.resolver.drop(EVERYTHING))
     await asyncio.sleep(0)
     bench.peer.gate.set()
@@ -143,7 +143,7 @@ async def test_a_second_attempt_after_a_drop_asks_the_encode_worker_not_to_retai
 
 
 async def test_a_request_that_comes_after_the_drop_is_cached(bench: Bench) -> None:
-    reference = picture()
+    reference = image_url()
     await bench.resolver.drop(EVERYTHING)
     (await bench.resolve([reference])).release()
     again = await bench.resolve([reference])
@@ -154,16 +154,16 @@ async def test_a_request_that_comes_after_the_drop_is_cached(bench: Bench) -> No
 @pytest.mark.parametrize("what", ["its key", "its salt", "everything"])
 async def test_the_what_if_curve_forgets_what_is_dropped(bench: Bench, what: str) -> None:
     """A lookup after the drop would hit in no size of cache."""
-    images = await bench.resolve([picture()], salt="one")
+    images = await bench.resolve([image_url()], salt="one")
     await bench.resolver.drop(selecting(images)[what])
     images.release()
-    (await bench.resolve([picture()], salt="one")).release()
+    (await bench.resolve([image_url()], salt="one")).release()
     assert [point.hit_ratio for point in bench.what_if.curve().points] == [0, 0, 0, 0]
 
 
 async def test_the_control_endpoint_answers_drops_and_metrics(bench: Bench) -> None:
     control = Control(bench.resolver.drop, lambda: "# metrics")
-    (await bench.resolve([picture()])).release()
+    (await bench.resolve([image_url()])).release()
 
     async def ask(payload: object) -> dict[str, object]:
         (answer,) = [answer async for answer in control.handle(payload, Context())]
@@ -178,7 +178,7 @@ async def test_the_control_endpoint_answers_drops_and_metrics(bench: Bench) -> N
     [None, {}, {"key": "0" * 64, "everything": True}, {"key": "A" * 64}, {"tag": "00"}, {"command": "stop"}],
 )
 async def test_any_other_control_request_is_refused_and_drops_nothing(bench: Bench, payload: object) -> None:
-    (await bench.resolve([picture()])).release()
+    (await bench.resolve([image_url()])).release()
     control = Control(bench.resolver.drop, lambda: "")
     (answer,) = [answer async for answer in control.handle(payload, Context())]
     assert answer["status"] == "error"

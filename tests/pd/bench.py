@@ -12,25 +12,30 @@ import pytest
 import torch
 
 from tests.e2e.stack import data_url, new_picture, png
-from trtllm_mm_cache.cache.key import EmbeddingKey
-from trtllm_mm_cache.cache.manager import CachedEmbedding, Lease, MultimodalEmbeddingCacheManager
+from trtllm_mm_cache.cache.entry import EmbeddingMetadata
+from trtllm_mm_cache.cache.key import Kind, embedding_key
+from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.what_if import WhatIf
-from trtllm_mm_cache.engines.base import ItemDescription
+from trtllm_mm_cache.engines.base import GenerationRequest, ItemDescription, SamplingParams
 from trtllm_mm_cache.errors import EmbeddingMismatchError, MmCacheError
-from trtllm_mm_cache.media import MediaSettings, MediaSource
 from trtllm_mm_cache.pd.metrics import PdMetrics
-from trtllm_mm_cache.transfer import Exporter, Reader, TransferAgent
-from trtllm_mm_cache.tiers.breaker import CircuitBreakers
-from trtllm_mm_cache.tiers.loader import EmbeddingLoader
-from trtllm_mm_cache.runtime.messages import EncodeReady, EncodeRequest
-from trtllm_mm_cache.pd.resolved_images import ResolvedItems
+from trtllm_mm_cache.pd.request import PdRequest, Reference
 from trtllm_mm_cache.pd.resolve import ItemResolver
+from trtllm_mm_cache.pd.resolved import ResolvedItems
+from trtllm_mm_cache.runtime.messages import EncodeReady, EncodeRequest
+from trtllm_mm_cache.settings import MB, MediaSettings, PdSettings
+from trtllm_mm_cache.tiers.chain import TierChain
+from trtllm_mm_cache.tiers.encode_remote import EncodeTier, rendezvous_rank
+from trtllm_mm_cache.tiers.receive import Receiver
+from trtllm_mm_cache.transfer import Exporter, Reader, TransferAgent
 
 ROWS, WIDTH = 16, 64
 NBYTES = ROWS * WIDTH * 4
 BREAKER_FAILURES, BREAKER_RETRY_S = 3, 10.0
 MAX_WAITING_BYTES = 64 * 1024
 ENCODE_SECONDS = 0.25
+PLACEHOLDER = "<image>" * ROWS
+FINGERPRINT = "ab" * 32
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -42,7 +47,7 @@ def embedding_of(key: str) -> torch.Tensor:
 
 @dataclass
 class PeerEncodeWorkers:
-    """Two encode workers in one, on the interface of `EncodeClient`; really exports over NIXL.
+    """Two encode workers in one, on the interface of `EncodeClient`; it really exports over NIXL.
 
     `changes` are for the next answers, `fail` and `frozen` for instances, `spoil` is a value to put in.
     """
@@ -59,13 +64,12 @@ class PeerEncodeWorkers:
     frozen: set[int] = field(default_factory=set)
     spoil: float | None = None
 
-    def rank(self, key: EmbeddingKey) -> list[int]:
-        return sorted(self.instances)
-
     async def close(self) -> None:
         """Nothing is waited for."""
 
-    async def encode(self, instance: int, request: EncodeRequest) -> EncodeReady:
+    async def encode(
+        self, instance: int, request: EncodeRequest, unwanted: Callable[[EncodeReady], None]
+    ) -> EncodeReady:
         self.calls.append(instance)
         self.retained.append(request.retain)
         await self.gate.wait()
@@ -73,13 +77,10 @@ class PeerEncodeWorkers:
             await asyncio.get_running_loop().create_future()
         if instance in self.fail:
             raise self.fail[instance]
+        if self.changes and isinstance(self.changes[0], MmCacheError):
+            raise self.changes.pop(0)  # in no variable: this frame and the error would keep each other
         change = self.changes.pop(0) if self.changes else None
-        if isinstance(change, MmCacheError):
-            raise change
-        metadata = {"rows": ROWS}
-        self.manager.set(request.key, CachedEmbedding(self._embedding(request.key), metadata=metadata))
-        lease = self.manager.lease(request.key)
-        assert lease is not None
+        lease = self._stored(request.key)
         export = await self.exporter.export(lease)
         answer = {
             "fingerprint": request.fingerprint,
@@ -91,17 +92,19 @@ class PeerEncodeWorkers:
             "checksum": export.checksum,
             "dtype": "float32",
             "shape": (ROWS, WIDTH),
-            "metadata": metadata,
+            "placeholder": PLACEHOLDER,
             "encode_seconds": ENCODE_SECONDS,
             "origin": "encoded",
         }
         return EncodeReady.model_validate(change(answer) if change else answer)
 
-    def _embedding(self, key: str) -> torch.Tensor:
+    def _stored(self, key: str) -> Lease:
         tensor = embedding_of(key)
         if self.spoil is not None:
             tensor[-1, -1] = self.spoil
-        return tensor
+        reservation = self.manager.reserve(key, NBYTES, owner="peer")
+        reservation.write(tensor)
+        return reservation.commit(dtype=tensor.dtype, shape=(ROWS, WIDTH))
 
 
 @dataclass
@@ -115,11 +118,38 @@ class SetClock:
 
 
 def check_embedding(
-    image: ItemDescription, shape: tuple[int, int], dtype: torch.dtype, metadata: Mapping[str, Any]
+    item: ItemDescription, shape: tuple[int, int], dtype: torch.dtype, metadata: EmbeddingMetadata
 ) -> None:
     """As an engine's own check, for the one shape that the peer makes."""
-    if shape != (ROWS, WIDTH) or dtype != torch.float32 or metadata.get("rows") != ROWS:
+    if shape != (ROWS, WIDTH) or dtype != torch.float32 or metadata.placeholder != PLACEHOLDER:
         raise EmbeddingMismatchError("not what this model takes")
+
+
+def pd_settings(**changes: Any) -> PdSettings:
+    """Settings of a PD worker that these tests wait for; unchecked, so that limits may be tiny."""
+    settings = PdSettings(model_path="unused", media=MediaSettings(max_fetches=4, media_timeout_s=5))
+    defaults = {
+        "encode_timeout_s": 5,
+        "transfer_timeout_s": 5,
+        "breaker_failures": BREAKER_FAILURES,
+        "breaker_retry_s": BREAKER_RETRY_S,
+        "max_waiting_image_mb": MAX_WAITING_BYTES / MB,
+    }
+    return settings.model_copy(update=defaults | changes)
+
+
+def asking(
+    references: Sequence[str],
+    *,
+    salt: str | None = None,
+    kind: Kind = "image",
+    processor_kwargs: Mapping[str, Any] | None = None,
+) -> PdRequest:
+    """A request about `references`."""
+    generation = GenerationRequest("id", (1,), None, SamplingParams(), salt)
+    return PdRequest(
+        generation, tuple(Reference(kind, url) for url in references), dict(processor_kwargs or {})
+    )
 
 
 @dataclass
@@ -130,14 +160,15 @@ class Bench:
     cache: MultimodalEmbeddingCacheManager
     transit: MultimodalEmbeddingCacheManager
     resolver: ItemResolver
-    loader: EmbeddingLoader
+    tier: EncodeTier
+    receiver: Receiver
     reader: Reader
     metrics: PdMetrics
     what_if: WhatIf
     clock: SetClock
 
     async def resolve(self, references: Sequence[str], *, salt: str | None = None) -> ResolvedItems:
-        return await self.resolver.resolve(references, processor_kwargs={}, salt=salt, variant="")
+        return await self.resolver.resolve(asking(references, salt=salt), variant="")
 
     async def nothing_held(self) -> None:
         """Wait until no lease, reservation or quarantine is left; what a thread had begun ends by itself."""
@@ -146,7 +177,7 @@ class Bench:
                 while self.held() != (0, 0, 0):
                     await asyncio.sleep(0.001)
         except TimeoutError:
-            pytest.fail(f"leased, reserved, quarantined: {self.held()}; {self.reader.statistics()}")
+            pytest.fail(f"leased, reserved, quarantined: {self.held()}")
 
     def held(self) -> tuple[int, int, int]:
         statistics = [manager.statistics() for manager in (self.cache, self.transit)]
@@ -168,14 +199,13 @@ def allow_private_addresses() -> bool:
 
 
 @pytest.fixture
-def reject_non_finite() -> bool:
-    return True
+def settings(require_salt: bool, allow_private_addresses: bool) -> PdSettings:
+    media = MediaSettings(max_fetches=4, media_timeout_s=5, allow_private_addresses=allow_private_addresses)
+    return pd_settings(multimodal_embedding_cache_require_salt=require_salt, media=media)
 
 
 @pytest.fixture
-async def bench(
-    require_salt: bool, allow_private_addresses: bool, reject_non_finite: bool
-) -> AsyncIterator[Bench]:
+async def bench(settings: PdSettings) -> AsyncIterator[Bench]:
     exporting, reading = await TransferAgent.start(), await TransferAgent.start()
     source = MultimodalEmbeddingCacheManager(64 * NBYTES)
     cache = MultimodalEmbeddingCacheManager(4 * NBYTES)
@@ -185,38 +215,13 @@ async def bench(
         await reading.register(manager.arena.base_address, manager.arena.capacity_bytes)
     peer = PeerEncodeWorkers(Exporter(exporting, lease_timeout_s=30), exporting, source)
     peer.gate.set()
-    settings = MediaSettings(allow_private_addresses=allow_private_addresses)
     reader = Reader(reading)
     metrics, what_if = PdMetrics(), WhatIf("lru", cache.capacity_bytes)
     clock = SetClock()
-    loader = EmbeddingLoader(
-        cache=cache,
-        transit=transit,
-        encoders=peer,
-        breakers=CircuitBreakers(failures=BREAKER_FAILURES, retry_s=BREAKER_RETRY_S, clock=clock),
-        reader=reader,
-        fingerprint="ab" * 32,
-        check=check_embedding,
-        reject_non_finite=reject_non_finite,
-        encode_timeout_s=5,
-        transfer_timeout_s=5,
-        metrics=metrics,
-        what_if=what_if,
-    )
-    resolver = ItemResolver(
-        source=MediaSource(settings),
-        media_settings=settings,
-        cache=cache,
-        loader=loader,
-        fingerprint="ab" * 32,
-        max_fetches=4,
-        fetch_wait_s=5,
-        max_waiting_bytes=MAX_WAITING_BYTES,
-        metrics=metrics,
-        require_salt=require_salt,
-        what_if=what_if,
-    )
-    bench = Bench(peer, cache, transit, resolver, loader, reader, metrics, what_if, clock)
+    receiver = Receiver(cache, transit, what_if, check_embedding, metrics.registry)
+    tier = EncodeTier(peer, reader, FINGERPRINT, settings, metrics.registry, clock)
+    resolver = ItemResolver(cache, what_if, TierChain([tier], receiver), FINGERPRINT, settings, metrics)
+    bench = Bench(peer, cache, transit, resolver, tier, receiver, reader, metrics, what_if, clock)
     yield bench
     await resolver.close()
     await bench.nothing_held()
@@ -228,10 +233,14 @@ async def bench(
         manager.close()
 
 
-def picture() -> str:
-    return data_url(png(new_picture(32, 32)))
+def image_url() -> str:
+    """Return a new image whose key's home, without a salt, is instance 1 of the two."""
+    while True:
+        file = png(new_picture(32, 32))
+        if rendezvous_rank(embedding_key(file, fingerprint=FINGERPRINT), [1, 2])[0] == 1:
+            return data_url(file)
 
 
 def assert_holds(lease: Lease) -> None:
     """The lease's view is the embedding that belongs to its key."""
-    assert torch.equal(lease.embedding.tensor, embedding_of(lease.key))
+    assert torch.equal(lease.tensor, embedding_of(lease.key))

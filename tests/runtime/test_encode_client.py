@@ -1,4 +1,4 @@
-"""Calls whose caller leaves: what was answered all the same is an export that somebody must give up.
+"""Calls whose caller leaves: what was answered all the same is an export that must be released.
 
 The peer stands on the interface of Dynamo's client, whose streams hand out what had arrived before a stop.
 """
@@ -27,7 +27,6 @@ READY = EncodeReady(
     checksum=1,
     dtype="float32",
     shape=(1, 2),
-    metadata={},
     encode_seconds=0.0,
     origin="encoded",
 )
@@ -61,9 +60,9 @@ def peer() -> PeerClient:
     return PeerClient()
 
 
-async def left(client: EncodeClient, peer: PeerClient) -> None:
+async def left(client: EncodeClient, peer: PeerClient, unwanted: list[EncodeReady]) -> None:
     """Begin a call, and leave it while the encode worker works."""
-    call = asyncio.create_task(client.encode(1, REQUEST))
+    call = asyncio.create_task(client.encode(1, REQUEST, unwanted.append))
     while peer.context is None:
         await asyncio.sleep(0)
     call.cancel()
@@ -72,17 +71,17 @@ async def left(client: EncodeClient, peer: PeerClient) -> None:
     assert peer.context.is_stopped()
 
 
-async def test_an_answer_reaches_its_caller_and_nobody_else(peer: PeerClient) -> None:
+async def test_an_answer_reaches_its_caller_alone(peer: PeerClient) -> None:
     unwanted: list[EncodeReady] = []
     peer.let.set()
-    assert await EncodeClient(peer, unwanted.append).encode(1, REQUEST) == READY
+    assert await EncodeClient(peer).encode(1, REQUEST, unwanted.append) == READY
     assert unwanted == []
 
 
-async def test_an_answer_whose_caller_has_gone_is_given_up(peer: PeerClient) -> None:
+async def test_an_answer_whose_caller_has_gone_is_released(peer: PeerClient) -> None:
     unwanted: list[EncodeReady] = []
-    client = EncodeClient(peer, unwanted.append)
-    await left(client, peer)
+    client = EncodeClient(peer)
+    await left(client, peer, unwanted)
     peer.let.set()
     async with asyncio.timeout(5):
         while not unwanted:
@@ -92,8 +91,9 @@ async def test_an_answer_whose_caller_has_gone_is_given_up(peer: PeerClient) -> 
 
 
 async def test_closing_waits_for_no_answer(peer: PeerClient) -> None:
-    client = EncodeClient(peer, pytest.fail)
-    await left(client, peer)
+    unwanted: list[EncodeReady] = []
+    client = EncodeClient(peer)
+    await left(client, peer, unwanted)
     async with asyncio.timeout(5):
         await client.close()
 
@@ -112,5 +112,5 @@ async def test_dynamos_words_tell_what_never_left_from_what_may_have(
 ) -> None:
     peer.failure = Exception(words)  # Dynamo raises bare ones
     with pytest.raises(EncodeUnavailableError) as caught:
-        await EncodeClient(peer, pytest.fail).encode(1, REQUEST)
+        await EncodeClient(peer).encode(1, REQUEST, pytest.fail)
     assert type(caught.value) is error

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from trtllm_mm_cache.settings import GB, MB, PdSettings
 from trtllm_mm_cache.pd.memory import PdMemory
+from trtllm_mm_cache.settings import GB, MB, PdSettings
 
 
 @pytest.mark.parametrize("policy", ["lru", "s3fifo"])

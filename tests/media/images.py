@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageSequence
 
-from trtllm_mm_cache.media import MediaSettings
+from trtllm_mm_cache.settings import ImageLimits
 
-SETTINGS = MediaSettings()
+LIMITS = ImageLimits()
 
 
-def picture(mode: str = "RGB", size: tuple[int, int] = (37, 23), seed: int = 0) -> Image.Image:
-    """A picture whose every pixel differs from its neighbours, so that a shift or a mix-up shows."""
+def noise(mode: str = "RGB", size: tuple[int, int] = (37, 23), seed: int = 0) -> Image.Image:
+    """A image whose every pixel differs from its neighbours, so that a shift or a mix-up shows."""
     width, height = size
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
     if mode == "I;16":
@@ -34,7 +34,7 @@ def saved(image: Image.Image, image_format: str, **options: Any) -> bytes:
 
 
 def animated(image_format: str, **options: Any) -> bytes:
-    first, *others = [picture(size=(20, 10), seed=seed) for seed in range(4)]
+    first, *others = [noise(size=(20, 10), seed=seed) for seed in range(4)]
     if image_format == "GIF":
         first, *others = [each.convert("P") for each in (first, *others)]
     return saved(first, image_format, save_all=True, append_images=others, duration=50, **options)
@@ -46,7 +46,7 @@ def frames(data: bytes) -> list[Image.Image]:
 
 
 def many_frames(image_format: str, count: int) -> bytes:
-    """An animation or a file of many pages; only its first picture counts."""
+    """An animation or a file of many pages; only its first image counts."""
     first, *others = [Image.new("RGB", (9, 7), (n % 256, 255 - n % 256, 90)) for n in range(count)]
     return saved(first, image_format, save_all=True, append_images=others)
 
@@ -78,43 +78,43 @@ def png_bomb(width: int, height: int) -> bytes:
 
 def jpeg_of_size(width: int, height: int) -> bytes:
     """A JPEG whose frame header says another size than it has."""
-    data = saved(picture(size=(16, 16)), "JPEG")
+    data = saved(noise(size=(16, 16)), "JPEG")
     at = data.index(b"\xff\xc0")
     return data[: at + 5] + struct.pack(">HH", height, width) + data[at + 9 :]
 
 
 def gif_of_size(width: int, height: int, *, frame: bool = False) -> bytes:
     """A GIF whose screen, or only whose first frame, says another size than it has."""
-    data = bytearray(saved(picture("P", (16, 16)), "GIF"))
+    data = bytearray(saved(noise("P", (16, 16)), "GIF"))
     at = data.index(b"\x2c", 13) + 5 if frame else 6
     data[at : at + 4] = struct.pack("<HH", width, height)
     return bytes(data)
 
 
 def gif_with(extensions: bytes) -> bytes:
-    """A GIF with more blocks between its palette and its picture."""
-    data = saved(picture("P", (8, 8)), "GIF")
+    """A GIF with more blocks between its palette and its image."""
+    data = saved(noise("P", (8, 8)), "GIF")
     at = 13 + 3 * 2 ** ((data[10] & 7) + 1)
     return data[:at] + extensions + data[at:]
 
 
 def webp_canvas(width: int, height: int) -> bytes:
     """An extended WebP header with that canvas, around an honest small image."""
-    inner = saved(picture(size=(16, 16)), "WEBP")[12:]
+    inner = saved(noise(size=(16, 16)), "WEBP")[12:]
     extended = b"VP8X" + struct.pack("<I", 10) + bytes(4) + (width - 1).to_bytes(3, "little")
     body = b"WEBP" + extended + (height - 1).to_bytes(3, "little") + inner
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
 def webp_lossless_size(width: int, height: int) -> bytes:
-    data = bytearray(saved(picture(size=(16, 16)), "WEBP", lossless=True))
+    data = bytearray(saved(noise(size=(16, 16)), "WEBP", lossless=True))
     bits = int.from_bytes(data[21:25], "little") & ~0xFFFFFFF
     data[21:25] = (bits | (width - 1) | ((height - 1) << 14)).to_bytes(4, "little")
     return bytes(data)
 
 
 def bmp_of_size(width: int, height: int) -> bytes:
-    data = bytearray(saved(picture(size=(16, 16)), "BMP"))
+    data = bytearray(saved(noise(size=(16, 16)), "BMP"))
     data[18:26] = struct.pack("<ii", width, height)
     return bytes(data)
 
@@ -153,7 +153,7 @@ def jpeg_segment(marker: int, data: bytes) -> bytes:
 
 
 def jpeg_with(*segments: bytes) -> bytes:
-    data = saved(picture(size=(16, 16)), "JPEG")
+    data = saved(noise(size=(16, 16)), "JPEG")
     return data[:2] + b"".join(segments) + data[2:]
 
 

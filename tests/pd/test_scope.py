@@ -17,9 +17,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.stack import new_picture, png
 from tests.media.origin import Resource, serving
-from tests.workers.conftest import Bench, assert_holds, picture
+from tests.pd.bench import Bench, assert_holds, image_url
 from trtllm_mm_cache.errors import EncodeUnavailableError
-from trtllm_mm_cache.pd.resolved_images import ResolvedItems
+from trtllm_mm_cache.pd.resolved import ResolvedItems
 
 
 def counts(bench: Bench) -> dict[tuple[str, str], float]:
@@ -30,14 +30,13 @@ def counts(bench: Bench) -> dict[tuple[str, str], float]:
         for sample in family.samples
         if not sample.name.endswith(("_sum", "_bucket", "_created"))
     }
-    flights, cache = bench.resolver.flights.statistics(), bench.cache.statistics()
-    reads = bench.reader.statistics()
+    flights, cache = bench.resolver.flights, bench.cache.statistics()
     return shown | {
         ("flights", "started"): flights.started,
         ("flights", "joined"): flights.joined,
         ("cache", "hits"): cache.hits,
         ("cache", "misses"): cache.misses,
-        ("reads", "bytes"): reads.read_bytes,
+        ("reads", "bytes"): bench.reader.read_bytes,
         ("encode worker", "calls"): len(bench.peer.calls),
     }
 
@@ -61,7 +60,7 @@ async def observed(bench: Bench, ask: Callable[[], Awaitable[ResolvedItems]]) ->
 
 
 async def test_another_tenants_hit_is_a_miss_like_any_other(bench: Bench) -> None:
-    known, unknown = picture(), picture()
+    known, unknown = image_url(), image_url()
     (await bench.resolve([known], salt="a")).release()
     (await bench.resolve([known], salt="a")).release()
     seen = await observed(bench, lambda: bench.resolve([known], salt="b"))
@@ -73,7 +72,7 @@ async def test_another_tenants_hit_is_a_miss_like_any_other(bench: Bench) -> Non
 
 @pytest.mark.parametrize("salt", ["b", None])
 async def test_no_request_joins_another_tenants_flight(bench: Bench, salt: str | None) -> None:
-    known, unknown = picture(), picture()
+    known, unknown = image_url(), image_url()
 
     async def until_called(count: int) -> None:
         async with asyncio.timeout(5):
@@ -99,11 +98,11 @@ async def test_no_request_joins_another_tenants_flight(bench: Bench, salt: str |
 
 
 async def test_without_an_encode_worker_another_tenants_image_is_as_missing_as_any(bench: Bench) -> None:
-    known = picture()
+    known = image_url()
     (await bench.resolve([known], salt="a")).release()
     bench.peer.instances = []
     messages = set()
-    for reference in (known, picture()):
+    for reference in (known, image_url()):
         with pytest.raises(EncodeUnavailableError) as caught:
             await bench.resolve([reference], salt="b")
         messages.add(str(caught.value))
@@ -124,7 +123,7 @@ async def test_a_url_that_another_tenant_fetched_is_fetched_again(bench: Bench, 
 
 
 async def test_keys_of_tenants_never_meet(bench: Bench) -> None:
-    reference = picture()
+    reference = image_url()
     keys = set()
     for salt in ("a", "b", "ab", "a\0", "", None, "a "):
         images = await bench.resolve([reference], salt=salt)

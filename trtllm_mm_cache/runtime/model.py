@@ -1,11 +1,12 @@
-"""Where a model's files lie: a local directory as it is, a hub name through Dynamo's downloader."""
+"""Where a model's files lie, and how Dynamo's frontend learns that a worker serves it."""
 
 from __future__ import annotations
 
 import asyncio
 from pathlib import Path
 
-from dynamo.llm import fetch_model
+from dynamo.llm import ModelInput, ModelType, WorkerType, fetch_model, register_model
+from dynamo.runtime import Endpoint
 
 from trtllm_mm_cache.errors import ConfigurationError
 
@@ -26,3 +27,18 @@ async def local_model_path(model: str) -> str:
         raise ConfigurationError(
             f"--model-path {model} is no directory here, and the hub gave no model of that name: {error}"
         ) from error
+
+
+async def offer_model(endpoint: Endpoint, model_path: str, name: str) -> None:
+    """Register with discovery that `endpoint` serves the model of `model_path` under `name`.
+
+    The encode worker is never among the model's `needs`: without it text and cached images go on.
+    """
+    await register_model(
+        ModelInput.Tokens,
+        ModelType.Chat | ModelType.Completions,
+        endpoint,
+        model_path,
+        name,
+        worker_type=WorkerType.Aggregated,
+    )

@@ -10,13 +10,13 @@ from opentelemetry.trace import Span
 from trtllm_mm_cache.errors import MmCacheError
 from trtllm_mm_cache.observability.logs import loggable_cause
 from trtllm_mm_cache.pd.metrics import PdMetrics, RequestOutcome, kind_of
-from trtllm_mm_cache.pd.resolved_images import ResolvedItems
+from trtllm_mm_cache.pd.resolved import ResolvedItems
 
 logger = logging.getLogger(__name__)
 
 
 class AnswerRecord:
-    """Begins when the request arrives; call `ended` or `left` exactly once.
+    """Begins when the request arrives; call `ended` or `stopped` exactly once.
 
     Times in seconds since the arrival.
     """
@@ -26,28 +26,28 @@ class AnswerRecord:
         self._metrics = metrics
         self._span = span
         self._arrived = time.perf_counter()
-        self._images: ResolvedItems | None = None
+        self._items: ResolvedItems | None = None
         self._first_token: float | None = None
-        self._tokens = 0
         self._finished = False
+        self.tokens = 0
         metrics.in_flight.inc()
 
-    def resolved(self, images: ResolvedItems) -> None:
-        """The images are there."""
-        self._images = images
+    def resolved(self, items: ResolvedItems) -> None:
+        """The items have their embeddings."""
+        self._items = items
 
     def generated(self, tokens: int, *, finished: bool) -> None:
         """`tokens` more tokens go to the client, the answer's last ones if it is `finished`."""
-        self._tokens += tokens
+        self.tokens += tokens
         self._finished = finished
-        if self._first_token is None and tokens and self._images is not None:
+        if self._first_token is None and tokens and self._items is not None:
             self._first_token = self._elapsed()
             self._span.add_event("first_token")
-            kind = kind_of(self._images.hits, self._images.misses)
+            kind = kind_of(self._items.hits, self._items.misses)
             self._metrics.first_token.labels(kind).observe(self._first_token)
 
-    def left(self) -> None:
-        """Nobody listens any more. Dynamo's frontend leaves with the last token, as soon as it has it."""
+    def stopped(self) -> None:
+        """No caller listens any more. Dynamo's frontend leaves with the last token, as soon as it has it."""
         self.ended("served" if self._finished else "stopped")
 
     def ended(self, outcome: RequestOutcome, error: MmCacheError | None = None) -> None:
@@ -71,18 +71,18 @@ class AnswerRecord:
         fields: dict[str, str | int | float] = {"request_id": self._request_id, "outcome": outcome}
         if error is not None:
             fields["code"] = error.code
-        if self._images is not None:
+        if self._items is not None:
             fields |= {
-                "images": len(self._images.leases),
-                "hits": self._images.hits,
-                "misses": self._images.misses,
-                "joined": self._images.joined,
-                "bytes": self._images.nbytes,
-                "images_s": round(self._images.seconds, 4),
+                "images": len(self._items.leases),
+                "hits": self._items.hits,
+                "misses": self._items.misses,
+                "joined": self._items.joined,
+                "bytes": self._items.nbytes,
+                "images_s": round(self._items.seconds, 4),
             }
         if self._first_token is not None:
             fields["first_token_s"] = round(self._first_token, 4)
-        return fields | {"tokens": self._tokens, "total_s": round(self._elapsed(), 4)}
+        return fields | {"tokens": self.tokens, "total_s": round(self._elapsed(), 4)}
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._arrived

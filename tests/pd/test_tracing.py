@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from tests.e2e.collector import Collector, collector, grpc_collector
-from tests.workers.conftest import Bench, picture
+from tests.pd.bench import Bench, image_url
 from trtllm_mm_cache.errors import ConfigurationError, EncodeUnavailableError, MmCacheError
 from trtllm_mm_cache.observability.traces import configure_tracing, remote_parent, span, trace_headers
 
@@ -50,7 +50,7 @@ def parents(spans: InMemorySpanExporter) -> dict[str, str | None]:
 
 
 async def test_the_steps_of_a_miss_and_of_a_hit(bench: Bench, spans: InMemorySpanExporter) -> None:
-    reference = picture()
+    reference = image_url()
     with span("request"):
         (await bench.resolve([reference])).release()
     assert parents(spans) == {
@@ -74,14 +74,14 @@ async def test_a_failed_step_has_the_errors_code_and_nothing_of_its_text(
 ) -> None:
     bench.peer.changes = [EncodeUnavailableError("at a secret address")] * 2
     with pytest.raises(MmCacheError):
-        await bench.resolve([picture()])
+        await bench.resolve([image_url()])
     failed = by_name(spans)["encode_call"]
     assert failed.status.description == "encode_unavailable"
     assert "secret" not in failed.to_json()
 
 
 async def test_no_span_holds_a_reference_or_content(bench: Bench, spans: InMemorySpanExporter) -> None:
-    reference = picture()
+    reference = image_url()
     (await bench.resolve([reference])).release()
     with pytest.raises(MmCacheError):
         await bench.resolve(["https://user-secret.invalid/a.png?token=abc123"])
