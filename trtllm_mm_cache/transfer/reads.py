@@ -187,7 +187,7 @@ class ReadTable:
             state = nixl.check_xfer_state(read.handle)
         except self._library.not_found:
             logger.exception(
-                "NIXL forgot an encode worker with %d READs in flight; their extents stay in quarantine for good",
+                "NIXL forgot an encode worker with %d READs in flight; their extents stay in quarantine",
                 peer.in_flight,
             )
             self._note_forgotten(peer)
