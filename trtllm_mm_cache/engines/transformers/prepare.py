@@ -88,10 +88,8 @@ class RequestPreparer:
 
     def _check_gaps(self, token_ids: list[int], images: int) -> None:
         """Raise when two images touch and the decoder, which numbers positions by runs, would see one."""
-        runs = sum(
-            is_image
-            for is_image, _ in groupby(token == self.expander.config.image_token_id for token in token_ids)
-        )
+        image_token_id = self.expander.config.image_token_id
+        runs = sum(is_image for is_image, _ in groupby(token == image_token_id for token in token_ids))
         if self.architecture.has_grid and runs != images:
             raise PlaceholderMismatchError(
                 "two images touch in the prompt; this model needs text between them"
