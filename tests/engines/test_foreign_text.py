@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from trtllm_mm_cache.engines.foreign_text import fit_for_client
 
 

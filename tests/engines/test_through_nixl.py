@@ -32,14 +32,14 @@ from tests.engines.contract import (
     pictures,
     reference_logits,
 )
-from trtllm_mm_cache.settings import PdSettings
-from trtllm_mm_cache.pd.metrics import PdMetrics
 from trtllm_mm_cache.pd.assembly import give_up, make_resolver
-from trtllm_mm_cache.runtime.encode_client import EncodeClient
 from trtllm_mm_cache.pd.memory import PdMemory
-from trtllm_mm_cache.pd.resolved_images import ResolvedItems
+from trtllm_mm_cache.pd.metrics import PdMetrics
 from trtllm_mm_cache.pd.resolve import ItemResolver
+from trtllm_mm_cache.pd.resolved_images import ResolvedItems
 from trtllm_mm_cache.runtime.connect import connect
+from trtllm_mm_cache.runtime.encode_client import EncodeClient
+from trtllm_mm_cache.settings import PdSettings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

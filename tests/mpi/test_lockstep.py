@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tools.tiny_models import make_tiny_model
 from transformers import AutoConfig
 
+from tools.tiny_models import make_tiny_model
 from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.engines.ranks import Place, place_in_job
 from trtllm_mm_cache.engines.registry import load_engine

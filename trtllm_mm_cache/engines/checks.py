@@ -1,4 +1,4 @@
-"""What every engine checks of a request and of an embedding, and what of its library's words a client reads."""
+"""What every engine checks of a request and of an embedding, and what of its library's words clients read."""
 
 from __future__ import annotations
 
