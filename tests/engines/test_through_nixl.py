@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -91,7 +91,7 @@ class PdSide:
     resolver: ItemResolver
 
     async def resolve(self, case: Case) -> ResolvedItems:
-        """Send the case's pictures the way of a request's images."""
+        """Send the case's images the way of a request's items."""
         return await self.resolver.resolve(
             [data_url(png(image)) for image in case.images],
             processor_kwargs=case.processor_kwargs,
@@ -173,10 +173,9 @@ async def test_what_arrives_is_what_was_encoded(pd_side: PdSide) -> None:
     images = await pd_side.resolve(case)
     (lease,) = images.leases
     encoded = pd_side.halves.encode(case.items(pd_side.halves.generator.variant(1))[0])
-    assert_bit_equal(lease.embedding.tensor, encoded.tensor)
-    metadata = dict(lease.embedding.metadata or {})
-    assert metadata.pop("encode_seconds") > 0
-    assert metadata == dict(encoded.metadata)
+    assert_bit_equal(lease.tensor, encoded.tensor)
+    assert lease.metadata.encode_seconds > 0
+    assert replace(lease.metadata, encode_seconds=0.0, checksum=None) == encoded.metadata
     images.release()
 
 
@@ -195,11 +194,11 @@ async def test_another_image_and_swapped_images_show(pd_side: PdSide) -> None:
 async def test_the_same_image_twice_in_one_prompt_is_one_encode(pd_side: PdSide) -> None:
     image = picture(11, 100, 100)
     case = chat_case(pd_side.halves.model_dir, [image, image])
-    before = pd_side.memory.reader.statistics().read_bytes
+    before = pd_side.memory.reader.completed_bytes
     images = await pd_side.resolve(case)
     assert images.misses == 1
     assert images.leases[0].address == images.leases[1].address
-    assert pd_side.memory.reader.statistics().read_bytes - before == images.leases[0].nbytes
+    assert pd_side.memory.reader.completed_bytes - before == images.leases[0].nbytes
     assert_logits_are_the_models_own(pd_side.halves.generator, case, images.leases)
     images.release()
 

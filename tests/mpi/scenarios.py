@@ -75,7 +75,7 @@ def _rewritten(halves: Halves) -> list[Any]:
     (item,) = case.items(halves.generator.variant(1))
     lease, other = halves.carry([item, replace(item, image=picture(6, 112, 112))])
     logits = [halves.generator.prefill_logits(case.request, [held]) for held in (lease, other)]
-    lease.shared_tensor.copy_(other.shared_tensor)
+    lease.tensor.copy_(other.tensor)
     return [*logits, halves.generator.prefill_logits(case.request, [lease])]
 
 
