@@ -42,8 +42,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-class RuntimeSettings(Settings):
-    """How a process finds the others, and what it logs. Every role has these."""
+class DiscoverySettings(Settings):
+    """How a process finds the others."""
 
     discovery_backend: Literal["file", "etcd", "kubernetes", "mem"] = Field(
         "file",
@@ -51,6 +51,11 @@ class RuntimeSettings(Settings):
         "`etcd` (ETCD_ENDPOINTS) or `kubernetes` in a cluster.",
         json_schema_extra={"env": "DYN_DISCOVERY_BACKEND"},
     )
+
+
+class RuntimeSettings(DiscoverySettings):
+    """What every process that serves has: discovery, and what it logs."""
+
     log_level: LogLevel = Field("INFO", description="Least severe log line to print.")
     log_format: Literal["text", "json"] = Field(
         "text",
@@ -150,6 +155,11 @@ class EngineSettings(RuntimeSettings):
         description="Bytes of image files, in MB, that may wait for their embeddings; beyond it a new image "
         "is answered 503, and cached ones are still served.",
     )
+    transfer_timeout_s: Seconds = Field(
+        10,
+        description="Deadline of one READ: past it the PD worker quarantines the extent until the READ "
+        "settles. An encode worker keeps an export three times as long for a PD worker that does not READ it.",
+    )
 
 
 class EncodeSettings(EngineSettings):
@@ -174,9 +184,11 @@ class EncodeSettings(EngineSettings):
     max_queued: int = constant(
         256, "Items that may wait for the vision tower: already minutes of a small tower's work.", ge=1
     )
-    lease_timeout_s: Seconds = constant(
-        30, "How long an export stays leased for a PD worker that does not READ it: three READ deadlines."
-    )
+
+    @property
+    def lease_timeout_s(self) -> float:
+        """How long an export stays leased for a PD worker that does not READ it: three deadlines."""
+        return 3 * self.transfer_timeout_s
 
 
 class PdSettings(EngineSettings):
@@ -222,11 +234,6 @@ class PdSettings(EngineSettings):
         description="Deadline for one missing embedding: encode, transfer and the one retry together. The "
         "first encode worker gets half of it where there is another one to ask.",
     )
-    transfer_timeout_s: Seconds = constant(
-        10,
-        "Deadline of one READ, after which its extent is quarantined until it settles: 1 GB at a tenth of "
-        "what TCP brings.",
-    )
     breaker_failures: int = constant(
         3, "Failures in a row after which an encode worker is passed over; two may be chance.", ge=1
     )
@@ -243,7 +250,7 @@ class PdSettings(EngineSettings):
         return self.served_model_name or Path(self.model_path).name
 
 
-class ControlSettings(RuntimeSettings):
+class ControlSettings(DiscoverySettings):
     """What the tools share that talk to a running deployment's workers."""
 
     endpoint: str = Field(DEFAULT_PD_ENDPOINT, description="Dynamo endpoint of the PD workers.")
@@ -267,11 +274,9 @@ class DropSettings(ControlSettings):
         json_schema_extra={"form": "64 hexadecimal digits in lower case, as the log at DEBUG has them"},
     )
     salt: bool = Field(
-        False,
-        description="Drop what was stored under one cache_salt, which is read from standard input.",
-        json_schema_extra={"switch": True},
+        False, description="Drop what was stored under one cache_salt, which is read from standard input."
     )
-    all: bool = Field(False, description="Drop everything.", json_schema_extra={"switch": True})
+    all: bool = Field(False, description="Drop everything.")
     wait_s: Seconds = constant(10, "How long to wait for embeddings that are on their way to a PD worker.")
 
 
@@ -289,6 +294,20 @@ class TopSettings(ControlSettings):
     )
     window_s: Seconds = constant(30, "Ratios, rates and latencies are those of this long: some scrapes.")
     timeout_s: Seconds = constant(2, "How long to wait for a worker that does not answer.")
+
+
+class AskSettings(Settings):
+    """How to ask a running server."""
+
+    url: str = Field(
+        "http://127.0.0.1:8000/v1",
+        description="Base URL of the server.",
+        json_schema_extra={"env": "OPENAI_BASE_URL"},
+    )
+    model: str | None = Field(None, description="Model name. Default: the first one the server lists.")
+    max_tokens: int = Field(128, ge=1, description="Longest answer in tokens.")
+    temperature: float = constant(0, "Greedy, so that the same question gets the same answer.", ge=0, le=2)
+    timeout_s: Seconds = constant(120, "How long to wait for the whole answer: minutes, on a CPU.")
 
 
 class PlanSettings(Settings):
@@ -309,7 +328,7 @@ class PlanSettings(Settings):
         description="Plan for this hit ratio instead of for the whole working set, as in 0.9.",
     )
     zipf: float = constant(
-        0.9, "With `hit`: how unequal popularity is, Zipf's exponent of web traffic.", ge=0, le=3
+        0.9, "With --hit: how unequal popularity is, Zipf's exponent of web traffic.", ge=0, le=3
     )
     encode_workers: int = constant(1, "Encode workers that share the second level; divide by yours.", ge=1)
     engine: EngineName = Field("transformers", description="Engine of the workers.")

@@ -16,11 +16,11 @@ from pathlib import Path
 import openai
 import pytest
 from PIL import Image
-from tools.tiny_models import make_tiny_model
 
 from tests.e2e.conftest import generate_answer
 from tests.e2e.stack import REPOSITORY, Stack, free_port, launched, message, new_picture, wait_until
 from tests.engines.contract import chat_case
+from tools.tiny_models import make_tiny_model
 
 QUESTION = "What is this?"
 PEER = REPOSITORY / "tests/trtllm_peer"

@@ -13,7 +13,7 @@ import torch
 
 from tests.e2e.stack import data_url, new_picture, png
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
-from trtllm_mm_cache.cache.key import Kind
+from trtllm_mm_cache.cache.key import Kind, embedding_key
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.what_if import WhatIf
 from trtllm_mm_cache.engines.base import GenerationRequest, ItemDescription, SamplingParams
@@ -25,7 +25,7 @@ from trtllm_mm_cache.pd.resolved import ResolvedItems
 from trtllm_mm_cache.runtime.messages import EncodeReady, EncodeRequest
 from trtllm_mm_cache.settings import MB, MediaSettings, PdSettings
 from trtllm_mm_cache.tiers.chain import TierChain
-from trtllm_mm_cache.tiers.encode_remote import EncodeTier
+from trtllm_mm_cache.tiers.encode_remote import EncodeTier, rendezvous_rank
 from trtllm_mm_cache.tiers.receive import Receiver
 from trtllm_mm_cache.transfer import Exporter, Reader, TransferAgent
 
@@ -77,9 +77,9 @@ class PeerEncodeWorkers:
             await asyncio.get_running_loop().create_future()
         if instance in self.fail:
             raise self.fail[instance]
+        if self.changes and isinstance(self.changes[0], MmCacheError):
+            raise self.changes.pop(0)  # in no variable: this frame and the error would keep each other
         change = self.changes.pop(0) if self.changes else None
-        if isinstance(change, MmCacheError):
-            raise change
         lease = self._stored(request.key)
         export = await self.exporter.export(lease)
         answer = {
@@ -234,7 +234,11 @@ async def bench(settings: PdSettings) -> AsyncIterator[Bench]:
 
 
 def image_url() -> str:
-    return data_url(png(new_picture(32, 32)))
+    """Return a new image whose key's home, without a salt, is instance 1 of the two."""
+    while True:
+        file = png(new_picture(32, 32))
+        if rendezvous_rank(embedding_key(file, fingerprint=FINGERPRINT), [1, 2])[0] == 1:
+            return data_url(file)
 
 
 def assert_holds(lease: Lease) -> None:

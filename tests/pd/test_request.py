@@ -8,7 +8,7 @@ import pytest
 
 from trtllm_mm_cache.engines.base import SamplingParams
 from trtllm_mm_cache.errors import InvalidRequestError
-from trtllm_mm_cache.pd.request import PdRequest, parse_request
+from trtllm_mm_cache.pd.request import PdRequest, Reference, parse_request
 
 
 def wire(**changes: Any) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def parse(payload: Any, max_images: int = 4) -> PdRequest:
 
 def test_everything_arrives() -> None:
     request = parse(wire())
-    assert request.references == ("data:image/png;base64,AA==",)
+    assert request.references == (Reference("image", "data:image/png;base64,AA=="),)
     assert request.generation.request_id == "id-1"
     assert request.generation.token_ids == (1, 5, 2)
     assert request.generation.prompt_text == "<image>Hi"

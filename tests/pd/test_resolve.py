@@ -151,7 +151,7 @@ async def test_an_embedding_of_another_model_or_image_is_never_read(bench: Bench
     with pytest.raises(ProtocolMismatchError, match="image 1"):
         await bench.resolve([image_url()])
     assert bench.peer.calls == [1, 2], "another worker may run the right model"
-    assert bench.reader.reads == 0
+    assert bench.reader.completed == 0
     assert bench.held() == (0, 0, 0)
     assert bench.cache.keys() == []
 
@@ -246,7 +246,7 @@ async def test_an_unsalted_request_is_served_past_the_cache_and_leaves_nothing(
         images.release()
         assert bench.transit.statistics().arena.used_bytes == 0
     assert len(keys) == 2, "two requests shared a key"
-    assert (bench.peer.calls, bench.peer.retained) == ([1, 1], [False, False])
+    assert (len(bench.peer.calls), bench.peer.retained) == (2, [False, False])
     assert bench.receiver.uncached == 2
     statistics = bench.cache.statistics()
     assert (statistics.entries, statistics.hits, statistics.misses) == (0, 0, 0), "the cache was touched"

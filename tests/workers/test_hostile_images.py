@@ -12,14 +12,14 @@ import pytest
 import torch
 from dynamo.runtime import Context
 from PIL import Image
-from tools.tiny_models import make_tiny_model
 
 from tests.media import pictures
 from tests.media.conftest import check_politeness
 from tests.media.pictures import picture, saved
+from tools.tiny_models import make_tiny_model
 from trtllm_mm_cache.cache.key import embedding_key
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
-from trtllm_mm_cache.settings import EncodeSettings
+from trtllm_mm_cache.encode.server import EncodeWorker
 from trtllm_mm_cache.engines.base import EncodeItem
 from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, TransformersVisionEncoder
 from trtllm_mm_cache.errors import (
@@ -31,9 +31,9 @@ from trtllm_mm_cache.errors import (
     UnsupportedMediaError,
 )
 from trtllm_mm_cache.media import MediaSettings, decode_image
-from trtllm_mm_cache.transfer import Exporter, TransferAgent
-from trtllm_mm_cache.encode.server import EncodeWorker
 from trtllm_mm_cache.runtime.messages import EncodeReady, parse_answer
+from trtllm_mm_cache.settings import EncodeSettings
+from trtllm_mm_cache.transfer import Exporter, TransferAgent
 
 load_image = pytest.importorskip("transformers.image_utils").load_image
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The command line: `trtllm-mm-cache frontend|encode|pd|drop|top|ask|plan`."""

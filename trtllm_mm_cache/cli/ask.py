@@ -13,6 +13,7 @@ import openai
 import pybase64
 
 from trtllm_mm_cache.errors import MmCacheError
+from trtllm_mm_cache.settings import AskSettings
 
 
 class AskError(MmCacheError):
@@ -21,36 +22,31 @@ class AskError(MmCacheError):
     code = "ask_failed"
 
 
-def ask_server(
-    images: Sequence[str],
-    question: str,
-    *,
-    url: str,
-    model: str | None,
-    max_tokens: int,
-    temperature: float,
-    timeout: float,
-) -> None:
+def ask_server(images: Sequence[str], question: str, settings: AskSettings) -> None:
     """Send `question` about `images`, print the answer as it streams, then the time to first token.
 
     The answer goes to standard output, the timing to standard error. Raises `AskError`.
     """
-    client = openai.OpenAI(base_url=url, api_key="not-needed", timeout=timeout, max_retries=0)
+    client = openai.OpenAI(
+        base_url=settings.url, api_key="not-needed", timeout=settings.timeout_s, max_retries=0
+    )
     content: list[Any] = [{"type": "image_url", "image_url": {"url": _image_url(image)}} for image in images]
     content.append({"type": "text", "text": question})
     try:
-        name = model or _first_model(client)
+        name = settings.model or _first_model(client)
         started = time.perf_counter()
         stream = client.chat.completions.create(
             model=name,
             messages=[{"role": "user", "content": content}],
-            max_tokens=max_tokens,
-            temperature=temperature,
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
             stream=True,
         )
         first = _print_stream(stream)
     except openai.APIConnectionError as error:
-        raise AskError(f"no server answers at {url}; start one with launch/disagg_e_pd.sh") from error
+        raise AskError(
+            f"no server answers at {settings.url}; start one with launch/disagg_e_pd.sh"
+        ) from error
     except openai.APIStatusError as error:
         raise _refused(error.status_code, _server_message(error)) from error
     except openai.APIError as error:  # an event in a stream that had begun
@@ -105,7 +101,7 @@ def _refused(status: object, message: str) -> AskError:
     text = f"the server answered {status}: {message}"
     if str(status) == "503":
         text += (
-            ". No PD worker is ready, or a picture is new and no encode worker can take it (starting, gone, "
+            ". No PD worker is ready, or an image is new and no encode worker can take it (starting, gone, "
             "busy). Ask again in a moment; if that does not help, the workers' logs say why"
         )
     return AskError(text)

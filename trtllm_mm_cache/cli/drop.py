@@ -16,8 +16,7 @@ from trtllm_mm_cache.cache.scope import salt_tag
 from trtllm_mm_cache.errors import ConfigurationError, MmCacheError
 from trtllm_mm_cache.runtime.connect import connect
 from trtllm_mm_cache.runtime.control import DropReport, DropRequest
-from trtllm_mm_cache.runtime.control_client import ControlClient, Worker
-from trtllm_mm_cache.runtime.no_worker import no_worker_found
+from trtllm_mm_cache.runtime.control_client import ControlClient, Worker, no_worker_found
 from trtllm_mm_cache.settings import DropSettings
 
 _CALL_S = 10.0
@@ -42,7 +41,7 @@ def _request(settings: DropSettings) -> DropRequest:
 
 
 def _read_salt() -> str:
-    """Read the salt where nobody sees it: neither the list of processes nor the shell's history."""
+    """Read the salt from where neither the list of processes nor the shell's history shows it."""
     salt = getpass.getpass("cache_salt: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
     if not salt:
         raise ConfigurationError("--salt reads the cache_salt from standard input, and there was none")
@@ -107,7 +106,7 @@ def _sum(before: DropReport | None, report: DropReport) -> DropReport:
 def _describe(worker: Worker, report: DropReport) -> str:
     text = f"{worker}: dropped {report.entries} embeddings of {report.nbytes} bytes"
     if report.media:
-        text += f", forgot {report.media} fetched files"
+        text += f", {report.media} fetched files"
     if report.under_way:
         text += f"; {report.under_way} still on their way, which an encode worker may store: drop again"
     return text

@@ -15,6 +15,7 @@ from trtllm_mm_cache import __version__
 from trtllm_mm_cache.cli.options import settings_options
 from trtllm_mm_cache.errors import ConfigurationError, MmCacheError
 from trtllm_mm_cache.settings import (
+    AskSettings,
     DropSettings,
     EncodeSettings,
     FrontendSettings,
@@ -27,7 +28,7 @@ from trtllm_mm_cache.settings import (
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="trtllm-mm-cache")
 def cli() -> None:
-    """Multimodal serving that never runs the vision encoder twice on the same picture.
+    """Multimodal serving that never runs the vision encoder twice on the same image.
 
     Start `frontend`, one or more `encode` workers and one or more `pd` workers, in any order; or all
     of them with launch/disagg_e_pd.sh. Then `ask photo.jpg "What is this?"`.
@@ -66,10 +67,10 @@ def pd(settings: PdSettings) -> None:
 def drop(settings: DropSettings) -> None:
     """Drop cached embeddings on every worker: one key, all of one salt, or everything.
 
-    What a request holds stays true for it, what is on its way is served and not kept. Fetched http(s)
-    files are forgotten too.
+    What a request holds remains valid for it, what is on its way is served and not kept. Fetched http(s)
+    files are dropped too.
     """
-    _be_a_visitor()
+    _silence_dynamo()
     from trtllm_mm_cache.cli.drop import run_drop
 
     run_drop(settings)
@@ -82,7 +83,7 @@ def top(settings: TopSettings) -> None:
 
     One plain text frame where the output is no terminal.
     """
-    _be_a_visitor()
+    _silence_dynamo()
     from trtllm_mm_cache.cli.top.run import run_top
 
     run_top(settings)
@@ -90,48 +91,16 @@ def top(settings: TopSettings) -> None:
 
 @cli.command()
 @click.argument("arguments", nargs=-1, required=True, metavar="[IMAGE]... QUESTION")
-@click.option(
-    "--url",
-    default="http://127.0.0.1:8000/v1",
-    show_default=True,
-    envvar="OPENAI_BASE_URL",
-    show_envvar=True,
-    help="Base URL of the server.",
-)
-@click.option("--model", default=None, help="Model name. Default: the first one the server lists.")
-@click.option(
-    "--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer."
-)
-@click.option(
-    "--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy."
-)
-@click.option(
-    "--timeout", type=click.FloatRange(1), default=120.0, show_default=True, help="Seconds to wait."
-)
-def ask(
-    arguments: tuple[str, ...],
-    url: str,
-    model: str | None,
-    max_tokens: int,
-    temperature: float,
-    timeout: float,
-) -> None:
-    """Ask a running server about pictures and stream its answer.
+@settings_options(AskSettings)
+def ask(settings: AskSettings, arguments: tuple[str, ...]) -> None:
+    """Ask a running server about images and stream its answer.
 
     IMAGE is a file or an http(s) URL; any number of them may precede the QUESTION.
     """
     from trtllm_mm_cache.cli.ask import ask_server
 
     *images, question = arguments
-    ask_server(
-        images,
-        question,
-        url=url,
-        model=model,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        timeout=timeout,
-    )
+    ask_server(images, question, settings)
 
 
 @cli.command()
@@ -146,8 +115,8 @@ def plan(settings: PlanSettings) -> None:
     click.echo(make_plan(settings).text())
 
 
-def _be_a_visitor() -> None:
-    """Prepare a command that calls a deployment's workers and serves nothing; before Dynamo is imported.
+def _silence_dynamo() -> None:
+    """Keep Dynamo's log and its system port out of a command that only calls workers; before it is imported.
 
     Dynamo writes its log to file descriptor 2, and a line for each call whatever DYN_LOG says. It would bury
     what the command prints, so it goes nowhere unless DYN_LOG asks for it; Python's stderr goes on as before.

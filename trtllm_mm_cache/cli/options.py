@@ -1,80 +1,104 @@
-"""Turns a settings class into command-line options: the field is the flag, its description the help."""
+"""Command-line options from a settings class: one flag a field, wherever the field is nested.
+
+Why no library does this: docs/decisions.md, "Flags from settings".
+"""
 
 from __future__ import annotations
 
-import types
-import typing
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticUndefined
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def settings_options(settings: type[Model]) -> Callable[[Callable[[Model], Any]], Callable[..., Any]]:
-    """Decorate a command so that it takes every field of `settings` as a flag and gets one instance.
+def leaves(settings: type[BaseModel], *above: str) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    """Yield every setting of a class with its path, those of nested classes in their place."""
+    for name, field in settings.model_fields.items():
+        nested = field.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            yield from leaves(nested, *above, name)
+        else:
+            yield (*above, name), field
 
-    A field's `json_schema_extra={"env": NAME}` makes the environment variable NAME its fallback.
-    A value that the settings refuse becomes a usage error that names the flag; for a field with a `pattern`,
-    `json_schema_extra={"form": TEXT}` is what the value must be, in words.
+
+def is_constant(field: FieldInfo) -> bool:
+    """Whether a setting is one without a flag (`settings.constant`)."""
+    return bool(_extra(field).get("constant"))
+
+
+def settings_options(settings: type[Model]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a command: every field of `settings` becomes a flag, and the command gets one instance.
+
+    The instance is the first parameter; what other decorators of click add follows by name. Of a field's
+    `json_schema_extra`, `env` names the variable that counts where the flag is not given, and `form` says in
+    words what a `pattern` asks for. A value that the settings refuse is a usage error that names the flag.
     """
+    flags = {path[-1]: (path, field) for path, field in leaves(settings) if not is_constant(field)}
 
-    def decorate(command: Callable[[Model], Any]) -> Callable[..., Any]:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
         def run(**values: Any) -> Any:
-            return command(_build(settings, values))
+            given = {name: values.pop(name) for name in flags}
+            return command(build(settings, given), **values)
 
-        run.__name__, run.__doc__ = command.__name__, command.__doc__
         decorated: Callable[..., Any] = run
-        for name, field in reversed(settings.model_fields.items()):
+        for name, (_, field) in reversed(flags.items()):
             decorated = _option(name, field)(decorated)
         return decorated
 
     return decorate
 
 
-def _build(settings: type[Model], values: dict[str, Any]) -> Model:
-    # click's word for a flag that was not given: None, or an empty tuple where there may be several.
-    given = {name: value for name, value in values.items() if value not in (None, ())}
+def build(settings: type[Model], values: dict[str, Any]) -> Model:
+    """Return the settings for the values of click's parameters, by name; None means not given.
+
+    Raises `click.UsageError`, which names the flags at fault.
+    """
+    fields = dict(leaves(settings))
+    nested: dict[str, Any] = {}
+    for path in fields:
+        if (value := values.get(path[-1])) is not None:
+            inner = nested
+            for name in path[:-1]:
+                inner = inner.setdefault(name, {})
+            inner[path[-1]] = value
     try:
-        return settings.model_validate(given)
+        return settings.model_validate(nested)
     except ValidationError as error:
-        problems = (_describe(problem, settings) for problem in error.errors())
+        problems = []
+        for problem in error.errors():
+            path = next(path for path in fields if problem["loc"][: len(path)] == path)
+            form = _extra(fields[path]).get("form")
+            text = f"must be {form}, not '{problem['input']}'" if form else problem["msg"]
+            problems.append(f"{flag(path[-1])}: {text}")
         raise click.UsageError("; ".join(problems)) from error
 
 
-def _describe(problem: ErrorDetails, settings: type[BaseModel]) -> str:
-    name = str(problem["loc"][0])
-    text = problem["msg"]
-    if problem["type"] == "string_pattern_mismatch":
-        text = f"must be {_extra(settings.model_fields[name])['form']}, not '{problem['input']}'"
-    return f"{_flag(name)}: {text}"
+def flag(name: str) -> str:
+    """Return the flag of a field."""
+    return "--" + name.replace("_", "-")
 
 
 def _option(name: str, field: FieldInfo) -> Callable[..., Any]:
-    required = field.default is PydanticUndefined
-    extra = _extra(field)
-    env = extra.get("env")
-    if extra.get("switch"):
-        return click.option(_flag(name), name, is_flag=True, default=None, help=field.description)
+    env = _extra(field).get("env")
+    common: dict[str, Any] = {"help": field.description, "envvar": env, "show_envvar": env is not None}
     if field.annotation is bool:
-        return click.option(
-            f"{_flag(name)}/--no-{_flag(name)[2:]}", name, default=None, envvar=env, help=_help(field)
-        )
-    several = typing.get_origin(field.annotation) is tuple
+        return click.option(flag(name), name, is_flag=True, default=field.default, **common)
+    if not field.is_required():
+        common |= {"default": field.default, "show_default": field.default not in (None, ())}
     return click.option(
-        _flag(name),
+        flag(name),
         name,
-        type=_click_type(field),
-        multiple=several,
-        required=required,
-        envvar=env,
-        show_envvar=env is not None,
-        help=_help(field),
+        type=_click_type(field.annotation, field),
+        multiple=get_origin(field.annotation) is tuple,
+        required=field.is_required(),
+        **common,
     )
 
 
@@ -82,32 +106,27 @@ def _extra(field: FieldInfo) -> dict[str, Any]:
     return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
-def _help(field: FieldInfo) -> str:
-    text = field.description or ""
-    if field.default in (PydanticUndefined, None):
-        return text
-    default = field.default
-    if isinstance(default, bool):
-        default = "yes" if default else "no"
-    if isinstance(default, tuple):
-        default = ", ".join(default)
-    return f"{text}  [default: {default}]"
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _click_type(field: FieldInfo) -> click.ParamType[Any] | type:
-    annotation = field.annotation
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
-    if typing.get_origin(annotation) is tuple:
-        annotation = typing.get_args(annotation)[0]
-    if typing.get_origin(annotation) is Literal:
-        return click.Choice([str(choice) for choice in typing.get_args(annotation)])
+def _click_type(annotation: Any, field: FieldInfo) -> click.ParamType[Any] | type[str]:
+    """Return the type of a value, with the field's bounds; `X | None` and tuples have that of an X."""
+    parts = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return click.Choice(parts)
+    if parts:
+        return _click_type(parts[0], field)
+    if annotation is str:
+        return str
     if annotation is Path:
         return click.Path(path_type=Path)
-    if annotation in (int, float, str):
-        return typing.cast(type, annotation)
-    raise TypeError(f"no command-line form for {annotation}")
+    if annotation not in (int, float):
+        raise TypeError(f"no command-line form for {annotation}")
+    low, least, high, most = (_bound(field, name) for name in ("gt", "ge", "lt", "le"))
+    return (click.IntRange if annotation is int else click.FloatRange)(
+        min=low if least is None else least,
+        max=high if most is None else most,
+        min_open=low is not None,
+        max_open=high is not None,
+    )
+
+
+def _bound(field: FieldInfo, name: str) -> Any:
+    return next((getattr(mark, name) for mark in field.metadata if hasattr(mark, name)), None)

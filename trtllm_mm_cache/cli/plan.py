@@ -14,7 +14,7 @@ from trtllm_mm_cache.cache.arena.extents import aligned
 from trtllm_mm_cache.engines.base import EmbeddingShape
 from trtllm_mm_cache.engines.registry import load_engine
 from trtllm_mm_cache.errors import ConfigurationError, RequestError
-from trtllm_mm_cache.settings import GB, MB, EncodeSettings, PdSettings, PlanSettings, Settings
+from trtllm_mm_cache.settings import GB, MB, EncodeSettings, ImageLimits, PdSettings, PlanSettings, Settings
 
 _FULL = 0.98
 """How full a cache of mixed sizes is at its emptiest once it evicts (benchmarks/RESULTS.md)."""
@@ -99,24 +99,25 @@ def make_plan(settings: PlanSettings) -> Plan:
     """
     kwargs = _kwargs(settings)
     width, height = (int(side) for side in settings.size.split("x"))
-    most = _default(PdSettings, "max_image_megapixels")
-    if width * height > most * 1e6:
+    limits = ImageLimits()
+    if width * height > limits.max_pixels:
         raise ConfigurationError(
-            f"--size {settings.size} is more than the {most:g} megapixels workers let in"
+            f"--size {settings.size} is more than the {limits.max_image_megapixels:g} megapixels that workers "
+            "let in"
         )
-    if not settings.model.is_dir():
+    model = settings.model_path
+    if not model.is_dir():
         raise ConfigurationError(
-            f"--model {settings.model} is not a directory; a model's configuration alone can be had with: "
+            f"--model-path {model} is not a directory; a model's configuration alone can be had with: "
             "hf download NAME --exclude '*.safetensors' --local-dir DIR"
         )
-    dtype = load_engine(settings.engine).embedding_dtype(settings.model, settings.extra_engine_args)
+    dtype = load_engine(settings.engine).embedding_dtype(model, settings.extra_engine_args)
     load_engine("transformers")
     from trtllm_mm_cache.engines.transformers import embedding_shape
 
     try:
-        shape = embedding_shape(
-            settings.model, (width, height), kwargs, images_in_prompt=settings.images_in_prompt, dtype=dtype
-        )
+        # A few models encode an image otherwise where it is not alone in its prompt, and never larger.
+        shape = embedding_shape(model, (width, height), kwargs, images_in_prompt=1, dtype=dtype)
     except RequestError as error:
         raise ConfigurationError(f"no such image can be served: {error.message}") from error
     entries = settings.images

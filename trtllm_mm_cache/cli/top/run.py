@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.live import Live
 
-from trtllm_mm_cache.cli.top.figures import cache_figures, encoder_figures
-from trtllm_mm_cache.cli.top.scrape import OURS, Scrape, Span
+from trtllm_mm_cache.cli.top.figures import cache_figures, encode_worker_figures
+from trtllm_mm_cache.cli.top.scrape import OURS, Interval, Scrape
 from trtllm_mm_cache.cli.top.sources import Source, make_source
 from trtllm_mm_cache.cli.top.view import Frame, draw
 from trtllm_mm_cache.errors import MmCacheError
-from trtllm_mm_cache.runtime.no_worker import no_worker_found
+from trtllm_mm_cache.runtime.control_client import no_worker_found
 from trtllm_mm_cache.settings import TopSettings
 
 _PLAIN_WIDTH = 160
@@ -98,34 +98,38 @@ class History:
 
     def frame(self) -> Frame:
         """Compute what to show now."""
-        spans = {name: self._span(name, scrape) for name, scrape in self._rounds[-1].items()}
-        pd = [span for span in spans.values() if span.now.component == "pd"]
-        encoders = {name: span for name, span in spans.items() if span.now.component == "encode"}
+        intervals = {name: self._span(name, scrape) for name, scrape in self._rounds[-1].items()}
+        pd = [interval for interval in intervals.values() if interval.now.component == "pd"]
+        encode_workers = {
+            name: interval for name, interval in intervals.items() if interval.now.component == "encode"
+        }
         return Frame(
-            window_s=max((span.seconds for span in spans.values()), default=0.0),
+            window_s=max((interval.seconds for interval in intervals.values()), default=0.0),
             pd_workers=len(pd),
             cache=cache_figures(pd) if pd else None,
-            encoders=[encoder_figures(name, span) for name, span in sorted(encoders.items())],
-            breakers=_breakers([span.now for span in pd], list(encoders)),
+            encode_workers=[
+                encode_worker_figures(name, interval) for name, interval in sorted(encode_workers.items())
+            ],
+            breakers=_breakers([interval.now for interval in pd], list(encode_workers)),
             away=dict(self._away),
         )
 
-    def _span(self, name: str, now: Scrape) -> Span:
+    def _span(self, name: str, now: Scrape) -> Interval:
         before = next((each[name] for each in self._rounds if name in each), now)
-        return Span(now, None if before is now else before)
+        return Interval(now, None if before is now else before)
 
     def _oldest(self, index: int) -> float:
         return min((scrape.at for scrape in self._rounds[index].values()), default=0.0)
 
 
-def _breakers(pd: list[Scrape], encoders: list[str]) -> dict[str, str]:
+def _breakers(pd: list[Scrape], encode_workers: list[str]) -> dict[str, str]:
     """Return the encode workers that a PD worker passes over, by name, with their breaker's state."""
     states: dict[str, str] = {}
     for scrape in pd:
         for name, labels, value in scrape.samples:
             if name != f"{OURS}_encode_worker_breaker" or not value or labels["state"] == "closed":
                 continue
-            worker = next((each for each in encoders if each.endswith(f" {labels['instance']}")), None)
+            worker = next((each for each in encode_workers if each.endswith(f" {labels['instance']}")), None)
             if worker is not None:
                 states[worker] = f"breaker {labels['state']}"
     return states

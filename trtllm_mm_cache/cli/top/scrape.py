@@ -57,7 +57,7 @@ class Scrape:
 
 
 @dataclass(frozen=True)
-class Span:
+class Interval:
     """What happened in one worker between two scrapes; since its start, where there is no `before`.
 
     A counter that went down means that the worker was restarted meanwhile: then it counts from 0.
@@ -78,25 +78,27 @@ class Span:
         return value - before if value >= before else value
 
     def buckets(self, name: str, **labels: str) -> list[tuple[float, float]]:
-        """Return a histogram's cumulative buckets over the span, by upper bound."""
+        """Return a histogram's cumulative buckets over the interval, by upper bound."""
         bounds = self.now.label_values(f"{name}_bucket", "le")
         return sorted((float(bound), self.gained(f"{name}_bucket", le=bound, **labels)) for bound in bounds)
 
 
-def per_second(spans: Iterable[Span], name: str, **labels: str) -> float | None:
+def per_second(intervals: Iterable[Interval], name: str, **labels: str) -> float | None:
     """Return the rate of a counter over several workers; None without an earlier scrape."""
-    rates = [span.gained(name, **labels) / span.seconds for span in spans if span.seconds > 0]
+    rates = [
+        interval.gained(name, **labels) / interval.seconds for interval in intervals if interval.seconds > 0
+    ]
     return sum(rates) if rates else None
 
 
-def quantile(spans: Iterable[Span], share: float, name: str, **labels: str) -> float | None:
+def quantile(intervals: Iterable[Interval], share: float, name: str, **labels: str) -> float | None:
     """Return a quantile of a histogram over several workers, interpolated in its bucket as Prometheus does.
 
     None where nothing was observed; the largest finite bound for what lies beyond it.
     """
     merged: dict[float, float] = {}
-    for span in spans:
-        for bound, count in span.buckets(name, **labels):
+    for interval in intervals:
+        for bound, count in interval.buckets(name, **labels):
             merged[bound] = merged.get(bound, 0.0) + count
     total = merged.get(math.inf, 0.0)
     if not total:

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from trtllm_mm_cache.cli.top.figures import CacheFigures, EncoderFigures
+from trtllm_mm_cache.cli.top.figures import CacheFigures, EncodeWorkerFigures
 
 _NONE = "-"
 
@@ -22,7 +22,7 @@ class Frame:
     window_s: float
     pd_workers: int
     cache: CacheFigures | None
-    encoders: Sequence[EncoderFigures]
+    encode_workers: Sequence[EncodeWorkerFigures]
     breakers: Mapping[str, str]
     away: Mapping[str, str]
 
@@ -32,15 +32,15 @@ def draw(frame: Frame, *, plain: bool) -> RenderableType:
     parts: list[RenderableType] = [Text(_headline(frame), style="" if plain else "bold")]
     if frame.cache is not None:
         parts += [_cache_table(frame.cache, plain), _latency_table(frame.cache, plain)]
-    if frame.encoders:
-        parts.append(_encoder_table(frame, plain))
+    if frame.encode_workers:
+        parts.append(_encode_worker_table(frame, plain))
     parts += [Text(f"away: {name}: {why}", style="" if plain else "red") for name, why in frame.away.items()]
     return Group(*parts)
 
 
 def _headline(frame: Frame) -> str:
     since = f"last {frame.window_s:.0f} s" if frame.window_s else "since start"
-    return f"PD workers {frame.pd_workers}, encode workers {len(frame.encoders)}; {since}"
+    return f"PD workers {frame.pd_workers}, encode workers {len(frame.encode_workers)}; {since}"
 
 
 def _cache_table(cache: CacheFigures, plain: bool) -> Table:
@@ -49,7 +49,7 @@ def _cache_table(cache: CacheFigures, plain: bool) -> Table:
     table.add_row("hit ratio", _percent(cache.hit_ratio), "requests/s", _rate(cache.requests_per_s))
     table.add_row("byte hit ratio", _percent(cache.byte_hit_ratio), "in flight", str(cache.in_flight))
     table.add_row("since start", _percent(cache.hit_ratio_since_start), "failed", str(cache.failed))
-    table.add_row("embeddings", str(cache.entries), "coalesced lookups", str(cache.coalesced))
+    table.add_row("embeddings", str(cache.entries), "joined lookups", str(cache.joined))
     table.add_row("bytes", used, "encode time saved", f"{cache.saved_seconds:.2f} s")
     table.add_row("evictions/s", _rate(cache.evictions_per_s), "", "")
     if cache.what_if:
@@ -67,7 +67,7 @@ def _latency_table(cache: CacheFigures, plain: bool) -> Table:
     return table
 
 
-def _encoder_table(frame: Frame, plain: bool) -> Table:
+def _encode_worker_table(frame: Frame, plain: bool) -> Table:
     table = _table(
         plain,
         "encode worker",
@@ -81,7 +81,7 @@ def _encoder_table(frame: Frame, plain: bool) -> Table:
         "arena",
         "exports",
     )
-    for one in frame.encoders:
+    for one in frame.encode_workers:
         table.add_row(
             one.name,
             frame.breakers.get(one.name, "up"),
