@@ -330,7 +330,6 @@ class PlanSettings(Settings):
     zipf: float = constant(
         0.9, "With --hit: how unequal popularity is, Zipf's exponent of web traffic.", ge=0, le=3
     )
-    encode_workers: int = constant(1, "Encode workers that share the second level; divide by yours.", ge=1)
     engine: EngineName = Field("transformers", description="Engine of the workers.")
     extra_engine_args: Path | None = Field(
         None, description="The encode worker's engine YAML file: it may name the dtype."
