@@ -151,7 +151,7 @@ async def test_an_embedding_of_another_model_or_image_is_never_read(bench: Bench
     with pytest.raises(ProtocolMismatchError, match="image 1"):
         await bench.resolve([image_url()])
     assert bench.peer.calls == [1, 2], "another worker may run the right model"
-    assert bench.reader.reads == 0
+    assert bench.reader.completed == 0
     assert bench.held() == (0, 0, 0)
     assert bench.cache.keys() == []
 

@@ -102,7 +102,7 @@ class ExportedEmbedding:
 
     def release(self) -> None:
         """See `Found.release`."""
-        self._reader.give_up(self._peer, self._export.token)
+        self._reader.release(self._peer, self._export.token)
 
 
 class EncodeTier(Collector):

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from trtllm_mm_cache.errors import ConfigurationError, TransferError
+from trtllm_mm_cache.errors import ConfigurationError, MmCacheError, TransferError
 from trtllm_mm_cache.transfer.environment import NixlLibrary, load_nixl
 
 logger = logging.getLogger(__name__)
@@ -138,6 +138,13 @@ class AgentThread:
             return
         try:
             work(self._nixl)
+        except MmCacheError as error:
+            # The tracebacks lead to this thread's frames, and those to the future that carries the error: a
+            # cycle would keep what the caller's frames hold, until the garbage collector runs.
+            for each in (error, error.__cause__, error.__context__):
+                if each is not None:
+                    each.__traceback__ = None
+            settled.set_exception(error)
         except BaseException as error:  # noqa: BLE001 (the caller's future carries it)
             settled.set_exception(error)
 

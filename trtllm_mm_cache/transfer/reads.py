@@ -15,7 +15,9 @@ from __future__ import annotations
 import ctypes
 import logging
 import time
+import weakref
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from trtllm_mm_cache.errors import MmCacheError, PeerLostError, TransferError, TransferTimeoutError
@@ -48,16 +50,20 @@ class Read:
         self.handle: Any = None
         self.connection: _Peer | None = None
         self.error: MmCacheError | None = None
-        self.outcome.add_done_callback(self._settle_unless_posted)
+        # Weak, because a future keeps its callbacks: the two would keep each other, and with them the error
+        # and all that its traceback leads to, until the garbage collector runs.
+        self.outcome.add_done_callback(partial(_settle_unless_posted, weakref.ref(self)))
 
     @property
     def posted(self) -> bool:
         """Whether NIXL has, or had, the READ."""
         return self.connection is not None
 
-    def _settle_unless_posted(self, outcome: Future[None]) -> None:
-        if not self.posted:
-            self.settled.set_result(None)
+
+def _settle_unless_posted(reference: weakref.ref[Read], outcome: Future[None]) -> None:
+    read = reference()
+    if read is not None and not read.posted:
+        read.settled.set_result(None)
 
 
 class _Peer:
@@ -187,7 +193,7 @@ class ReadTable:
             state = nixl.check_xfer_state(read.handle)
         except self._library.not_found:
             logger.exception(
-                "NIXL forgot an encode worker with %d READs in flight; their extents stay in quarantine for good",
+                "NIXL forgot an encode worker with %d READs in flight; their extents stay in quarantine",
                 peer.in_flight,
             )
             self._note_forgotten(peer)
