@@ -52,7 +52,9 @@ class Document:
 
     def blocks(self) -> Iterator[Piece]:
         """Blocks of code, fenced or indented."""
-        return (Piece(token.content, at) for token, at in self._flat() if token.type in ("fence", "code_block"))
+        return (
+            Piece(token.content, at) for token, at in self._flat() if token.type in ("fence", "code_block")
+        )
 
     def inline_code(self) -> Iterator[Piece]:
         """Code inside a line or a table's cell."""

@@ -35,7 +35,9 @@ def script_flags() -> frozenset[str]:
     folders = ("benchmarks", "launch", "tests", "tools")
     paths = [path for path in tracked_paths() if path.parts[:1] and path.parts[0] in folders]
     texts = [(ROOT / path).read_text(encoding="utf-8") for path in paths if path.suffix in (".py", ".sh")]
-    return frozenset(flag for text in texts for flag in re.findall(r"""["' ](--[a-z][a-z0-9-]*)["')]""", text))
+    return frozenset(
+        flag for text in texts for flag in re.findall(r"""["' ](--[a-z][a-z0-9-]*)["')]""", text)
+    )
 
 
 def unknown_flags(role: str, arguments: Sequence[str]) -> list[str]:

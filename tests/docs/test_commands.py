@@ -15,11 +15,16 @@ from tests.docs.flags import ROLES, role_flags, script_flags, unknown_flags
 
 PROGRAMS = ("trtllm-mm-cache", "disagg_e_pd.sh", "make", "python")
 # Flags that the pages name of other programs: mpirun's, Docker's, kubectl's.
-FOREIGN_FLAGS = {"--allow-run-as-root", "--bind-to", "--oversubscribe", "--shm-size", "--dry-run"}
+FOREIGN_FLAGS = {
+    "--allow-run-as-root",
+    "--bind-to",
+    "--oversubscribe",
+    "--shm-size",
+    "--dry-run",
+    "--hostfile",
+}
 
-every_page = pytest.mark.parametrize(
-    "document", present_documents(), ids=lambda document: str(document.path)
-)
+every_page = pytest.mark.parametrize("document", present_documents(), ids=lambda document: str(document.path))
 
 
 def commands(document: Document) -> Iterator[tuple[str, str, list[str], list[str]]]:
@@ -80,6 +85,8 @@ def test_every_command_could_be_typed(document: Document) -> None:
 @every_page
 def test_every_flag_that_is_named_exists(document: Document) -> None:
     known = {*FOREIGN_FLAGS, *script_flags(), *(flag for role in ROLES for flag in role_flags(role))}
-    words = [(word.partition("=")[0], code.where) for code in document.inline_code() for word in code.text.split()]
+    words = [
+        (word.partition("=")[0], code.where) for code in document.inline_code() for word in code.text.split()
+    ]
     named = [(word, where) for word, where in words if re.fullmatch(r"--[a-z][a-z0-9-]*[a-z0-9]", word)]
     assert not [f"{where}: {word}" for word, where in named if word not in known]

@@ -19,7 +19,9 @@ def test_the_site_builds_and_holds_the_public_api(tmp_path: Path) -> None:
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
     if ended.returncode:
         pytest.fail(f"`make docs` would fail:\n{ended.stderr}", pytrace=False)
-    pages = {page.stem: page.read_text(encoding="utf-8") for page in (tmp_path / "html/docs/api").glob("*.html")}
+    pages = {
+        page.stem: page.read_text(encoding="utf-8") for page in (tmp_path / "html/docs/api").glob("*.html")
+    }
     # An autodoc directive that finds nothing is no warning; a name that is not there is.
     for page, name in [
         ("cache", "cache.manager.MultimodalEmbeddingCacheManager.reserve"),
