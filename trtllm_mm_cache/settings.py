@@ -158,7 +158,7 @@ class EngineSettings(RuntimeSettings):
     transfer_timeout_s: Seconds = Field(
         10,
         description="Deadline of one READ: past it the PD worker quarantines the extent until the READ "
-        "settles. An encode worker keeps an export three times as long for a PD worker that does not READ it.",
+        "settles. An encode worker keeps an export for three times as long when it is not READ.",
     )
 
 

@@ -1,4 +1,4 @@
-"""An answer whose reader vanishes, in whatever thread, ends in the loop that it began in; stopped requests."""
+"""An answer whose reader vanishes, in whatever thread, ends in the loop it began in; stopped requests."""
 
 from __future__ import annotations
 

@@ -76,14 +76,12 @@ class MultimodalEmbeddingCacheManager:
         *,
         name: str = "cache",
         transfer_bytes: int = 0,
-        name: str = "cache",
         prefault: bool = True,
         policy: EvictionPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
         self._capacity = capacity_bytes
-        self.name = name
         budget = capacity_bytes if capacity_bytes > 0 else transfer_bytes
         padding = _SMALL_PADDING_BYTES if budget < _SMALL_CAPACITY_BYTES else 0
         # Without a transfer arena, capacity 0 is Dynamo's: it retains, but only tensors of 0 bytes.
