@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: test lint check docs faults demo bench-cache bench-transfer bench-serving bench-burst soak fuzz chaos format clean
+.PHONY: test test-parts lint check docs faults demo bench-cache bench-transfer bench-serving bench-burst soak fuzz chaos format clean
 
 test: lint check
 
@@ -23,6 +23,12 @@ lint: $(STAMP)
 
 check: $(STAMP)
 	pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+# What another Python version can change: cache, workers, transfer, media, and one run of the whole stack.
+PARTS := tests/cache tests/transfer tests/media tests/runtime tests/tiers tests/encode tests/pd \
+    tests/faults/test_misses.py tests/faults/test_cancellation.py tests/e2e/test_pictures.py
+test-parts: $(STAMP)
+	pytest -n 2 --dist loadfile $(PYTEST_ARGS) $(PARTS)
 
 # Renews docs/configuration.md from the settings classes, and builds the site: build/docs/index.html.
 docs: $(STAMP)

@@ -18,7 +18,7 @@ from tests.e2e.stack import Process, wait_until
 
 WITH_US = ("setpriv", "--pdeathsig", "KILL")
 """Prefix of a command that must not outlive the process that starts it."""
-CLI = (sys.executable, "-m", "trtllm_mm_cache.cli.main")
+CLI = (sys.executable, "-m", "trtllm_mm_cache.cli")
 STOP_TIMEOUT_S = 30
 
 

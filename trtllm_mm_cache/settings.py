@@ -155,6 +155,11 @@ class EngineSettings(RuntimeSettings):
         description="Bytes of image files, in MB, that may wait for their embeddings; beyond it a new image "
         "is answered 503, and cached ones are still served.",
     )
+    transfer_timeout_s: Seconds = Field(
+        10,
+        description="Deadline of one READ: past it the PD worker quarantines the extent until the READ "
+        "settles. An encode worker keeps an export for three times as long when it is not READ.",
+    )
 
 
 class EncodeSettings(EngineSettings):
@@ -179,9 +184,11 @@ class EncodeSettings(EngineSettings):
     max_queued: int = constant(
         256, "Items that may wait for the vision tower: already minutes of a small tower's work.", ge=1
     )
-    lease_timeout_s: Seconds = constant(
-        30, "How long an export stays leased for a PD worker that does not READ it: three READ deadlines."
-    )
+
+    @property
+    def lease_timeout_s(self) -> float:
+        """How long an export stays leased for a PD worker that does not READ it: three deadlines."""
+        return 3 * self.transfer_timeout_s
 
 
 class PdSettings(EngineSettings):
@@ -226,11 +233,6 @@ class PdSettings(EngineSettings):
         60,
         description="Deadline for one missing embedding: encode, transfer and the one retry together. The "
         "first encode worker gets half of it where there is another one to ask.",
-    )
-    transfer_timeout_s: Seconds = constant(
-        10,
-        "Deadline of one READ, after which its extent is quarantined until it settles: 1 GB at a tenth of "
-        "what TCP brings.",
     )
     breaker_failures: int = constant(
         3, "Failures in a row after which an encode worker is passed over; two may be chance.", ge=1

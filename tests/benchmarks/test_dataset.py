@@ -8,8 +8,9 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmarks.dataset import data_url, picture, pooled, reuse, sliding_window, write_aiperf
 from PIL import Image
+
+from benchmarks.dataset import data_url, picture, pooled, reuse, sliding_window, write_aiperf
 
 
 @pytest.mark.parametrize(("count", "pool", "expected"), [(100, 100, 0.0), (100, 20, 0.8), (1000, 200, 0.8)])

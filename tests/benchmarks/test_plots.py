@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from benchmarks.plots import PLOTS, RESULTS, draw
 from PIL import Image
+
+from benchmarks.plots import PLOTS, RESULTS, draw
 
 
 def test_every_plot_is_drawn_from_the_kept_results(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from benchmarks.aiperf import LoadRun, read_export
 from benchmarks.dataset import pooled
 from benchmarks.serving import summary

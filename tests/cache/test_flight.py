@@ -16,7 +16,7 @@ async def test_one_load_and_everyone_gets_a_share(stage: Stage) -> None:
     for _ in range(16):
         stage.call()
     await turns()
-    statistics = stage.flights.statistics()
+    statistics = stage.flights
     assert (statistics.in_flight, statistics.waiters, statistics.started, statistics.joined) == (1, 16, 1, 15)
     stage.gate.set()
     assert await stage.outcomes() == ["led 1"] + ["joined 1"] * 15
@@ -31,7 +31,7 @@ async def test_keys_fly_apart_and_nothing_is_remembered(stage: Stage) -> None:
     stage.callers.clear()
     stage.call("one")
     assert await stage.outcomes() == ["led 3"]
-    assert stage.flights.statistics().joined == 0
+    assert stage.flights.joined == 0
 
 
 @pytest.mark.parametrize("turn", range(6))
@@ -51,7 +51,7 @@ async def test_a_failure_reaches_everyone_who_waits_once_and_is_forgotten(stage:
     await turns()
     stage.gate.set()
     assert await stage.outcomes() == ["EncodeFailedError"] * 3
-    assert stage.flights.statistics().failed == 1
+    assert stage.flights.failed == 1
     stage.failure = None
     stage.callers.clear()
     stage.call()

@@ -185,7 +185,7 @@ async def test_a_load_that_ignores_its_cancellation_has_its_value_discarded(stag
     release.set()
     stage.gate.set()
     assert await stage.outcomes() == ["led 1"]
-    assert stage.flights.statistics().cancelled == 1
+    assert stage.flights.cancelled == 1
 
 
 async def test_a_cancelled_load_that_fails_is_logged(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
@@ -200,7 +200,7 @@ async def test_a_cancelled_load_that_fails_is_logged(stage: Stage, caplog: pytes
     caller.cancel()
     await turns()
     assert "while cleaning up" in caplog.text
-    assert stage.flights.statistics().failed == 0
+    assert stage.flights.failed == 0
 
 
 async def test_close_ends_loads_and_tells_the_waiters(stage: Stage) -> None:
@@ -214,7 +214,7 @@ async def test_close_ends_loads_and_tells_the_waiters(stage: Stage) -> None:
     assert fresh.done()
     with pytest.raises(LoadAbortedError, match="shutting down"):
         await stage.flights.run("key", stage.load, share=Share.share, discard=Share.discard)
-    assert stage.flights.statistics().cancelled == 2
+    assert stage.flights.cancelled == 2
 
 
 async def test_close_does_not_wait_for_ever(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:

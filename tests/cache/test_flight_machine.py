@@ -139,7 +139,7 @@ class FlightMachine(RuleBasedStateMachine):
             wanted = any(caller.key == load.key for caller in self.waiting)
             assert load.ended or wanted, "a load flies although nobody waits"
         assert {caller.key for caller in self.waiting} == {load.key for load in self.loads if not load.ended}
-        snapshot = self.flights.statistics()
+        snapshot = self.flights
         assert snapshot.in_flight == len({caller.key for caller in self.waiting})
         assert snapshot.waiters == len(self.waiting)
         assert self.owners.alive == 0, "a share has no owner"
@@ -165,7 +165,7 @@ class FlightMachine(RuleBasedStateMachine):
 
     @invariant()
     def counters_agree(self) -> None:
-        snapshot = self.flights.statistics()
+        snapshot = self.flights
         assert snapshot.started >= len(self.loads)
         failed = [load for load in self.loads if load.ended and load.failure and not load.cancelled]
         assert snapshot.failed == len(failed)
@@ -191,7 +191,7 @@ class FlightMachine(RuleBasedStateMachine):
                 caller.task.result()[0].discard()
         assert all(load.ended for load in self.loads)
         assert self.owners.alive == 0, "a share has no owner"
-        assert (self.flights.statistics().in_flight, self.flights.statistics().waiters) == (0, 0)
+        assert (self.flights.in_flight, self.flights.waiters) == (0, 0)
         assert not self.complaints
 
 

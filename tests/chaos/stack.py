@@ -17,8 +17,8 @@ from tests.services import CLI, WITH_US, Service
 
 CACHE_GB = "0.001"
 """So small that entries are evicted all the time."""
-LEASE_TIMEOUT_S = 3
 TRANSFER_TIMEOUT_S = 2
+LEASE_TIMEOUT_S = 3 * TRANSFER_TIMEOUT_S  # of the encode workers
 ENCODE_TIMEOUT_S = 8
 
 
@@ -64,7 +64,7 @@ def chaos_stack(
         return service(f"PD-{number}", "PD worker ready", "pd", *options, system_port=next(ports))
 
     def encode_worker(number: int) -> Service:
-        options = (*common, *cache, "--lease-timeout-s", str(LEASE_TIMEOUT_S))
+        options = (*common, *cache)
         return service(f"encode-{number}", "encode worker ready", "encode", *options, system_port=next(ports))
 
     stack = ChaosStack(

@@ -1,4 +1,4 @@
-"""The repository's Markdown as a parser sees it: links, anchors, blocks of code, code inside lines."""
+"""The repository's Markdown as a parser sees it: links, anchors, code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
@@ -19,11 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Piece:
-    """Something in a document: its text, where it stands, and the language of a block ("" for none)."""
+    """A link's target or a piece of code, and where it stands."""
 
     text: str
     where: str
-    language: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,25 +44,21 @@ class Document:
         return slugs
 
     def links(self) -> Iterator[Piece]:
-        """Targets of links and images, written as Markdown or as HTML."""
+        """Targets of links and images."""
         for token, where in self._flat():
             for attribute in ("href", "src"):
                 if isinstance(target := token.attrs.get(attribute), str):
                     yield Piece(target, where)
-            if token.type in ("html_inline", "html_block"):
-                yield from (Piece(target, where) for target in _html_targets(token.content))
 
     def blocks(self) -> Iterator[Piece]:
         """Blocks of code, fenced or indented."""
-        for token, where in self._flat():
-            if token.type in ("fence", "code_block"):
-                yield Piece(token.content, where, token.info.strip())
+        return (
+            Piece(token.content, at) for token, at in self._flat() if token.type in ("fence", "code_block")
+        )
 
     def inline_code(self) -> Iterator[Piece]:
         """Code inside a line or a table's cell."""
-        for token, where in self._flat():
-            if token.type == "code_inline":
-                yield Piece(token.content, where)
+        return (Piece(token.content, at) for token, at in self._flat() if token.type == "code_inline")
 
     def _flat(self) -> Iterator[tuple[Token, str]]:
         line = 1
@@ -75,8 +69,8 @@ class Document:
 
 
 @cache
-def tracked_files() -> frozenset[PurePosixPath]:
-    """All files that git tracks or would, relative to the root."""
+def tracked_paths() -> frozenset[PurePosixPath]:
+    """All files that git tracks or would, and their folders, relative to the root."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=ROOT,
@@ -85,49 +79,22 @@ def tracked_files() -> frozenset[PurePosixPath]:
         check=True,
         timeout=60,
     ).stdout
-    return frozenset(PurePosixPath(name) for name in listed.split("\0") if name and (ROOT / name).exists())
-
-
-@cache
-def tracked_paths() -> frozenset[PurePosixPath]:
-    """Those files and the folders that they are in."""
-    return frozenset({*tracked_files(), *(folder for path in tracked_files() for folder in path.parents)})
+    files = {PurePosixPath(name) for name in listed.split("\0") if name and (ROOT / name).exists()}
+    return frozenset({*files, *(folder for path in files for folder in path.parents)})
 
 
 @cache
 def documents() -> tuple[Document, ...]:
     """Every Markdown file of the repository."""
-    return tuple(_read(path) for path in sorted(tracked_files()) if path.suffix == ".md")
+    parser = MarkdownIt("commonmark").enable("table")
+    return tuple(
+        Document(path, tuple(parser.parse((ROOT / path).read_text(encoding="utf-8"))))
+        for path in sorted(tracked_paths())
+        if path.suffix == ".md"
+    )
 
 
 @cache
 def present_documents() -> tuple[Document, ...]:
-    """The same without what tells of the past: the released versions of the changelog."""
-    return tuple(
-        _read(each.path, unreleased_only=True) if each.path.name == "CHANGELOG.md" else each
-        for each in documents()
-    )
-
-
-def parse_document(path: PurePosixPath, text: str) -> Document:
-    """Return `text` as a document that stands at `path`."""
-    return Document(path, tuple(MarkdownIt("commonmark").enable("table").parse(text)))
-
-
-def _read(path: PurePosixPath, *, unreleased_only: bool = False) -> Document:
-    text = (ROOT / path).read_text(encoding="utf-8")
-    if unreleased_only:
-        head, unreleased, *_ = text.split("\n## ")
-        text = f"{head}\n## {unreleased}"
-    return parse_document(path, text)
-
-
-def _html_targets(html: str) -> list[str]:
-    targets: list[str] = []
-
-    class Collector(HTMLParser):
-        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-            targets.extend(value for name, value in attrs if name in ("href", "src") and value)
-
-    Collector().feed(html)
-    return targets
+    """The same without the changelog, which names what is gone."""
+    return tuple(each for each in documents() if each.path.name != "CHANGELOG.md")

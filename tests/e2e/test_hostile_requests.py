@@ -6,15 +6,16 @@ import io
 import json
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from tests.e2e.conftest import Oracle
-from tests.e2e.stack import Stack, data_url, image_part, new_picture, png
-from tests.media import pictures
-from tests.media.pictures import saved
+from tests.e2e.stack import Process, Stack, data_url, image_part, new_picture, png, wait_until
+from tests.media import images
+from tests.media.images import saved
 
 QUESTION = "What is this?"
 
@@ -87,9 +88,9 @@ def test_a_field_that_cannot_be_served_is_named(stack: Stack, name: str) -> None
 
 IMAGES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "image 1"),
-    "bomb": (pictures.png_bomb(30_000, 30_000), "limit"),
+    "bomb": (images.png_bomb(30_000, 30_000), "limit"),
     "strip": (saved(Image.new("L", (1, 60_000)), "PNG"), "crop it"),
-    "scans": (pictures.jpeg_of_scans(200), "scans"),
+    "scans": (images.jpeg_of_scans(200), "scans"),
     "html": (b"<!doctype html>", "accepted format"),
 }
 
@@ -140,7 +141,7 @@ def test_bodies_that_are_no_request(stack: Stack, body: bytes) -> None:
 def test_an_oriented_photograph_is_answered_as_the_upright_one(stack: Stack, oracle: Oracle) -> None:
     picture = new_picture(112, 56)
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", exif=pictures.exif(6))
+    picture.save(buffer, "PNG", exif=images.exif(6))
     expected = oracle([picture.transpose(Image.Transpose.ROTATE_270)], ["", QUESTION])
     before = stack.encodes()
     answers = [stack.ask(data_url(buffer.getvalue()), QUESTION) for _ in range(2)]
@@ -158,3 +159,36 @@ def test_an_answer_does_not_tell_a_hit_from_a_miss(stack: Stack) -> None:
         del answer["id"], answer["created"]
         shapes.append(json.dumps(answer, sort_keys=True))
     assert len(set(shapes)) == 1
+
+
+BROKEN_FILE_BYTES = 11 * 1024**2  # the frontend takes data: URLs of up to 16 MiB
+MOST_GROWTH_BYTES = 64 * 1024**2
+
+
+def anonymous_bytes(process: Process) -> int:
+    """What a process has of memory of its own: the arena, which is shared, does not count."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+
+def test_sixty_broken_images_leave_both_workers_as_large_as_before(stack: Stack) -> None:
+    body = png(new_picture(56, 56))
+    broken = body[: len(body) // 2] + bytes(BROKEN_FILE_BYTES)
+
+    def send(count: int) -> None:
+        for number in range(count):
+            status, text = post(stack, chat(stack, data_url(broken + number.to_bytes(4, "big"))))
+            assert status == 400, text
+
+    send(10)
+    workers = [*stack.workers("PD"), *stack.workers("encode")]
+    before = [anonymous_bytes(worker) for worker in workers]
+    send(60)
+    wait_until(
+        lambda: all(
+            anonymous_bytes(worker) - size < MOST_GROWTH_BYTES
+            for worker, size in zip(workers, before, strict=True)
+        ),
+        10,
+        f"a worker keeps what failed requests sent; before: {before}",
+    )

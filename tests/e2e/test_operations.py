@@ -60,7 +60,7 @@ def command(
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line against the stack's discovery."""
     return subprocess.run(
-        [sys.executable, "-m", "trtllm_mm_cache.cli.main", *arguments],
+        [sys.executable, "-m", "trtllm_mm_cache.cli", *arguments],
         env={**os.environ, "DYN_FILE_KV": str(stack.run_dir / "discovery"), **environment},
         input=stdin,
         capture_output=True,
@@ -237,7 +237,7 @@ def test_top_reads_system_ports(stack: Stack) -> None:
 def test_without_workers_the_tools_say_where_they_looked_and_the_way_out(tmp_path: Path) -> None:
     for arguments in (("drop", "--all"), ("top",)):
         done = subprocess.run(
-            [sys.executable, "-m", "trtllm_mm_cache.cli.main", *arguments, "--discovery-wait-s", "0.2"],
+            [sys.executable, "-m", "trtllm_mm_cache.cli", *arguments],
             env={**os.environ, "DYN_FILE_KV": str(tmp_path)},
             capture_output=True,
             text=True,
@@ -254,7 +254,7 @@ def test_without_workers_the_tools_say_where_they_looked_and_the_way_out(tmp_pat
 
 def test_discovery_that_cannot_begin_is_one_line() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "trtllm_mm_cache.cli.main", "top"],
+        [sys.executable, "-m", "trtllm_mm_cache.cli", "top"],
         env={**os.environ, "DYN_DISCOVERY_BACKEND": "kubernetes", "DYN_LOG": "off"},
         capture_output=True,
         text=True,

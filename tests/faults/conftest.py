@@ -9,7 +9,7 @@ import pytest
 
 from tests.e2e.conftest import deal, model_dir, oracle
 from tests.faults.deployment import Deployment, deployed
-from tests.workers.conftest import allow_private_addresses, bench, reject_non_finite, require_salt
+from tests.pd.bench import allow_private_addresses, bench, require_salt, settings
 
 __all__ = [
     "allow_private_addresses",
@@ -18,8 +18,8 @@ __all__ = [
     "deployment",
     "model_dir",
     "oracle",
-    "reject_non_finite",
     "require_salt",
+    "settings",
 ]
 
 

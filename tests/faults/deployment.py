@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import socket
 from collections.abc import Iterator
@@ -16,7 +15,8 @@ from tests.e2e.cards import MAX_TOKENS, Asked
 from tests.e2e.stack import REPOSITORY, free_port, message, wait_until
 from tests.services import CLI, WITH_US, Service
 
-LEASE_TIMEOUT_S = 2
+TRANSFER_TIMEOUT_S = 1
+LEASE_TIMEOUT_S = 3 * TRANSFER_TIMEOUT_S  # of the encode workers
 ENCODE_TIMEOUT_S = 5
 MAX_REQUESTS = 12
 CACHE_GB = "0.03125"
@@ -100,7 +100,7 @@ def deployed(folder: Path, model: Path, *pd_options: str) -> Iterator[Deployment
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "UCX_TLS": "tcp",
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY)]),
+        "PYTHONPATH": str(REPOSITORY),
     }
     ports = _system_ports(3)
     args = REPOSITORY / "configs/cpu-demo"
@@ -127,7 +127,7 @@ def deployed(folder: Path, model: Path, *pd_options: str) -> Iterator[Deployment
         command = [CLI[0], "-m", "tests.faults.encode_peer", str(folder / f"{name}.fault")]
         options = ["--model-path", str(model), "--extra-engine-args", str(args / "encode.yaml")]
         options += ["--multimodal-embedding-cache-capacity-gb", CACHE_GB]
-        options += ["--lease-timeout-s", str(LEASE_TIMEOUT_S)]
+        options += ["--transfer-timeout-s", str(TRANSFER_TIMEOUT_S)]
         peers.append(
             Service(
                 name,

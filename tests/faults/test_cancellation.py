@@ -10,7 +10,7 @@ import asyncio
 
 import pytest
 
-from tests.workers.conftest import Bench, assert_holds, picture
+from tests.pd.bench import Bench, assert_holds, image_url
 
 MOST_TURNS = 400
 
@@ -25,20 +25,20 @@ async def turns(task: asyncio.Task[object], most: int) -> int:
 
 
 async def settled(bench: Bench) -> None:
-    """Wait until nothing is held on either side, and look at the books."""
+    """Wait until nothing is held on either side, and look at the accounting."""
     await bench.nothing_held()
     async with asyncio.timeout(10):
-        while bench.peer.exporter.statistics().held or bench.reader.statistics().in_flight:
+        while bench.peer.exporter.held or bench.reader.in_flight:
             await asyncio.sleep(0.001)
-    flights = bench.resolver.flights.statistics()
+    flights = bench.resolver.flights
     assert (flights.in_flight, flights.waiters) == (0, 0)
-    assert bench.resolver.waiting().items == 0
+    assert bench.resolver.waiting.items == 0
     for manager in (bench.cache, bench.transit, bench.peer.manager):
         manager.check_integrity()
         statistics = manager.statistics()
         assert statistics.forgotten == 0
         assert statistics.arena.used_bytes == statistics.current_bytes
-    assert bench.peer.exporter.statistics().timed_out == 0, "an export was left to its timeout"
+    assert bench.peer.exporter.timed_out == 0, "an export was left to its timeout"
 
 
 @pytest.mark.parametrize("images", [1, 3])
@@ -47,7 +47,7 @@ async def test_a_miss_cancelled_in_any_turn_of_the_loop_leaves_nothing(bench: Be
     turn = 0
     while outcomes["finished"] < 3:
         bench.cache.clear()
-        references = [picture() for _ in range(images)]
+        references = [image_url() for _ in range(images)]
         request = asyncio.create_task(bench.resolve(references))
         await turns(request, turn)
         request.cancel()
@@ -71,7 +71,7 @@ async def test_one_of_two_waiters_cancelled_in_any_turn_leaves_the_other_its_emb
     finished = turn = 0
     while finished < 3:
         bench.cache.clear()
-        reference = picture()
+        reference = image_url()
         leaving, staying = (asyncio.create_task(bench.resolve([reference])) for _ in range(2))
         await turns(leaving, turn)
         leaving.cancel()

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.e2e.stack import data_url, png
-from tests.workers.conftest import (
+from tests.pd.bench import (
     BREAKER_FAILURES,
     BREAKER_RETRY_S,
     MAX_WAITING_BYTES,
@@ -20,12 +20,15 @@ from tests.workers.conftest import (
     WIDTH,
     Bench,
     assert_holds,
-    picture,
+    image_url,
+    pd_settings,
 )
 from trtllm_mm_cache.errors import (
     ArenaFullError,
     EmbeddingMismatchError,
     EncodeUnavailableError,
+    InvalidEmbeddingError,
+    MmCacheError,
     OverloadedError,
 )
 
@@ -44,66 +47,66 @@ async def test_an_instance_that_keeps_failing_is_passed_over_then_probed_then_us
     gone = EncodeUnavailableError("gone")
     bench.peer.fail = {1: gone}
     for _ in range(BREAKER_FAILURES):
-        (await bench.resolve([picture()])).release()
+        (await bench.resolve([image_url()])).release()
     assert bench.peer.calls == [1, 2] * BREAKER_FAILURES
 
     bench.peer.calls.clear()
-    (await bench.resolve([picture()])).release()
+    (await bench.resolve([image_url()])).release()
     assert bench.peer.calls == [2], "an open breaker means that the next one is asked at once"
-    assert bench.resolver.breakers().states == {1: "open", 2: "closed"}
+    assert bench.tier.breakers.states() == {1: "open", 2: "closed"}
 
     bench.clock.now += BREAKER_RETRY_S
     bench.peer.calls.clear()
     for _ in range(2):
-        (await bench.resolve([picture()])).release()
+        (await bench.resolve([image_url()])).release()
     assert bench.peer.calls == [1, 2, 2], "one probe"
 
     bench.clock.now += BREAKER_RETRY_S
     bench.peer.fail = {}
     bench.peer.calls.clear()
     for _ in range(2):
-        (await bench.resolve([picture()])).release()
+        (await bench.resolve([image_url()])).release()
     assert bench.peer.calls == [1, 1]
 
 
 async def test_with_every_breaker_open_a_miss_fails_at_once_and_a_hit_is_served(bench: Bench) -> None:
-    cached = picture()
+    cached = image_url()
     (await bench.resolve([cached])).release()
     gone = EncodeUnavailableError("gone")
     bench.peer.fail = {1: gone, 2: gone}
     for _ in range(BREAKER_FAILURES):
         with pytest.raises(EncodeUnavailableError, match="gone"):
-            await bench.resolve([picture()])
+            await bench.resolve([image_url()])
     bench.peer.calls.clear()
-    with pytest.raises(EncodeUnavailableError, match="left alone"):
-        await bench.resolve([picture()])
+    with pytest.raises(EncodeUnavailableError, match="passed over"):
+        await bench.resolve([image_url()])
     assert bench.peer.calls == []
     (await bench.resolve([cached])).release()
     bench.peer.instances = [3]
-    (await bench.resolve([picture()])).release()
+    (await bench.resolve([image_url()])).release()
     assert bench.peer.calls == [3], "a new instance begins closed"
 
 
-async def test_an_export_that_will_not_be_read_is_given_up_at_once(bench: Bench) -> None:
+async def test_an_export_that_will_not_be_read_is_released_at_once(bench: Bench) -> None:
     bench.peer.changes = [lambda answer: answer | {"shape": (ROWS + 1, WIDTH)}] * 2
     with pytest.raises(EmbeddingMismatchError):
-        await bench.resolve([picture()])
-    held = [await bench.resolve([picture()]) for _ in range(6)]  # both arenas are full of leased entries
+        await bench.resolve([image_url()])
+    held = [await bench.resolve([image_url()]) for _ in range(6)]  # both arenas are full of leased entries
     with pytest.raises(ArenaFullError):
-        await bench.resolve([picture()])
+        await bench.resolve([image_url()])
     async with asyncio.timeout(5):
-        while bench.peer.exporter.statistics().held:
+        while bench.peer.exporter.held:
             await asyncio.sleep(0.001)
-    statistics = bench.peer.exporter.statistics()
-    assert (statistics.acked, statistics.released, statistics.timed_out) == (6, 3, 0)
+    exporter = bench.peer.exporter
+    assert (exporter.acked, exporter.released, exporter.timed_out) == (6, 3, 0)
     for images in held:
         images.release()
 
 
+@pytest.mark.parametrize("settings", [pd_settings(encode_timeout_s=1)])
 async def test_a_frozen_instance_costs_half_of_the_deadline_and_the_next_one_serves(bench: Bench) -> None:
-    bench.loader._encode_timeout_s = 1.0  # five seconds in this bench
     bench.peer.frozen = {1}
-    images = await bench.resolve([picture()])
+    images = await bench.resolve([image_url()])
     assert_holds(images.leases[0])
     assert bench.peer.calls == [1, 2]
     images.release()
@@ -114,28 +117,37 @@ async def test_an_embedding_with_nan_or_infinity_is_refused_and_never_cached(
     bench: Bench, value: float
 ) -> None:
     bench.peer.spoil = value
-    with pytest.raises(EmbeddingMismatchError, match=r"image 1: .* NaN") as caught:
-        await bench.resolve([picture()])
+    with pytest.raises(InvalidEmbeddingError, match=r"image 1: .* NaN") as caught:
+        await bench.resolve([image_url()])
     assert caught.value.http_status == 502
     assert bench.peer.calls == [1, 2]
     assert bench.cache.keys() == []
-    assert bench.reader.statistics().not_finite == 2
+    assert bench.reader.not_finite == 2
 
 
-@pytest.mark.parametrize("reject_non_finite", [False])
-async def test_an_embedding_with_nan_is_served_where_the_operator_says_so(bench: Bench) -> None:
-    bench.peer.spoil = float("nan")
-    (await bench.resolve([picture()])).release()
-    assert bench.peer.calls == [1]
+@pytest.mark.parametrize("fault", ["nan", "rows"])
+async def test_one_clients_bad_embeddings_do_not_shut_out_another_client(bench: Bench, fault: str) -> None:
+    """With one encode worker: however many of one client's images fail in the tower, others are served."""
+    bench.peer.instances = [1]
+    for _ in range(2 * BREAKER_FAILURES):
+        if fault == "nan":
+            bench.peer.spoil = float("nan")
+        else:
+            bench.peer.changes = [lambda answer: answer | {"shape": (ROWS + 1, WIDTH)}] * 2
+        with pytest.raises(MmCacheError):
+            await bench.resolve([image_url()])
+    bench.peer.spoil = None
+    assert bench.tier.breakers.states() == {1: "closed"}
+    (await bench.resolve([image_url()])).release()
 
 
 async def test_misses_beyond_the_bound_are_refused_while_hits_are_served(bench: Bench) -> None:
-    cached = picture()
+    cached = image_url()
     (await bench.resolve([cached])).release()
     large = [noise(), noise()]
     bench.peer.gate.clear()
     first = asyncio.create_task(bench.resolve([large[0]]))
-    while bench.resolver.waiting().items == 0:
+    while bench.resolver.waiting.items == 0:
         await asyncio.sleep(0)
     with pytest.raises(OverloadedError, match="image 1"):
         await bench.resolve([large[1]])
@@ -143,4 +155,4 @@ async def test_misses_beyond_the_bound_are_refused_while_hits_are_served(bench: 
     bench.peer.gate.set()
     (await first).release()
     (await bench.resolve([large[1]])).release()
-    assert bench.resolver.waiting().refused == 1
+    assert bench.resolver.waiting.refused == 1

@@ -23,7 +23,7 @@ LARGEST_SIDE = 560
 """Pixels; the demo model itself makes larger pictures smaller than a READ of theirs could be watched."""
 TRANSFER_TIMEOUT_S = 1
 ENCODE_TIMEOUT_S = 8
-LEASE_TIMEOUT_S = 2
+LEASE_TIMEOUT_S = 3 * TRANSFER_TIMEOUT_S
 
 _METRICS_PORT = 9000
 
@@ -169,6 +169,6 @@ def _worker(
         options += [cache, "0.03125", "--encode-timeout-s", str(ENCODE_TIMEOUT_S)]
         options += ["--transfer-arena-mb", "8"]
     else:
-        options += [cache, "0.03125", "--lease-timeout-s", str(LEASE_TIMEOUT_S)]
+        options += [cache, "0.03125"]
     ready = "PD worker ready" if role == "pd" else "encode worker ready"
     return Service(name, host.command(*CLI, role, *options), model.parent, ready, environment, port)

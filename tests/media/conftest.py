@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import gc
 import re
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
 import trustme
 
+from tests.media.images import LIMITS
 from tests.media.origin import Origin, serving
+from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.errors import MmCacheError
-from trtllm_mm_cache.media import MediaSettings, MediaSource
+from trtllm_mm_cache.media import MediaSource
+from trtllm_mm_cache.settings import MB, ImageLimits, MediaSettings
 
 
 def check_politeness(error: MmCacheError) -> None:
@@ -19,9 +24,12 @@ def check_politeness(error: MmCacheError) -> None:
 Refused = Callable[[MediaSource, str, type[MmCacheError]], Awaitable[str]]
 
 
-def limited(**settings: object) -> MediaSource:
+def limited(max_file_bytes: int = LIMITS.max_file_bytes, **settings: object) -> MediaSource:
     """A source with the given settings that may reach the origin on 127.0.0.1."""
-    return MediaSource(MediaSettings.model_validate({"allow_private_addresses": True, **settings}))
+    return MediaSource(
+        MediaSettings.model_validate({"allow_private_addresses": True, **settings}),
+        ImageLimits(max_file_size_mb=max_file_bytes / MB),
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,6 +44,17 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[trustme.CA]:
 
 
 @pytest.fixture
+def traced() -> Iterator[Callable[[], int]]:
+    """Switch the cyclic collector off; the function returns the bytes that Python has allocated since."""
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    yield lambda: tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    gc.enable()
+
+
+@pytest.fixture
 async def origin() -> AsyncIterator[Origin]:
     async with serving() as running:
         yield running
@@ -44,7 +63,7 @@ async def origin() -> AsyncIterator[Origin]:
 @pytest.fixture
 async def source() -> AsyncIterator[MediaSource]:
     """A source that may reach the origin on 127.0.0.1."""
-    async with MediaSource(MediaSettings(allow_private_addresses=True)) as opened:
+    async with limited() as opened:
         yield opened
 
 
@@ -54,7 +73,7 @@ def refused() -> Refused:
 
     async def check(source: MediaSource, reference: str, kind: type[MmCacheError]) -> str:
         with pytest.raises(kind) as caught:
-            await source.fetch(reference)
+            await source.fetch(reference, Scope())
         assert type(caught.value) is kind
         message = str(caught.value)
         for secret in ("127.0.0.1", "169.254", "secret", "/", "localhost", "Errno", "0x"):

@@ -1,4 +1,4 @@
-"""Images that are broken, or are none: refused with an error of ours, never half a picture."""
+"""Images that are broken, or are none: refused with an error of ours, never half an image."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.media import pictures
+from tests.media import images
 from tests.media.conftest import check_politeness
-from tests.media.pictures import (
-    SETTINGS,
+from tests.media.images import (
+    LIMITS,
     animated,
     gif_with,
     jpeg_segment,
     jpeg_with,
-    picture,
+    noise,
     png,
     png_chunk,
     saved,
 )
 from trtllm_mm_cache.errors import InvalidImageError, MmCacheError, UnsupportedMediaError
-from trtllm_mm_cache.media import MediaSettings, decode_image, probe_image
+from trtllm_mm_cache.media import decode_image, probe_image
+from trtllm_mm_cache.settings import ImageLimits
 
 # In the service Pillow's warnings are dropped; here pytest would turn them into errors.
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
 
-Read = Callable[[bytes, MediaSettings], object]
+Read = Callable[[bytes, ImageLimits], object]
 BOTH = pytest.mark.parametrize("read", [probe_image, decode_image])
 
 
@@ -37,7 +38,7 @@ BOTH = pytest.mark.parametrize("read", [probe_image, decode_image])
 def test_codecs_inside_tiff_are_not_accepted(compression: int, read: Read) -> None:
     """JPEG old and new, LZMA, Zstandard, WebP, ThunderScan."""
     with pytest.raises(UnsupportedMediaError, match="compression"):
-        read(pictures.tiff_of_size(16, 16, compression), SETTINGS)
+        read(images.tiff_of_size(16, 16, compression), LIMITS)
 
 
 NOT_IMAGES = {
@@ -47,17 +48,17 @@ NOT_IMAGES = {
     "html": b"<!doctype html><html></html>",
     "pdf": b"%PDF-1.7\n",
     "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n",
-    "ico": saved(picture(size=(16, 16)), "ICO"),
-    "ppm": saved(picture(size=(16, 16)), "PPM"),
-    "tga": saved(picture(size=(16, 16)), "TGA"),
-    "pcx": saved(picture(size=(16, 16)), "PCX"),
+    "ico": saved(noise(size=(16, 16)), "ICO"),
+    "ppm": saved(noise(size=(16, 16)), "PPM"),
+    "tga": saved(noise(size=(16, 16)), "TGA"),
+    "pcx": saved(noise(size=(16, 16)), "PCX"),
     "jpeg 2000": b"\x00\x00\x00\x0cjP  \r\n\x87\n" + bytes(100),
     "psd": b"8BPS\x00\x01" + bytes(100),
     "riff, but wave": b"RIFF\x24\x00\x00\x00WAVEfmt " + bytes(100),
     "heic": b"\x00\x00\x00\x18ftypheic" + bytes(100),
     "one byte": b"\x89",
     "zip": b"PK\x03\x04" + bytes(100),
-    "spaces before png": b"  " + saved(picture(), "PNG"),
+    "spaces before png": b"  " + saved(noise(), "PNG"),
 }
 
 
@@ -65,7 +66,7 @@ NOT_IMAGES = {
 @pytest.mark.parametrize("name", NOT_IMAGES)
 def test_other_formats(name: str, read: Read) -> None:
     with pytest.raises(UnsupportedMediaError) as caught:
-        read(NOT_IMAGES[name], SETTINGS)
+        read(NOT_IMAGES[name], LIMITS)
     assert "BMP, GIF, JPEG, PNG, TIFF, WEBP" in str(caught.value)
 
 
@@ -76,58 +77,58 @@ BROKEN = {
     "png, no height": png(5, 0),
     "png, no pixels chunk": png(5, 5),
     "png, colour type": png(5, 5, png_chunk(b"IDAT", b""), colour=5),
-    "png, bad checksum": saved(picture(), "PNG")[:29] + b"\0\0\0\0" + saved(picture(), "PNG")[33:],
+    "png, bad checksum": saved(noise(), "PNG")[:29] + b"\0\0\0\0" + saved(noise(), "PNG")[33:],
     "png, chunk longer than the file": png(5, 5)[:33] + b"\x7f\xff\xff\xffIDAT",
     "jpeg marker": b"\xff\xd8\xff",
     "jpeg, no frame": b"\xff\xd8\xff\xd9",
-    "jpeg, no size": pictures.jpeg_of_size(0, 0),
+    "jpeg, no size": images.jpeg_of_size(0, 0),
     "gif signature": b"GIF89a",
     "gif, no frame": gif_with(b";"),
     "webp signature": b"RIFF\x00\x00\x00\x00WEBP",
     "webp, nothing behind": b"RIFF\x0c\x00\x00\x00WEBPVP8 \x00\x00\x00\x00",
     "bmp signature": b"BM",
-    "bmp, no size": pictures.bmp_of_size(0, 0),
+    "bmp, no size": images.bmp_of_size(0, 0),
     "tiff signature": b"II*\0",
     "tiff, directory outside": b"II*\0\xff\xff\xff\x7f",
     "tiff, directory in itself": b"II*\0\x00\x00\x00\x00",
-    "tiff, no size": pictures.tiff_of_size(0, 0),
-    "tiff, pixels outside": pictures.tiff_of_size(200, 200),
+    "tiff, no size": images.tiff_of_size(0, 0),
+    "tiff, pixels outside": images.tiff_of_size(200, 200),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_images(name: str) -> None:
     with pytest.raises(InvalidImageError) as caught:
-        decode_image(BROKEN[name], SETTINGS)
+        decode_image(BROKEN[name], LIMITS)
     check_politeness(caught.value)
 
 
 HONEST = {
-    "png": saved(picture("RGBA"), "PNG"),
-    "png palette": saved(picture("P"), "PNG", transparency=2),
-    "jpeg": saved(picture(), "JPEG", exif=pictures.exif(6)),
-    "jpeg progressive": saved(picture(), "JPEG", progressive=True),
-    "webp": saved(picture(), "WEBP"),
-    "webp lossless": saved(picture("RGBA"), "WEBP", lossless=True, exif=pictures.exif(3)),
+    "png": saved(noise("RGBA"), "PNG"),
+    "png palette": saved(noise("P"), "PNG", transparency=2),
+    "jpeg": saved(noise(), "JPEG", exif=images.exif(6)),
+    "jpeg progressive": saved(noise(), "JPEG", progressive=True),
+    "webp": saved(noise(), "WEBP"),
+    "webp lossless": saved(noise("RGBA"), "WEBP", lossless=True, exif=images.exif(3)),
     "webp animated": animated("WEBP"),
-    "gif": saved(picture("P"), "GIF"),
+    "gif": saved(noise("P"), "GIF"),
     "gif animated": animated("GIF"),
-    "bmp": saved(picture(), "BMP"),
-    "tiff": saved(picture(), "TIFF"),
-    "tiff lzw": saved(picture(), "TIFF", compression="tiff_lzw"),
+    "bmp": saved(noise(), "BMP"),
+    "tiff": saved(noise(), "TIFF"),
+    "tiff lzw": saved(noise(), "TIFF", compression="tiff_lzw"),
 }
 
 
 @pytest.mark.parametrize("name", HONEST)
 def test_a_truncated_image_is_refused_or_complete(name: str) -> None:
-    """Never a picture with a grey lower half. (Some formats end in bytes that hold no pixels.)"""
+    """Never an image with a grey lower half. (Some formats end in bytes that hold no pixels.)"""
     data = HONEST[name]
-    whole = np.asarray(decode_image(data, SETTINGS))
+    whole = np.asarray(decode_image(data, LIMITS))
     cuts = {int(cut) for cut in np.linspace(1, len(data) - 1, 120)}
     refused = 0
     for cut in sorted(cuts):
         try:
-            image = decode_image(data[:cut], SETTINGS)
+            image = decode_image(data[:cut], LIMITS)
         except (InvalidImageError, UnsupportedMediaError) as error:
             refused += 1
             check_politeness(error)
@@ -141,8 +142,8 @@ def test_a_truncated_image_is_refused_or_complete(name: str) -> None:
     "tail", [b"\0" * 5000, b"garbage" * 999, b"PK\x03\x04<script>", b"\xff\xda\0\2" * 30_000]
 )
 def test_what_trails_an_image_does_not_matter(name: str, tail: bytes) -> None:
-    expected = decode_image(HONEST[name], SETTINGS).tobytes()
-    assert decode_image(HONEST[name] + tail, SETTINGS).tobytes() == expected
+    expected = decode_image(HONEST[name], LIMITS).tobytes()
+    assert decode_image(HONEST[name] + tail, LIMITS).tobytes() == expected
 
 
 @pytest.mark.parametrize(
@@ -157,8 +158,8 @@ def test_what_trails_an_image_does_not_matter(name: str, tail: bytes) -> None:
 )
 def test_broken_exif_turns_nothing(exif: bytes) -> None:
     data = jpeg_with(jpeg_segment(0xE1, b"Exif\0\0" + exif))
-    plain = decode_image(jpeg_with(), SETTINGS)
-    assert decode_image(data, SETTINGS).tobytes() == plain.tobytes()
+    plain = decode_image(jpeg_with(), LIMITS)
+    assert decode_image(data, LIMITS).tobytes() == plain.tobytes()
 
 
 @given(
@@ -176,8 +177,8 @@ def test_any_damage_gives_an_image_or_an_error_of_ours(
         data[at : at + len(piece)] = piece
     mangled = bytes(data[: int(kept * len(data))])
     try:
-        info = probe_image(mangled, SETTINGS)
-        image = decode_image(mangled, SETTINGS)
+        info = probe_image(mangled, LIMITS)
+        image = decode_image(mangled, LIMITS)
     except MmCacheError as error:
         check_politeness(error)
     else:
@@ -192,6 +193,6 @@ def test_any_damage_gives_an_image_or_an_error_of_ours(
 @settings(max_examples=300, deadline=None)
 def test_any_bytes_behind_a_signature(signature: bytes, rest: bytes) -> None:
     try:
-        decode_image(signature + rest, SETTINGS)
+        decode_image(signature + rest, LIMITS)
     except MmCacheError as error:
         check_politeness(error)

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.media.conftest import Refused
+from tests.media.conftest import Refused, limited
+from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.errors import MediaReferenceError, MediaTooLargeError, RequestError
-from trtllm_mm_cache.media import MediaSettings, MediaSource
+from trtllm_mm_cache.media import MediaSource
 from trtllm_mm_cache.media.data_url import decode_data_url
 
 BODY = bytes(range(256)) * 3 + b"?"  # one byte over: the base64 is padded
@@ -38,7 +39,7 @@ def base64_url(data: bytes) -> str:
     ],
 )
 async def test_every_form_gives_the_same_bytes(source: MediaSource, reference: str) -> None:
-    assert await source.fetch(reference) == BODY
+    assert await source.fetch(reference, Scope()) == BODY
 
 
 @pytest.mark.parametrize(
@@ -72,15 +73,15 @@ async def test_broken_ones_are_refused(source: MediaSource, refused: Refused, re
 async def test_the_size_limit_is_exact(refused: Refused, form: object, size: int) -> None:
     assert callable(form)
     reference = form(b"\xff" * size)
-    async with MediaSource(MediaSettings(max_file_size_bytes=size)) as source:
-        assert await source.fetch(reference) == b"\xff" * size
+    async with limited(max_file_bytes=size) as source:
+        assert await source.fetch(reference, Scope()) == b"\xff" * size
     if size > 1:
-        async with MediaSource(MediaSettings(max_file_size_bytes=size - 1)) as source:
+        async with limited(max_file_bytes=size - 1) as source:
             await refused(source, reference, MediaTooLargeError)
 
 
 async def test_a_payload_of_bare_percents_does_not_slip_past_the_limit(refused: Refused) -> None:
-    async with MediaSource(MediaSettings(max_file_size_bytes=100)) as source:
+    async with limited(max_file_bytes=100) as source:
         await refused(source, "data:," + "%" * 101, MediaTooLargeError)
 
 
@@ -95,12 +96,12 @@ async def test_a_long_one_leaves_the_event_loop_free() -> None:
             turns += 1
             await asyncio.sleep(0.001)
 
-    async with MediaSource(MediaSettings()) as source:
+    async with limited() as source:
         ticking = asyncio.create_task(turn())
         reference = base64_url(data)
         await asyncio.sleep(0)
         before = turns
-        assert await source.fetch(reference) == data
+        assert await source.fetch(reference, Scope()) == data
         during = turns - before
         ticking.cancel()
     assert during >= 2

@@ -10,15 +10,17 @@ from urllib.parse import quote
 import pytest
 
 from tests.media.conftest import Refused
+from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.errors import (
     MediaFetchError,
     MediaForbiddenError,
     MediaReferenceError,
     MediaTooLargeError,
 )
-from trtllm_mm_cache.media import MediaSettings, MediaSource
+from trtllm_mm_cache.media import MediaSource
+from trtllm_mm_cache.settings import MB, ImageLimits, MediaSettings
 
-BODY = b"picture" * 1000
+BODY = b"image" * 1000
 
 
 @pytest.fixture
@@ -33,8 +35,9 @@ def folder(tmp_path: Path) -> Path:
     return allowed
 
 
-def opened(folder: Path | None, **settings: object) -> MediaSource:
-    return MediaSource(MediaSettings.model_validate({"allowed_local_media_path": folder, **settings}))
+def opened(folder: Path | None, max_bytes: int = MB) -> MediaSource:
+    limits = ImageLimits(max_file_size_mb=max_bytes / MB)
+    return MediaSource(MediaSettings(allowed_local_media_path=folder), limits)
 
 
 def url(path: Path | str) -> str:
@@ -44,11 +47,11 @@ def url(path: Path | str) -> str:
 async def test_files_below_the_folder_are_read(folder: Path) -> None:
     photo = folder / "photo é #1?%.png"
     async with opened(folder) as source:
-        assert await source.fetch(url(photo)) == BODY
-        assert await source.fetch(url(photo).replace("file:///", "file://localhost/")) == BODY
-        assert await source.fetch(url(photo).replace("file:", "FILE:")) == BODY
-        assert await source.fetch(url(folder / "inner" / "b.png")) == BODY
-        assert await source.fetch(url(f"{folder}/inner/../inner/./b.png")) == BODY
+        assert await source.fetch(url(photo), Scope()) == BODY
+        assert await source.fetch(url(photo).replace("file:///", "file://localhost/"), Scope()) == BODY
+        assert await source.fetch(url(photo).replace("file:", "FILE:"), Scope()) == BODY
+        assert await source.fetch(url(folder / "inner" / "b.png"), Scope()) == BODY
+        assert await source.fetch(url(f"{folder}/inner/../inner/./b.png"), Scope()) == BODY
 
 
 async def test_links_that_stay_inside_are_followed(folder: Path, tmp_path: Path) -> None:
@@ -56,9 +59,9 @@ async def test_links_that_stay_inside_are_followed(folder: Path, tmp_path: Path)
     (folder / "way").symlink_to(folder / "inner")
     (tmp_path / "entrance").symlink_to(folder)
     async with opened(tmp_path / "entrance") as source:
-        assert await source.fetch(url(folder / "link.png")) == BODY
-        assert await source.fetch(url(folder / "way" / "b.png")) == BODY
-        assert await source.fetch(url(tmp_path / "entrance" / "link.png")) == BODY
+        assert await source.fetch(url(folder / "link.png"), Scope()) == BODY
+        assert await source.fetch(url(folder / "way" / "b.png"), Scope()) == BODY
+        assert await source.fetch(url(tmp_path / "entrance" / "link.png"), Scope()) == BODY
 
 
 async def test_nothing_is_read_unless_a_folder_is_allowed(folder: Path, refused: Refused) -> None:
@@ -181,18 +184,18 @@ async def test_the_size_limit(folder: Path, refused: Refused) -> None:
     huge = folder / "huge.png"
     with huge.open("wb") as file:
         file.truncate(1 << 40)
-    async with opened(folder, max_file_size_bytes=len(BODY)) as source:
-        assert await source.fetch(url(folder / "inner" / "b.png")) == BODY
+    async with opened(folder, max_bytes=len(BODY)) as source:
+        assert await source.fetch(url(folder / "inner" / "b.png"), Scope()) == BODY
         # The size it says it has, so nothing was read.
         assert str(1 << 40) in await refused(source, url(huge), MediaTooLargeError)
-    async with opened(folder, max_file_size_bytes=len(BODY) - 1) as source:
+    async with opened(folder, max_bytes=len(BODY) - 1) as source:
         await refused(source, url(folder / "inner" / "b.png"), MediaTooLargeError)
 
 
 async def test_a_file_longer_than_it_says_is_cut_off(refused: Refused) -> None:
     # Files of procfs have size 0 and content all the same, like a file that grows while it is read.
     process = Path(f"/proc/{os.getpid()}")
-    async with opened(process, max_file_size_bytes=10) as source:
+    async with opened(process, max_bytes=10) as source:
         await refused(source, url(process / "status"), MediaTooLargeError)
 
 
@@ -215,10 +218,10 @@ async def test_references_that_cannot_be_used(folder: Path, refused: Refused, re
 
 async def test_no_descriptor_is_left_open(folder: Path, refused: Refused) -> None:
     async with opened(folder) as source:
-        await source.fetch(url(folder / "inner" / "b.png"))
+        await source.fetch(url(folder / "inner" / "b.png"), Scope())
         before = set(os.listdir("/proc/self/fd"))
         for _ in range(5):
-            await source.fetch(url(folder / "inner" / "b.png"))
+            await source.fetch(url(folder / "inner" / "b.png"), Scope())
             await refused(source, url(folder / "inner" / "missing.png"), MediaFetchError)
             await refused(source, url(folder / "inner"), MediaForbiddenError)
         assert set(os.listdir("/proc/self/fd")) == before

@@ -11,6 +11,7 @@ import pytest
 
 from tests.media.conftest import Refused, limited
 from tests.media.origin import Asked, Origin, Resource, answer
+from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.errors import (
     MediaFetchError,
     MediaForbiddenError,
@@ -26,8 +27,8 @@ async def test_bytes_arrive_unchanged_and_nothing_personal_is_sent(
     origin: Origin, source: MediaSource
 ) -> None:
     origin.routes["/a"] = Resource(BODY, {"Set-Cookie": "id=1"})
-    assert await source.fetch(origin.url("/a?x=%20y#part")) == BODY
-    assert await source.fetch(origin.url("/a")) == BODY
+    assert await source.fetch(origin.url("/a?x=%20y#part"), Scope()) == BODY
+    assert await source.fetch(origin.url("/a"), Scope()) == BODY
     first, second = origin.asked
     assert first.path == "/a?x=%20y"
     assert set(second.headers) == {"host", "accept", "accept-encoding", "user-agent"}
@@ -39,15 +40,15 @@ async def test_bytes_arrive_unchanged_and_nothing_personal_is_sent(
 async def test_content_coding_is_undone(origin: Origin, source: MediaSource) -> None:
     coded = gzip.compress(BODY)
     origin.routes["/a"] = Resource(coded, {"Content-Encoding": "gzip", "Cache-Control": "max-age=60"})
-    assert [await source.fetch(origin.url("/a")) for _ in range(2)] == [BODY] * 2
+    assert [await source.fetch(origin.url("/a"), Scope()) for _ in range(2)] == [BODY] * 2
     assert len(origin.asked) == 1
 
 
 async def test_the_size_limit_is_exact(origin: Origin, refused: Refused) -> None:
     origin.routes["/a"] = Resource(BODY)
-    async with limited(max_file_size_bytes=len(BODY)) as source:
-        assert await source.fetch(origin.url("/a")) == BODY
-    async with limited(max_file_size_bytes=len(BODY) - 1) as source:
+    async with limited(max_file_bytes=len(BODY)) as source:
+        assert await source.fetch(origin.url("/a"), Scope()) == BODY
+    async with limited(max_file_bytes=len(BODY) - 1) as source:
         await refused(source, origin.url("/a"), MediaTooLargeError)
 
 
@@ -58,7 +59,7 @@ async def test_a_declared_size_is_refused_before_the_body(origin: Origin, refuse
         await origin.closing.wait()
 
     origin.routes["/a"] = announce
-    async with limited(max_file_size_bytes=1000, http_total_timeout=30) as source:
+    async with limited(max_file_bytes=1000, media_timeout_s=30) as source:
         started = time.monotonic()
         await refused(source, origin.url("/a"), MediaTooLargeError)
         assert time.monotonic() - started < 10
@@ -76,7 +77,7 @@ async def test_an_endless_body_is_cut_off(origin: Origin, refused: Refused) -> N
             sent += 0x10000
 
     origin.routes["/a"] = endless
-    async with limited(max_file_size_bytes=1_000_000) as source:
+    async with limited(max_file_bytes=1_000_000) as source:
         await refused(source, origin.url("/a"), MediaTooLargeError)
         await origin.until_open(0)
     assert sent < 50_000_000
@@ -88,7 +89,7 @@ async def test_a_body_that_explodes_is_cut_off(origin: Origin, refused: Refused,
     for coding in codings.split(", "):
         bomb = gzip.compress(bomb, 1) if coding == "gzip" else zlib.compress(bomb, 1)
     origin.routes["/a"] = Resource(bomb, {"Content-Encoding": codings})
-    async with limited(max_file_size_bytes=2_000_000) as source:
+    async with limited(max_file_bytes=2_000_000) as source:
         await refused(source, origin.url("/a"), MediaTooLargeError)
 
 
@@ -103,7 +104,7 @@ async def test_coded_bytes_that_decode_to_nothing_are_counted(origin: Origin, re
             await writer.drain()
 
     origin.routes["/a"] = endless
-    async with limited(max_file_size_bytes=1_000_000) as source:
+    async with limited(max_file_bytes=1_000_000) as source:
         await refused(source, origin.url("/a"), MediaTooLargeError)
 
 
@@ -122,7 +123,7 @@ async def test_drip_feeding_ends_at_the_deadline(origin: Origin, refused: Refuse
             await asyncio.sleep(0.02)
 
     origin.routes["/a"] = drip
-    async with limited(http_total_timeout=0.3) as source:
+    async with limited(media_timeout_s=0.3) as source:
         started = time.monotonic()
         assert "0.3 seconds" in await refused(source, origin.url("/a"), MediaFetchError)
         assert 0.25 < time.monotonic() - started < 5
@@ -135,7 +136,7 @@ async def test_the_deadline_covers_all_redirects(origin: Origin, refused: Refuse
         answer(writer, "302 Found", {"Location": f"/a?{len(origin.asked)}"})
 
     origin.routes["/a"] = slow_redirect
-    async with limited(http_total_timeout=0.4, http_max_redirects=100) as source:
+    async with limited(media_timeout_s=0.4, max_redirects=100) as source:
         await refused(source, origin.url("/a"), MediaFetchError)
     assert len(origin.asked) < 10
 
@@ -147,13 +148,13 @@ async def test_a_cancelled_fetch_leaves_no_connection(origin: Origin, source: Me
         await origin.closing.wait()
 
     origin.routes["/a"] = stall
-    fetch = asyncio.create_task(source.fetch(origin.url("/a")))
+    fetch = asyncio.create_task(source.fetch(origin.url("/a"), Scope()))
     await origin.until_asked(1)
     fetch.cancel()
     with pytest.raises(asyncio.CancelledError):
         await fetch
     origin.routes["/a"] = Resource(BODY)
-    assert await source.fetch(origin.url("/a")) == BODY
+    assert await source.fetch(origin.url("/a"), Scope()) == BODY
     assert len(origin.asked) == 2
 
 
@@ -164,10 +165,10 @@ async def test_a_response_that_is_refused_gives_its_connection_back(origin: Orig
         await origin.closing.wait()
 
     origin.routes["/a"], origin.routes["/b"] = unfinished, Resource(BODY)
-    async with limited(http_max_connections=1, http_total_timeout=5) as source:
+    async with limited(max_fetches=1, media_timeout_s=5) as source:
         with pytest.raises(MediaFetchError) as kept:  # and with it whatever its traceback refers to
-            await source.fetch(origin.url("/a"))
-        assert await source.fetch(origin.url("/b")) == BODY
+            await source.fetch(origin.url("/a"), Scope())
+        assert await source.fetch(origin.url("/b"), Scope()) == BODY
         assert "404" in str(kept.value)
 
 
@@ -177,14 +178,14 @@ async def test_closing_ends_fetches_that_run(origin: Origin) -> None:
 
     origin.routes["/a"] = stall
     source = limited()
-    fetch = asyncio.create_task(source.fetch(origin.url("/a")))
+    fetch = asyncio.create_task(source.fetch(origin.url("/a"), Scope()))
     await origin.until_asked(1)
     await source.close()
     async with asyncio.timeout(5):
         with pytest.raises(MediaFetchError):
             await fetch
     with pytest.raises(MediaFetchError):
-        await source.fetch(origin.url("/a"))
+        await source.fetch(origin.url("/a"), Scope())
 
 
 async def test_connections_are_bounded(origin: Origin) -> None:
@@ -199,8 +200,10 @@ async def test_connections_are_bounded(origin: Origin) -> None:
         answer(writer, "200 OK", {}, asked.path.encode())
 
     origin.routes["/a"] = wait
-    async with limited(http_max_connections=3) as source:
-        fetches = [asyncio.create_task(source.fetch(origin.url(f"/a?{number}"))) for number in range(12)]
+    async with limited(max_fetches=3) as source:
+        fetches = [
+            asyncio.create_task(source.fetch(origin.url(f"/a?{number}"), Scope())) for number in range(12)
+        ]
         await origin.until_asked(3)
         gate.set()
         assert await asyncio.gather(*fetches) == [f"/a?{number}".encode() for number in range(12)]
@@ -216,16 +219,16 @@ async def test_connections_are_bounded(origin: Origin) -> None:
 async def test_redirects_are_followed(origin: Origin, source: MediaSource, status: str) -> None:
     origin.routes["/a"] = Resource(b"", {"Location": "../b?q=1"}, status=status)
     origin.routes["/b"] = Resource(BODY)
-    assert await source.fetch(origin.url("/a")) == BODY
+    assert await source.fetch(origin.url("/a"), Scope()) == BODY
     assert [asked.path for asked in origin.asked] == ["/a", "/b?q=1"]
 
 
 async def test_redirects_are_counted(origin: Origin, refused: Refused) -> None:
     origin.routes["/a"] = Resource(b"", {"Location": "/a"}, status="302 Found")
-    async with limited(http_max_redirects=2) as source:
+    async with limited(max_redirects=2) as source:
         assert "2 times" in await refused(source, origin.url("/a"), MediaFetchError)
     assert len(origin.asked) == 3
-    async with limited(http_max_redirects=0) as source:
+    async with limited(max_redirects=0) as source:
         await refused(source, origin.url("/a"), MediaFetchError)
     assert len(origin.asked) == 4
 

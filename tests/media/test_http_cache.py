@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 
-import pytest
 from hishel import Entry, Headers, Request, Response
 
 from trtllm_mm_cache.media.http_cache import MemoryStorage
@@ -144,8 +143,3 @@ async def test_removing_and_closing_free_everything() -> None:
     await storage.close()
     assert storage.current_bytes == 0
     assert await storage.get_entries("b") == []
-
-
-async def test_time_limits_of_its_own_are_refused() -> None:
-    with pytest.raises(ValueError, match="time limits"):
-        await MemoryStorage(1000).create_entry(REQUEST, Response(200), "k", ttl=1.0)

@@ -10,6 +10,7 @@ import pytest
 
 from tests.media.conftest import Refused, limited
 from tests.media.origin import Asked, Origin, Resource, answer
+from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.errors import MediaFetchError
 from trtllm_mm_cache.media import MediaSource
 
@@ -30,7 +31,7 @@ async def test_a_fresh_response_is_not_asked_for_again(
     origin: Origin, source: MediaSource, headers: dict[str, str]
 ) -> None:
     origin.routes["/a"] = Resource(BODY, headers)
-    assert [await source.fetch(origin.url("/a")) for _ in range(3)] == [BODY] * 3
+    assert [await source.fetch(origin.url("/a"), Scope()) for _ in range(3)] == [BODY] * 3
     assert len(origin.asked) == 1
 
 
@@ -38,7 +39,7 @@ async def test_a_fragment_is_no_part_of_the_url(origin: Origin, source: MediaSou
     origin.routes["/a"] = Resource(BODY, {"Cache-Control": "max-age=60"})
     origin.routes["/b"] = Resource(b"", {"Location": "/a#there"}, status="302 Found")
     for path in ("/a#one", "/a#two", "/a", "/b"):
-        assert await source.fetch(origin.url(path)) == BODY
+        assert await source.fetch(origin.url(path), Scope()) == BODY
     assert [asked.path for asked in origin.asked] == ["/a", "/b"]
 
 
@@ -64,7 +65,7 @@ async def test_an_unchanged_url_costs_a_304(
     origin: Origin, source: MediaSource, headers: dict[str, str], condition: tuple[str, str]
 ) -> None:
     resource = origin.routes["/a"] = Resource(BODY, headers)
-    assert [await source.fetch(origin.url("/a")) for _ in range(3)] == [BODY] * 3
+    assert [await source.fetch(origin.url("/a"), Scope()) for _ in range(3)] == [BODY] * 3
     assert len(origin.asked) == 3
     assert resource.bodies_sent == 1
     assert all(condition in asked.headers.items() for asked in origin.asked[1:])
@@ -72,18 +73,18 @@ async def test_an_unchanged_url_costs_a_304(
 
 async def test_a_changed_url_gives_the_new_bytes(origin: Origin, source: MediaSource) -> None:
     origin.routes["/a"] = Resource(BODY, {"ETag": '"a"'})
-    assert await source.fetch(origin.url("/a")) == BODY
+    assert await source.fetch(origin.url("/a"), Scope()) == BODY
     changed = origin.routes["/a"] = Resource(BODY[::-1], {"ETag": '"b"'})
-    assert await source.fetch(origin.url("/a")) == BODY[::-1]
-    assert await source.fetch(origin.url("/a")) == BODY[::-1]
+    assert await source.fetch(origin.url("/a"), Scope()) == BODY[::-1]
+    assert await source.fetch(origin.url("/a"), Scope()) == BODY[::-1]
     assert changed.bodies_sent == 1
 
 
 async def test_a_304_can_make_a_response_fresh_again(origin: Origin, source: MediaSource) -> None:
     origin.routes["/a"] = Resource(BODY, {"ETag": '"a"', "Cache-Control": "no-cache"})
-    await source.fetch(origin.url("/a"))
+    await source.fetch(origin.url("/a"), Scope())
     origin.routes["/a"] = Resource(BODY, {"ETag": '"a"', "Cache-Control": "max-age=60"})
-    assert [await source.fetch(origin.url("/a")) for _ in range(3)] == [BODY] * 3
+    assert [await source.fetch(origin.url("/a"), Scope()) for _ in range(3)] == [BODY] * 3
     assert len(origin.asked) == 2
 
 
@@ -92,7 +93,7 @@ async def test_a_response_without_a_date_grows_old(origin: Origin, source: Media
     deadline = time.monotonic() + 10
     while len(origin.asked) < 2:
         assert time.monotonic() < deadline, "one second of freshness never ends"
-        assert await source.fetch(origin.url("/a")) == BODY
+        assert await source.fetch(origin.url("/a"), Scope()) == BODY
         await asyncio.sleep(0.05)
 
 
@@ -103,7 +104,7 @@ async def test_what_cannot_be_reused_is_fetched_whole_each_time(
     origin: Origin, source: MediaSource, headers: dict[str, str]
 ) -> None:
     resource = origin.routes["/a"] = Resource(BODY, headers)
-    assert [await source.fetch(origin.url("/a")) for _ in range(2)] == [BODY] * 2
+    assert [await source.fetch(origin.url("/a"), Scope()) for _ in range(2)] == [BODY] * 2
     assert resource.bodies_sent == 2
     assert "if-none-match" not in origin.asked[1].headers
 
@@ -112,13 +113,13 @@ async def test_errors_are_not_remembered(origin: Origin, source: MediaSource, re
     origin.routes["/a"] = Resource(b"gone", {"Cache-Control": "max-age=60"}, status="404 Not Found")
     assert "404" in await refused(source, origin.url("/a"), MediaFetchError)
     origin.routes["/a"] = Resource(BODY)
-    assert await source.fetch(origin.url("/a")) == BODY
+    assert await source.fetch(origin.url("/a"), Scope()) == BODY
 
 
 async def test_the_cache_can_be_switched_off(origin: Origin) -> None:
     resource = origin.routes["/a"] = Resource(BODY, {"Cache-Control": "max-age=60", "ETag": '"a"'})
-    async with limited(http_cache_bytes=0) as source:
-        assert [await source.fetch(origin.url("/a")) for _ in range(2)] == [BODY] * 2
+    async with limited(http_cache_mb=0) as source:
+        assert [await source.fetch(origin.url("/a"), Scope()) for _ in range(2)] == [BODY] * 2
     assert resource.bodies_sent == 2
 
 
@@ -133,47 +134,50 @@ async def test_a_body_cut_short_is_neither_returned_nor_kept(
     origin.routes["/a"] = cut
     await refused(source, origin.url("/a"), MediaFetchError)
     origin.routes["/a"] = Resource(BODY)
-    assert await source.fetch(origin.url("/a")) == BODY
+    assert await source.fetch(origin.url("/a"), Scope()) == BODY
 
 
-async def test_each_tenant_fetches_for_itself(origin: Origin, source: MediaSource) -> None:
+async def test_each_salt_fetches_for_itself(origin: Origin, source: MediaSource) -> None:
     resource = origin.routes["/a"] = Resource(BODY, {"Cache-Control": "max-age=60", "ETag": '"a"'})
-    for tenant in ("one", "one", "other", "", "one", "other"):
-        assert await source.fetch(origin.url("/a"), tenant=tenant) == BODY
+    for salt in ("one", "one", "other", "", "one", "other"):
+        assert await source.fetch(origin.url("/a"), Scope.of(salt)) == BODY
     assert resource.bodies_sent == 3
     assert not any("if-none-match" in asked.headers for asked in origin.asked), "a 304 would tell as much"
 
 
-async def test_a_redirect_is_followed_within_the_tenant(origin: Origin, source: MediaSource) -> None:
+async def test_a_redirect_is_followed_within_the_salt(origin: Origin, source: MediaSource) -> None:
     origin.routes["/a"] = Resource(b"", {"Location": "/b"}, status="302 Found")
     resource = origin.routes["/b"] = Resource(BODY, {"Cache-Control": "max-age=60"})
-    for tenant in ("one", "other", "one"):
-        assert await source.fetch(origin.url("/a"), tenant=tenant) == BODY
+    for salt in ("one", "other", "one"):
+        assert await source.fetch(origin.url("/a"), Scope.of(salt)) == BODY
     assert resource.bodies_sent == 2
 
 
-async def test_no_two_pairs_of_tenant_and_url_look_alike(origin: Origin, source: MediaSource) -> None:
+async def test_no_two_pairs_of_salt_and_url_look_alike(origin: Origin, source: MediaSource) -> None:
     resource = origin.routes["/a"] = Resource(BODY, {"Cache-Control": "max-age=60"})
     url = origin.url("/a")
-    for tenant in ("", "1:", f"{url}", "0:", "\x00", "é"):
-        await source.fetch(url, tenant=tenant)
+    for salt in ("", "1:", f"{url}", "0:", "\x00", "é"):
+        await source.fetch(url, Scope.of(salt))
     assert resource.bodies_sent == 6
 
 
-async def test_without_a_tenant_nothing_is_reused_or_kept(origin: Origin, source: MediaSource) -> None:
+async def test_what_may_not_be_retained_is_neither_reused_nor_kept(
+    origin: Origin, source: MediaSource
+) -> None:
     resource = origin.routes["/a"] = Resource(BODY, {"Cache-Control": "max-age=60", "ETag": '"a"'})
-    for tenant in ("one", None, None, "one"):
-        assert await source.fetch(origin.url("/a"), tenant=tenant) == BODY
+    alone = Scope("one", retain=False)  # the same salt, so that only `retain` can tell them apart
+    for scope in (Scope.of("one"), alone, alone, Scope.of("one")):
+        assert await source.fetch(origin.url("/a"), scope) == BODY
     assert resource.bodies_sent == 3
 
 
 async def test_what_is_forgotten_is_asked_for_again(origin: Origin, source: MediaSource) -> None:
     for path in ("/a", "/b"):
         origin.routes[path] = Resource(BODY, {"Cache-Control": "max-age=60"})
-        await source.fetch(origin.url(path))
+        await source.fetch(origin.url(path), Scope())
     assert source.forget() == 2
     assert source.forget() == 0
-    await source.fetch(origin.url("/a"))
+    await source.fetch(origin.url("/a"), Scope())
     assert [asked.path for asked in origin.asked] == ["/a", "/b", "/a"]
 
 
@@ -187,10 +191,10 @@ async def test_what_is_arriving_when_all_is_forgotten_is_not_kept(
         answer(writer, "200 OK", {"Cache-Control": "max-age=60"}, BODY)
 
     origin.routes["/a"] = slow
-    fetch = asyncio.create_task(source.fetch(origin.url("/a")))
+    fetch = asyncio.create_task(source.fetch(origin.url("/a"), Scope()))
     await origin.until_asked(1)
     assert source.forget() == 0
     go_on.set()
     assert await fetch == BODY
-    assert await source.fetch(origin.url("/a")) == BODY
+    assert await source.fetch(origin.url("/a"), Scope()) == BODY
     assert len(origin.asked) == 2

@@ -11,12 +11,15 @@ import pytest
 import trustme
 
 from tests.media.conftest import Refused
+from tests.media.images import LIMITS
 from tests.media.origin import Asked, Origin, Resource, serving
+from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.errors import MediaFetchError, MediaForbiddenError, MediaReferenceError
-from trtllm_mm_cache.media import MediaSettings, MediaSource
+from trtllm_mm_cache.media import MediaSource
 from trtllm_mm_cache.media.network import is_forbidden
+from trtllm_mm_cache.settings import MediaSettings
 
-BODY = b"picture"
+BODY = b"image"
 
 PUBLIC = [
     "1.1.1.1",
@@ -116,7 +119,7 @@ def test_which_addresses_are_forbidden(address: str, strict: bool, private: bool
 async def test_loopback_is_forbidden_however_it_is_written(
     origin: Origin, refused: Refused, host: str
 ) -> None:
-    async with MediaSource(MediaSettings()) as source:
+    async with MediaSource(MediaSettings(), LIMITS) as source:
         await refused(source, origin.url("/secret", host=host), MediaForbiddenError)
     assert origin.connections == 0
 
@@ -141,9 +144,9 @@ async def test_loopback_is_forbidden_however_it_is_written(
 )
 async def test_odd_spellings_never_connect(origin: Origin, host: str) -> None:
     # Which error it is depends on the system's resolver: some of these are no address to it.
-    async with MediaSource(MediaSettings()) as source:
+    async with MediaSource(MediaSettings(), LIMITS) as source:
         with pytest.raises((MediaForbiddenError, MediaFetchError, MediaReferenceError)):
-            await source.fetch(origin.url("/secret", host=host))
+            await source.fetch(origin.url("/secret", host=host), Scope())
     assert origin.connections == 0
 
 
@@ -162,7 +165,7 @@ class Names:
 async def test_a_public_name_that_leads_inside_is_refused(origin: Origin, refused: Refused) -> None:
     answers = [[each] for each in PRIVATE + NEVER] + [["8.8.8.8", "127.0.0.1"], ["::1", "1.1.1.1"]]
     names = Names(*answers)
-    async with MediaSource(MediaSettings(), resolver=names) as source:
+    async with MediaSource(MediaSettings(), LIMITS, resolver=names) as source:
         for _ in answers:
             await refused(source, origin.url("/secret", host="images.test"), MediaForbiddenError)
     assert len(names.asked) == len(answers)
@@ -172,8 +175,8 @@ async def test_a_public_name_that_leads_inside_is_refused(origin: Origin, refuse
 async def test_the_connection_goes_to_the_address_that_was_judged(origin: Origin) -> None:
     origin.routes["/a"] = Resource(BODY, {"Connection": "close"})
     names = Names(["127.0.0.1"])
-    async with MediaSource(MediaSettings(allow_private_addresses=True), resolver=names) as source:
-        assert await source.fetch(origin.url("/a", host="images.test")) == BODY
+    async with MediaSource(MediaSettings(allow_private_addresses=True), LIMITS, resolver=names) as source:
+        assert await source.fetch(origin.url("/a", host="images.test"), Scope()) == BODY
     assert names.asked == ["images.test"], "one look-up for one connection"
     assert origin.asked[0].headers["host"] == f"images.test:{origin.port}"
 
@@ -188,8 +191,8 @@ async def test_a_name_that_changes_between_connections_is_judged_again(
 
     origin.routes["/a"] = once
     names = Names(["127.0.0.1"], ["169.254.169.254"])
-    async with MediaSource(MediaSettings(allow_private_addresses=True), resolver=names) as source:
-        assert await source.fetch(origin.url("/a", host="images.test")) == BODY
+    async with MediaSource(MediaSettings(allow_private_addresses=True), LIMITS, resolver=names) as source:
+        assert await source.fetch(origin.url("/a", host="images.test"), Scope()) == BODY
         await origin.until_open(0)
         await refused(source, origin.url("/a", host="images.test"), MediaForbiddenError)
     assert origin.connections == 1
@@ -199,8 +202,8 @@ async def test_a_dead_address_does_not_hide_a_live_one(origin: Origin) -> None:
     origin.routes["/a"] = Resource(BODY)
     # 127.0.0.2 is loopback as well, but the origin listens on 127.0.0.1 alone.
     names = Names(["127.0.0.2", "127.0.0.1"])
-    async with MediaSource(MediaSettings(allow_private_addresses=True), resolver=names) as source:
-        assert await source.fetch(origin.url("/a", host="images.test")) == BODY
+    async with MediaSource(MediaSettings(allow_private_addresses=True), LIMITS, resolver=names) as source:
+        assert await source.fetch(origin.url("/a", host="images.test"), Scope()) == BODY
 
 
 async def test_a_resolver_that_hangs_is_given_up(refused: Refused) -> None:
@@ -208,13 +211,13 @@ async def test_a_resolver_that_hangs_is_given_up(refused: Refused) -> None:
         await asyncio.Event().wait()
         return []
 
-    settings = MediaSettings(http_connect_timeout=0.2)
-    async with asyncio.timeout(5), MediaSource(settings, resolver=hang) as source:
+    settings = MediaSettings(connect_timeout_s=0.2)
+    async with asyncio.timeout(5), MediaSource(settings, LIMITS, resolver=hang) as source:
         await refused(source, "http://images.test/secret", MediaFetchError)
 
 
 async def test_an_unknown_name(refused: Refused) -> None:
-    async with MediaSource(MediaSettings(), resolver=Names([])) as source:
+    async with MediaSource(MediaSettings(), LIMITS, resolver=Names([])) as source:
         await refused(source, "http://secret.invalid/", MediaFetchError)
 
 
@@ -226,8 +229,8 @@ async def test_proxies_and_credentials_of_the_environment_are_not_used(
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9/")
     origin.routes["/a"] = Resource(BODY)
-    async with MediaSource(MediaSettings(allow_private_addresses=True)) as source:
-        assert await source.fetch(origin.url("/a")) == BODY
+    async with MediaSource(MediaSettings(allow_private_addresses=True), LIMITS) as source:
+        assert await source.fetch(origin.url("/a"), Scope()) == BODY
     assert "authorization" not in origin.asked[0].headers
 
 
@@ -241,8 +244,8 @@ async def test_https_verifies_the_name_and_not_the_address(authority: trustme.CA
     async with serving(server_context(authority, "images.test")) as origin:
         origin.routes["/a"] = Resource(BODY)
         settings = MediaSettings(allow_private_addresses=True)
-        async with MediaSource(settings, resolver=Names(["127.0.0.1"])) as source:
-            assert await source.fetch(origin.url("/a", host="images.test", scheme="https")) == BODY
+        async with MediaSource(settings, LIMITS, resolver=Names(["127.0.0.1"])) as source:
+            assert await source.fetch(origin.url("/a", host="images.test", scheme="https"), Scope()) == BODY
             await refused(source, origin.url("/a", host="other.test", scheme="https"), MediaFetchError)
             await refused(source, origin.url("/a", host="127.0.0.1", scheme="https"), MediaFetchError)
     assert len(origin.asked) == 1
@@ -251,6 +254,6 @@ async def test_https_verifies_the_name_and_not_the_address(authority: trustme.CA
 async def test_https_trusts_nobody_else(refused: Refused) -> None:
     async with serving(server_context(trustme.CA(), "images.test")) as origin:
         settings = MediaSettings(allow_private_addresses=True)
-        async with MediaSource(settings, resolver=Names(["127.0.0.1"])) as source:
+        async with MediaSource(settings, LIMITS, resolver=Names(["127.0.0.1"])) as source:
             await refused(source, origin.url("/a", host="images.test", scheme="https"), MediaFetchError)
     assert origin.asked == []

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tools.tiny_models import make_tiny_model
 
 from tests.e2e.stack import STOP_TIMEOUT_S, wait_until
 from tests.mpi.jobs import END_TIMEOUT_S, START_TIMEOUT_S, Job, mpirun, runs
 from tests.mpi.scenarios import shared_mappings
+from tools.tiny_models import make_tiny_model
 
 SERVES = "PD worker ready"
 
@@ -49,7 +49,7 @@ def pd(folder: Path, model_dir: Path) -> list[str]:
         "--transfer-arena-mb": "8",
         "--multimodal-embedding-cache-capacity-gb": "0.03125",
     }
-    return ["-m", "trtllm_mm_cache.cli.main", "pd", *(part for option in options.items() for part in option)]
+    return ["-m", "trtllm_mm_cache.cli", "pd", *(part for option in options.items() for part in option)]
 
 
 def talk(folder: Path, model_dir: Path) -> list[str]:

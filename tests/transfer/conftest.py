@@ -19,9 +19,9 @@ ARENA_BYTES = 64 * MB
 
 async def until(condition: Callable[[], bool], *, deadline_s: float = 10.0) -> None:
     """Wait for `condition`, looking every 2 ms."""
-    give_up = time.monotonic() + deadline_s
+    end = time.monotonic() + deadline_s
     while not condition():
-        assert time.monotonic() < give_up, "the condition did not come true in time"
+        assert time.monotonic() < end, "the condition did not come true in time"
         await asyncio.sleep(0.002)
 
 
@@ -40,7 +40,7 @@ class PdSide:
         statistics = self.manager.statistics()
         assert (statistics.reservations, statistics.quarantined, statistics.forgotten) == (0, 0, 0)
         assert statistics.arena.used_bytes == statistics.current_bytes
-        assert self.reader.statistics().in_flight == 0
+        assert self.reader.in_flight == 0
         self.manager.check_integrity()
 
 

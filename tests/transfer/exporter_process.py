@@ -20,6 +20,8 @@ from tests.transfer.embedding import embedding
 from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.transfer import Exporter, TransferAgent
 
+COUNTERS = ("exported", "acked", "released", "timed_out", "unmatched", "held", "held_bytes")
+
 
 class ExporterProcess:
     """One arena, one NIXL agent, one exporter; `start_agent` replaces the latter two."""
@@ -44,13 +46,13 @@ class ExporterProcess:
         if self.agent is not None:
             await self.agent.close(deadline_s=0)
 
-    async def export(self, key: str, nbytes: int, reader_name: str | None = None) -> dict[str, Any]:
+    async def export(self, key: str, nbytes: int) -> dict[str, Any]:
         lease = self.manager.lease(key)
         if lease is None:
             assert self.manager.set(key, CachedEmbedding(embedding(key, nbytes)))
             lease = self.manager.lease(key)
         assert lease is not None
-        return dataclasses.asdict(await self.exporter.export(lease, reader_name=reader_name))
+        return dataclasses.asdict(await self.exporter.export(lease))
 
     async def advance_clock(self, seconds: float) -> dict[str, Any]:
         self.skew_s += seconds
@@ -61,9 +63,8 @@ class ExporterProcess:
 
     async def statistics(self) -> dict[str, Any]:
         manager = self.manager.statistics()
-        return dataclasses.asdict(self.exporter.statistics()) | {
-            "leased_bytes": manager.leased_bytes + manager.withdrawn_bytes
-        }
+        exports = {name: getattr(self.exporter, name) for name in COUNTERS}
+        return exports | {"leased_bytes": manager.leased_bytes + manager.withdrawn_bytes}
 
     async def clear(self) -> dict[str, Any]:
         return {"dropped": self.manager.clear()}

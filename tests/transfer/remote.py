@@ -26,7 +26,7 @@ class RemoteExporter:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.transfer.exporter_process", str(capacity_bytes)],
             cwd=REPOSITORY,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY / "src"), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -50,8 +50,8 @@ class RemoteExporter:
         self._process.stdin.flush()
         return await self._answer()
 
-    async def export(self, key: str, nbytes: int, *, reader_name: str | None = None) -> Export:
-        return Export(**await self.do("export", key=key, nbytes=nbytes, reader_name=reader_name))
+    async def export(self, key: str, nbytes: int) -> Export:
+        return Export(**await self.do("export", key=key, nbytes=nbytes))
 
     def freeze(self) -> None:
         """Stop the process and return when every thread of it stands still."""

@@ -16,10 +16,10 @@ import pytest
 
 from tests.transfer.conftest import PdSide
 from trtllm_mm_cache.errors import ConfigurationError, TransferError, TransferTimeoutError
-from trtllm_mm_cache.transfer import TransferAgent
+from trtllm_mm_cache.transfer import Export, TransferAgent
 from trtllm_mm_cache.transfer.environment import load_nixl, prepare_environment
 
-SOURCES = Path(__file__).parents[2] / "src"
+SOURCES = Path(__file__).parents[2]
 
 
 async def test_metadata_needs_a_region_and_is_final_once_read(pd_side: PdSide) -> None:
@@ -75,9 +75,8 @@ async def test_work_can_be_cancelled_until_it_starts_and_its_error_is_the_caller
 async def test_a_read_whose_deadline_passes_in_the_queue_is_never_begun(pd_side: PdSide) -> None:
     gate = threading.Event()
     blocker = pd_side.agent.call(lambda nixl: gate.wait(10))
-    read = pd_side.reader.begin(
-        pd_side.agent.metadata, remote_address=1, local_address=1, nbytes=1, token="t", deadline_s=0.01
-    )
+    export = Export("token", address=1, nbytes=1, checksum=0)
+    read = pd_side.reader.begin(pd_side.agent.metadata, export, 1, deadline_s=0.01)
     await asyncio.sleep(0.02)
     gate.set()
     await asyncio.wrap_future(blocker)
@@ -125,10 +124,6 @@ def test_the_flavour_follows_the_loaded_torch() -> None:
     assert (done.stdout, done.stderr) == ("nixl_cu12\nnixl_cu12\n", "")
 
 
-async def test_without_cuda_the_newest_flavour_is_taken(pd_side: PdSide) -> None:
-    assert pd_side.agent.library.module.__name__ == "nixl_cu13"
-
-
 def test_without_nixl_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("nixl_cu12", "nixl_cu13"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -139,7 +134,7 @@ def test_without_nixl_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
 def test_a_process_that_forgets_to_close_still_exits_in_order() -> None:
     done = run_python(
         "import asyncio",
-        "from trtllm_mm_cache.transfer import TransferAgent",
+        "from trtllm_mm_cache.transfer import Export, TransferAgent",
         "agent = asyncio.run(TransferAgent.start())",
         "def stay_in_nixl(nixl):",
         "    for _ in range(200):",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import dataclasses
 import gc
 import time
 
@@ -29,7 +30,7 @@ async def read(pd_side: PdSide, exporter: RemoteExporter, export: Export, *, dea
 async def begin_read(pd_side: PdSide, exporter: RemoteExporter, export: Export) -> asyncio.Task[None]:
     """Start a READ and return when NIXL has it."""
     task = asyncio.create_task(read(pd_side, exporter, export))
-    await until(lambda: pd_side.reader.statistics().in_flight == 1)
+    await until(lambda: pd_side.reader.in_flight == 1)
     return task
 
 
@@ -60,7 +61,7 @@ async def test_a_killed_exporter_is_lost_and_its_successor_serves_at_once(
             await read(pd_side, exporter, export)
     assert time.monotonic() - began < 5
     pd_side.assert_nothing_leaked()
-    assert pd_side.reader.statistics().peers == 0
+    assert pd_side.reader.peers == 0
 
     await read(pd_side, successor, await successor.export("b", NBYTES), deadline_s=2)
     pd_side.assert_nothing_leaked()
@@ -76,14 +77,14 @@ async def test_an_exporter_killed_in_the_middle_of_a_read_is_lost(
     exports = [await exporter.export(key, 16 * MB) for key in ("b", "c")]
     exporter.freeze()
     tasks = [asyncio.create_task(read(tcp_side, exporter, export)) for export in exports]
-    await until(lambda: tcp_side.reader.statistics().in_flight == 2)
+    await until(lambda: tcp_side.reader.in_flight == 2)
     exporter.kill()
     async with asyncio.timeout(10):
         for task in tasks:
             with pytest.raises(PeerLostError):
                 await task
     tcp_side.assert_nothing_leaked()
-    assert tcp_side.reader.statistics().peers == 0
+    assert tcp_side.reader.peers == 0
 
 
 async def test_a_frozen_exporter_costs_the_deadline_and_its_extent_until_it_wakes(
@@ -97,7 +98,7 @@ async def test_a_frozen_exporter_costs_the_deadline_and_its_extent_until_it_wake
     assert tcp_side.manager.statistics().quarantined_bytes == NBYTES
     with pytest.raises(ArenaFullError):
         tcp_side.reserve("c", NBYTES)
-    assert tcp_side.reader.statistics().unsettled == 1
+    assert tcp_side.reader.unsettled == 1
 
     # Nothing more is asked of it meanwhile: that would tie up another extent each time.
     began = time.monotonic()
@@ -143,29 +144,51 @@ async def test_cancelling_at_any_moment_leaks_nothing(pd_side: PdSide, exporter:
     pd_side.assert_nothing_leaked()
 
 
-async def test_a_read_outlives_the_removal_of_its_peer_and_so_does_the_quarantine(
+async def test_a_peer_that_nixl_forgot_in_the_middle_of_a_read_is_read_from_again(
     tcp_side: PdSide, tcp_exporter: RemoteExporter
 ) -> None:
-    """Why no peer is removed with a READ in flight: NIXL then says nothing more, but the bytes still come."""
+    """NIXL says nothing more of that READ, but its bytes still come: its extent is lost, the peer is not."""
     await read(tcp_side, tcp_exporter, await tcp_exporter.export("a", 1000))
     export = await tcp_exporter.export("b", NBYTES)
     tcp_exporter.freeze()
     reservation = tcp_side.reserve("b", NBYTES)
     address = reservation.address
     ctypes.memset(address, 0, NBYTES)
-    with pytest.raises(TransferTimeoutError):
-        await tcp_side.reader.read_into(reservation, tcp_exporter.peer, export, deadline_s=0.2)
-    await asyncio.wrap_future(
-        tcp_side.agent.call(lambda nixl: nixl.remove_remote_agent(tcp_exporter.peer.agent_name))
+    forgotten = asyncio.create_task(
+        tcp_side.reader.read_into(reservation, tcp_exporter.peer, export, deadline_s=20)
     )
-    tcp_exporter.thaw()
-    await until(lambda: ctypes.string_at(address + NBYTES - 4096, 4096) != bytes(4096))
-    assert tcp_side.manager.statistics().quarantined == 1
+    await until(lambda: tcp_side.reader.in_flight == 1)
+    await forget(tcp_side, tcp_exporter)
     with pytest.raises(PeerLostError):
-        await read(tcp_side, tcp_exporter, Export(export.token, export.address, 1000, 0))
+        await forgotten
+    tcp_exporter.thaw()
+
+    await read(tcp_side, tcp_exporter, await tcp_exporter.export("c", 1000))
+    await until(lambda: ctypes.string_at(address + NBYTES - 4096, 4096) != bytes(4096))
+    await read(tcp_side, tcp_exporter, await tcp_exporter.export("d", 1000))
+    assert tcp_side.manager.statistics().quarantined_bytes == NBYTES
+    assert (tcp_side.reader.in_flight, tcp_side.reader.unsettled, tcp_side.reader.peers) == (1, 1, 1)
 
     await tcp_side.agent.close(deadline_s=5)
-    assert tcp_side.manager.statistics().quarantined == 1
+    assert tcp_side.manager.statistics().quarantined_bytes == NBYTES
+
+
+async def test_a_peer_that_nixl_forgot_while_idle_costs_one_read(
+    pd_side: PdSide, exporter: RemoteExporter
+) -> None:
+    await read(pd_side, exporter, await exporter.export("a", 1000))
+    await forget(pd_side, exporter)
+    export = await exporter.export("b", 1000)
+    with pytest.raises(PeerLostError):
+        await read(pd_side, exporter, export)
+    await read(pd_side, exporter, export)
+    pd_side.assert_nothing_leaked()
+
+
+async def forget(pd_side: PdSide, exporter: RemoteExporter) -> None:
+    """Have NIXL forget the exporter behind the reader's back."""
+    removed = pd_side.agent.call(lambda nixl: nixl.remove_remote_agent(exporter.peer.agent_name))
+    await asyncio.wrap_future(removed)
 
 
 async def test_closing_leaves_a_read_in_flight_alone_and_harms_neither_side(
@@ -180,7 +203,7 @@ async def test_closing_leaves_a_read_in_flight_alone_and_harms_neither_side(
     task = asyncio.create_task(
         tcp_side.reader.read_into(reservation, tcp_exporter.peer, export, deadline_s=20)
     )
-    await until(lambda: tcp_side.reader.statistics().in_flight == 1)
+    await until(lambda: tcp_side.reader.in_flight == 1)
     began = time.monotonic()
     await tcp_side.agent.close(deadline_s=0.2)
     assert 0.2 <= time.monotonic() - began < 3
@@ -207,12 +230,12 @@ async def test_an_agent_that_nobody_refers_to_still_harms_no_exporter(
         agent = await TransferAgent.start()
         await agent.register(arena.base_address, NBYTES)
         reader = Reader(agent)
-        ranges = {"remote_address": export.address, "local_address": arena.base_address}
-        connected = reader.begin(tcp_exporter.peer, **ranges, nbytes=1000, token="a", deadline_s=10)
+        small = dataclasses.replace(export, nbytes=1000, token="a")
+        connected = reader.begin(tcp_exporter.peer, small, arena.base_address, deadline_s=10)
         await asyncio.wrap_future(connected.outcome)
         tcp_exporter.freeze()
-        reader.begin(tcp_exporter.peer, **ranges, nbytes=NBYTES, token=export.token, deadline_s=10)
-        await until(lambda: reader.statistics().in_flight == 1)
+        reader.begin(tcp_exporter.peer, export, arena.base_address, deadline_s=10)
+        await until(lambda: reader.in_flight == 1)
         await agent.close(deadline_s=0)
 
     await close_in_the_middle_of_a_read()

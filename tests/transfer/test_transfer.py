@@ -8,22 +8,26 @@ import dataclasses
 import random
 import secrets
 import time
+from collections.abc import AsyncIterator
 
 import pytest
 import torch
+import xxhash
 
-from tests.transfer.conftest import MB, PdSide, PdSideMaker
+from tests.transfer.conftest import MB, PdSide, PdSideMaker, until
 from tests.transfer.embedding import embedding
 from tests.transfer.remote import RemoteExporter
-from trtllm_mm_cache.cache.manager import Lease
+from trtllm_mm_cache.cache.entry import EmbeddingMetadata
+from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.errors import (
     ChecksumMismatchError,
     EmbeddingMismatchError,
+    InvalidEmbeddingError,
     PeerLostError,
     ProtocolMismatchError,
     TransferError,
 )
-from trtllm_mm_cache.transfer import Export, PeerMetadata
+from trtllm_mm_cache.transfer import Export, Exporter, PeerMetadata, TransferAgent
 
 
 async def read(pd_side: PdSide, exporter: RemoteExporter, key: str, export: Export) -> Lease:
@@ -46,9 +50,9 @@ async def test_bytes_of_every_size_arrive(
     for nbytes in (1, 4096, 1 * MB + 1, 10 * MB, 34 * MB):
         key = f"{nbytes} bytes"
         with await read(pd_side, exporter, key, await exporter.export(key, nbytes)) as lease:
-            assert torch.equal(lease.embedding.tensor.flatten(), embedding(key, nbytes))
-    assert pd_side.reader.statistics().reads == 5
-    assert pd_side.reader.statistics().read_bytes == 1 + 4096 + 1 * MB + 1 + 10 * MB + 34 * MB
+            assert torch.equal(lease.tensor.flatten(), embedding(key, nbytes))
+    assert pd_side.reader.completed == 5
+    assert pd_side.reader.completed_bytes == 1 + 4096 + 1 * MB + 1 + 10 * MB + 34 * MB
     pd_side.assert_nothing_leaked()
 
 
@@ -64,17 +68,6 @@ async def test_the_read_is_the_ack_that_releases_the_exporters_lease(
     assert (after["held"], after["leased_bytes"], after["timed_out"], after["unmatched"]) == (0, 0, 0, 0)
 
 
-async def test_only_the_named_reader_can_ack(pd_side: PdSide, exporter: RemoteExporter) -> None:
-    export = await exporter.export("a", 1000, reader_name="somebody-else")
-    (await read(pd_side, exporter, "a", export)).release()
-    await until_statistic(exporter, "unmatched", 1)
-    assert (await exporter.do("statistics"))["held"] == 1
-    mine = await exporter.export("a", 1000, reader_name=pd_side.agent.name)
-    (await read(pd_side, exporter, "b", mine)).release()
-    await until_acked(exporter, 1)
-    assert (await exporter.do("statistics"))["held"] == 1
-
-
 async def test_an_ack_of_an_unknown_or_longer_token_releases_nothing(
     pd_side: PdSide, exporter: RemoteExporter
 ) -> None:
@@ -85,7 +78,7 @@ async def test_an_ack_of_an_unknown_or_longer_token_releases_nothing(
     assert (await exporter.do("statistics"))["held"] == 1
 
 
-async def test_giving_up_an_export_releases_it_once(exporter: RemoteExporter) -> None:
+async def test_an_export_is_released_once(exporter: RemoteExporter) -> None:
     export = await exporter.export("a", 1000)
     assert (await exporter.do("release", token=export.token))["held"] is True
     assert (await exporter.do("release", token=export.token))["held"] is False
@@ -108,10 +101,96 @@ async def test_the_lease_times_out_by_the_clock_and_a_read_after_that_is_caught(
     assert other.address == late.address, "the second embedding was to overwrite the first one"
     with pytest.raises(ChecksumMismatchError):
         await read(pd_side, exporter, "a", late)
-    assert pd_side.reader.statistics().corrupt == 1
+    assert pd_side.reader.corrupt == 1
     assert "a" not in pd_side.manager
     pd_side.assert_nothing_leaked()
     (await read(pd_side, exporter, "b", other)).release()
+
+
+@dataclasses.dataclass
+class NearExporter:
+    """An encode worker's transfer side in this process, with an agent of its own."""
+
+    manager: MultimodalEmbeddingCacheManager
+    agent: TransferAgent
+    exporter: Exporter
+
+    def store(self, tensor: torch.Tensor, metadata: EmbeddingMetadata) -> Lease:
+        reservation = self.manager.reserve("a", tensor.nbytes, owner="test")
+        reservation.write(tensor)
+        return reservation.commit(dtype=tensor.dtype, shape=tuple(tensor.shape), metadata=metadata)
+
+
+@pytest.fixture
+async def near() -> AsyncIterator[NearExporter]:
+    manager = MultimodalEmbeddingCacheManager(1 * MB)
+    agent = await TransferAgent.start()
+    await agent.register(manager.arena.base_address, manager.arena.capacity_bytes)
+    yield NearExporter(manager, agent, Exporter(agent, lease_timeout_s=30))
+    await agent.close(deadline_s=0)
+    manager.close()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+async def test_values_that_are_not_finite_are_the_items_fault_and_not_the_transfers(
+    value: float, pd_side: PdSide, near: NearExporter
+) -> None:
+    lease = near.store(torch.tensor([[1.0, value]]), EmbeddingMetadata())
+    for finite_dtype in ("float32", None):
+        export = await near.exporter.export(lease.clone())
+        reservation = pd_side.reserve("a", 8)
+        reading = pd_side.reader.read_into(
+            reservation, near.agent.metadata, export, deadline_s=10, finite_dtype=finite_dtype
+        )
+        if finite_dtype is None:
+            await reading
+            reservation.abandon()
+            continue
+        with pytest.raises(InvalidEmbeddingError) as raised:
+            await reading
+        assert not isinstance(raised.value, TransferError)
+    assert (pd_side.reader.not_finite, pd_side.reader.corrupt, pd_side.reader.failed) == (1, 0, 0)
+    pd_side.assert_nothing_leaked()
+
+
+async def test_an_export_has_the_checksum_that_its_entry_was_committed_with(near: NearExporter) -> None:
+    for checksum, expected in ((7, 7), (None, xxhash.xxh3_64_intdigest(bytes(8)))):
+        lease = near.store(torch.zeros(1, 8, dtype=torch.uint8), EmbeddingMetadata(checksum=checksum))
+        export = await near.exporter.export(lease)
+        assert export.checksum == expected
+        assert near.exporter.release(export.token)
+        assert lease.released
+
+
+async def test_what_reader_and_exporter_report(pd_side: PdSide, near: NearExporter) -> None:
+    lease = near.store(torch.zeros(1, 8, dtype=torch.uint8), EmbeddingMetadata())
+    read_one, released, _ = [await near.exporter.export(lease.clone()) for _ in range(3)]
+    near.exporter.release(released.token)
+    reservation = pd_side.reserve("a", 8)
+    await pd_side.reader.read_into(reservation, near.agent.metadata, read_one, deadline_s=10)
+    reservation.abandon()
+    await until(lambda: near.exporter.acked == 1)
+    values = {
+        (sample.name.removeprefix("trtllm_mm_cache_"), *sample.labels.values()): sample.value
+        for part in (near.exporter, pd_side.reader)
+        for metric in part.collect()
+        for sample in metric.samples
+    }
+    assert values == {
+        ("exports_total", "read"): 1,
+        ("exports_total", "released"): 1,
+        ("exports_total", "timed_out"): 0,
+        ("exports_held",): 1,
+        ("exports_held_bytes",): 8,
+        ("reads_total", "done"): 1,
+        ("reads_total", "failed"): 0,
+        ("reads_total", "timed_out"): 0,
+        ("reads_total", "corrupt"): 0,
+        ("reads_total", "not_finite"): 0,
+        ("read_bytes_total",): 8,
+        ("reads_in_flight",): 0,
+        ("reads_unsettled",): 0,
+    }
 
 
 async def test_many_reads_at_once_from_several_tasks(pd_side: PdSide, exporter: RemoteExporter) -> None:
@@ -125,18 +204,18 @@ async def test_many_reads_at_once_from_several_tasks(pd_side: PdSide, exporter: 
     async def worker(share: list[tuple[str, Export]]) -> None:
         for key, export in share:
             with await read(pd_side, exporter, key, export) as lease:
-                assert torch.equal(lease.embedding.tensor.flatten(), embedding(key, export.nbytes))
+                assert torch.equal(lease.tensor.flatten(), embedding(key, export.nbytes))
 
     async with asyncio.timeout(30), asyncio.TaskGroup() as group:
         for index in range(8):
             group.create_task(worker(exports[index::8]))
-    assert pd_side.reader.statistics().reads == 200
-    assert pd_side.reader.statistics().peers == 1
+    assert pd_side.reader.completed == 200
+    assert pd_side.reader.peers == 1
     await until_acked(exporter, 200)
     pd_side.assert_nothing_leaked()
 
 
-async def test_a_reservation_of_another_size_is_refused_and_given_back(
+async def test_a_reservation_of_another_size_is_refused_and_abandoned(
     pd_side: PdSide, exporter: RemoteExporter
 ) -> None:
     export = await exporter.export("a", 1000)
@@ -203,7 +282,7 @@ async def test_peers_that_come_and_go_are_forgotten(
     for round_trip in range(4):
         key = f"round {round_trip}"
         (await read(pd_side, exporter, key, await exporter.export(key, 1000))).release()
-        assert pd_side.reader.statistics().peers == min(round_trip + 1, 2)
+        assert pd_side.reader.peers == min(round_trip + 1, 2)
         await exporter.start_agent()
     with pytest.raises(PeerLostError):
         await pd_side.reader.read_into(
@@ -217,6 +296,6 @@ async def until_acked(exporter: RemoteExporter, count: int) -> None:
 
 
 async def until_statistic(exporter: RemoteExporter, name: str, value: int) -> None:
-    give_up = time.monotonic() + 10
+    end = time.monotonic() + 10
     while (found := (await exporter.do("statistics"))[name]) != value:
-        assert time.monotonic() < give_up, f"{name} is {found} and not {value}"
+        assert time.monotonic() < end, f"{name} is {found} and not {value}"

@@ -6,18 +6,20 @@ import asyncio
 import logging
 from pathlib import Path
 
+from prometheus_client import CollectorRegistry
+
 from trtllm_mm_cache.cache.eviction.base import make_policy
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.encode.metrics import EncodeMetrics
-from trtllm_mm_cache.encode.server import EncodeWorker
+from trtllm_mm_cache.encode.pipeline import EncodePipeline
+from trtllm_mm_cache.encode.server import EncodeServer
 from trtllm_mm_cache.engines.registry import load_engine
-from trtllm_mm_cache.observability.exposition import Exposition
 from trtllm_mm_cache.observability.logs import configure_logging
+from trtllm_mm_cache.observability.metrics import Exposition
 from trtllm_mm_cache.observability.traces import configure_tracing
 from trtllm_mm_cache.runtime.connect import connect, drain_on_signals, endpoint_path
 from trtllm_mm_cache.runtime.control import Control, control_path
-from trtllm_mm_cache.runtime.ending import close_arena
-from trtllm_mm_cache.runtime.model_files import local_model_path
+from trtllm_mm_cache.runtime.model import local_model_path
 from trtllm_mm_cache.runtime.presence import serve_present
 from trtllm_mm_cache.settings import GB, EncodeSettings
 from trtllm_mm_cache.transfer import Exporter, TransferAgent
@@ -47,25 +49,27 @@ async def _serve(settings: EncodeSettings) -> None:
     manager = await asyncio.to_thread(MultimodalEmbeddingCacheManager, capacity, policy=policy)
     agent = await TransferAgent.start()
     await agent.register(manager.arena.base_address, manager.arena.capacity_bytes)
+    registry = CollectorRegistry()
     exporter = Exporter(agent, lease_timeout_s=settings.lease_timeout_s)
-    metrics = EncodeMetrics()
-    worker = EncodeWorker(encoder, manager, exporter, agent.metadata, settings, metrics)
+    registry.register(exporter)
+    pipeline = EncodePipeline(encoder, manager, settings, registry)
+    server = EncodeServer(pipeline, exporter, agent.metadata, EncodeMetrics(registry))
+    exposition = Exposition(registry, {"dynamo_component": "encode", "model": Path(model_path).name})
     endpoint = runtime.endpoint(endpoint_path(settings.endpoint))
-    labels = {"dynamo_component": "encode", "model": Path(model_path).name}
-    exposition = Exposition(worker.readings, labels, metrics.registry)
     endpoint.metrics.register_prometheus_expfmt_callback(exposition.render)
-    control = Control(worker.drop, exposition.render)
+    control = Control(server.drop, exposition.render)
     logger.info(
         "encode worker ready: arena %.2f GB, fingerprint %s…", capacity / GB, encoder.fingerprint[:12]
     )
     runtime.set_health_status(True)
     try:
         await asyncio.gather(
-            serve_present(endpoint, worker.handle, draining),
+            serve_present(endpoint, server.handle, draining),
             serve_present(runtime.endpoint(control_path(settings.endpoint)), control.handle, draining),
         )
     finally:
-        await worker.close()
+        await pipeline.close()
+        encoder.close()
         await agent.close(deadline_s=_CLOSE_DEADLINE_S)
-        close_arena(manager, "cache")
+        manager.close()
         logger.info("encode worker ended")

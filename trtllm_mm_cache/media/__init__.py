@@ -2,6 +2,5 @@
 
 from trtllm_mm_cache.media.image import ImageInfo, decode_image, probe_image
 from trtllm_mm_cache.media.source import MediaSource
-from trtllm_mm_cache.settings import MediaSettings
 
-__all__ = ["ImageInfo", "MediaSettings", "MediaSource", "decode_image", "probe_image"]
+__all__ = ["ImageInfo", "MediaSource", "decode_image", "probe_image"]

@@ -20,6 +20,7 @@ import httpx2
 from hishel import CacheOptions
 from hishel.httpx2 import AsyncCacheTransport
 
+from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.errors import (
     MediaFetchError,
     MediaForbiddenError,
@@ -28,7 +29,7 @@ from trtllm_mm_cache.errors import (
 )
 from trtllm_mm_cache.media.http_cache import MemoryStorage
 from trtllm_mm_cache.media.network import GuardedBackend, Resolver, SystemResolver
-from trtllm_mm_cache.settings import MediaSettings
+from trtllm_mm_cache.settings import MB, MediaSettings
 
 _MAX_URL_LENGTH = 8192
 _REDIRECTS = {301, 302, 303, 307, 308}
@@ -42,40 +43,46 @@ _HEADERS = {
 
 
 class HttpFetcher:
-    """Fetches http(s) URLs. Belongs to one event loop; `close` it there."""
+    """Fetches http(s) URLs, of at most `max_bytes` each. Belongs to one event loop; `close` it there."""
 
-    def __init__(self, settings: MediaSettings, resolver: Resolver | None = None) -> None:
+    def __init__(self, settings: MediaSettings, max_bytes: int, resolver: Resolver | None = None) -> None:
         self._settings = settings
+        self._max_bytes = max_bytes
         self._system_resolver = SystemResolver()
         backend = GuardedBackend(
             resolver or self._system_resolver, allow_private=settings.allow_private_addresses
         )
-        self._storage = MemoryStorage(settings.http_cache_bytes)
+        self._storage = MemoryStorage(int(settings.http_cache_mb * MB))
         self._nothing = MemoryStorage(0)
         self._forgettings = 0
         self._transport = AsyncCacheTransport(
-            _OriginTransport(settings, backend), storage=self._storage, rfc=CacheOptions(shared=False)
+            _OriginTransport(settings.max_fetches, max_bytes, backend),
+            storage=self._storage,
+            rfc=CacheOptions(shared=False),
         )
 
-    async def fetch(self, reference: str, tenant: str | None) -> bytes:
+    async def fetch(self, reference: str, scope: Scope) -> bytes:
         """Return the body that `reference` leads to: from the cache while it is fresh, else from the server.
 
-        Each tenant has cached responses of its own; None finds none and leaves none.
+        Each salt has cached responses of its own; a scope without `retain` finds none and leaves none.
         Raises `MediaReferenceError`, `MediaForbiddenError`, `MediaFetchError`, `MediaTooLargeError`.
         """
         url = _parse(reference)
-        seconds = self._settings.http_total_timeout
+        seconds = self._settings.media_timeout_s
         forgettings = self._forgettings
         try:
             async with asyncio.timeout(seconds):
-                return await self._follow(url, tenant)
-        except (TimeoutError, httpcore2.TimeoutException) as error:
-            raise MediaFetchError(f"the media server did not deliver within {seconds:g} seconds") from error
+                return await self._follow(url, scope)
+        except (TimeoutError, httpcore2.TimeoutException):
+            # Raised below: asyncio's error leads to the task that had the deadline, and the task, when it
+            # ends with an error, to that. As a cause it would keep what has arrived until the collector runs.
+            pass
         except (httpcore2.NetworkError, httpcore2.ProtocolError, httpx2.HTTPError) as error:
             raise MediaFetchError("the media server's answer broke off or was not valid HTTP") from error
         finally:
             if forgettings != self._forgettings:
                 self._storage.clear()  # what this fetch brought was on its way then
+        raise MediaFetchError(f"the media server did not deliver within {seconds:g} seconds")
 
     def forget(self) -> int:
         """Forget every cached response, arriving ones included; return how many there were."""
@@ -87,9 +94,9 @@ class HttpFetcher:
         await self._transport.aclose()
         self._system_resolver.close()
 
-    async def _follow(self, url: httpx2.URL, tenant: str | None) -> bytes:
-        for _ in range(self._settings.http_max_redirects + 1):
-            response = await self._transport.handle_async_request(self._request(url, tenant))
+    async def _follow(self, url: httpx2.URL, scope: Scope) -> bytes:
+        for _ in range(self._settings.max_redirects + 1):
+            response = await self._transport.handle_async_request(self._request(url, scope))
             try:
                 if response.status_code in _REDIRECTS:
                     url = _redirected(url, response)
@@ -98,13 +105,13 @@ class HttpFetcher:
             finally:
                 await response.aclose()
         raise MediaFetchError(
-            f"the URL is redirected more than {self._settings.http_max_redirects} times; send the final one"
+            f"the URL is redirected more than {self._settings.max_redirects} times; send the final one"
         )
 
-    def _request(self, url: httpx2.URL, tenant: str | None) -> httpx2.Request:
-        connect, total = self._settings.http_connect_timeout, self._settings.http_total_timeout
+    def _request(self, url: httpx2.URL, scope: Scope) -> httpx2.Request:
+        connect, total = self._settings.connect_timeout_s, self._settings.media_timeout_s
         timeouts = {"connect": connect, "read": total, "write": total, "pool": total}
-        caching = {"storage": self._nothing} if tenant is None else {"key": _cache_key(tenant, url)}
+        caching = {"key": _cache_key(scope.salt or "", url)} if scope.retain else {"storage": self._nothing}
         extensions = {"timeout": timeouts, "caching": caching}
         return httpx2.Request("GET", url, headers=_HEADERS, extensions=extensions)
 
@@ -113,11 +120,11 @@ class HttpFetcher:
             raise MediaFetchError(f"the media server answered with status {response.status_code}")
         declared = response.headers.get("content-length", "0")
         if declared.isdecimal():
-            _check_size(int(declared), self._settings.max_file_size_bytes)
+            _check_size(int(declared), self._max_bytes)
         body = bytearray()
         async for chunk in response.aiter_bytes():
             body += chunk
-            _check_size(len(body), self._settings.max_file_size_bytes)
+            _check_size(len(body), self._max_bytes)
             # A small coded chunk can decode into many large ones without a pause of its own.
             await asyncio.sleep(0)
         return bytes(body)
@@ -126,11 +133,11 @@ class HttpFetcher:
 class _OriginTransport(httpx2.AsyncBaseTransport):
     """httpx2's transport interface over an httpcore pool with our network backend."""
 
-    def __init__(self, settings: MediaSettings, backend: GuardedBackend) -> None:
-        self._max_bytes = settings.max_file_size_bytes
+    def __init__(self, max_connections: int, max_bytes: int, backend: GuardedBackend) -> None:
+        self._max_bytes = max_bytes
         self._pool = httpcore2.AsyncConnectionPool(
             ssl_context=httpx2.create_ssl_context(),
-            max_connections=settings.http_max_connections,
+            max_connections=max_connections,
             max_keepalive_connections=16,
             keepalive_expiry=30.0,
             network_backend=backend,
@@ -186,7 +193,7 @@ def _with_cache_policy(status: int, headers: httpx2.Headers) -> httpx2.Headers:
     - A missing or future Date becomes the time of receipt (RFC 9110, section 6.6.1), without which
       the response would never grow old.
 
-    Errors and redirects are not kept, because nobody reads their bodies to the end.
+    Errors and redirects are not kept, because their bodies are not read to the end.
     """
     if not _lies_in_the_past(headers.get("date", "")):
         headers["date"] = formatdate(usegmt=True)
@@ -200,9 +207,9 @@ def _with_cache_policy(status: int, headers: httpx2.Headers) -> httpx2.Headers:
     return headers
 
 
-def _cache_key(tenant: str, url: httpx2.URL) -> str:
-    """Return hishel's key for a response; the length before the tenant keeps two pairs from looking alike."""
-    return hashlib.sha256(f"{len(tenant)}:{tenant}{url}".encode()).hexdigest()
+def _cache_key(salt: str, url: httpx2.URL) -> str:
+    """Return hishel's key for a response; the length before the salt keeps two pairs from looking alike."""
+    return hashlib.sha256(f"{len(salt)}:{salt}{url}".encode()).hexdigest()
 
 
 def _lies_in_the_past(date: str) -> bool:

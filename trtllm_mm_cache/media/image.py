@@ -14,10 +14,10 @@ from typing import TypeVar
 import numpy as np
 from PIL import (
     BmpImagePlugin,
-    ExifTags,
     GifImagePlugin,
     Image,
     ImageFile,
+    ImageOps,
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
@@ -32,7 +32,7 @@ from trtllm_mm_cache.media.image_limits import (
     check_size,
     check_webp_canvas,
 )
-from trtllm_mm_cache.settings import ImageFormat, MediaSettings
+from trtllm_mm_cache.settings import ImageFormat, ImageLimits
 
 _PLUGINS: dict[ImageFormat, type[ImageFile.ImageFile]] = {
     "PNG": PngImagePlugin.PngImageFile,
@@ -52,17 +52,6 @@ _SIGNATURES: tuple[tuple[bytes, ImageFormat], ...] = (
     (b"II*\0", "TIFF"),
     (b"MM\0*", "TIFF"),
 )
-
-_UPRIGHT: dict[int, Image.Transpose] = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What makes an image of each EXIF orientation upright (EXIF 2.32, tag 0x0112)."""
 
 _TIFF_COMPRESSIONS = {
     "raw",
@@ -90,7 +79,7 @@ class ImageInfo:
     height: int
 
 
-def probe_image(data: bytes, settings: MediaSettings) -> ImageInfo:
+def probe_image(data: bytes, limits: ImageLimits) -> ImageInfo:
     """Read an image's header and check it against the limits, without decoding pixels.
 
     Blocking: microseconds for honest files, up to about half a second for hostile ones, so servers run
@@ -98,12 +87,12 @@ def probe_image(data: bytes, settings: MediaSettings) -> ImageInfo:
     formats, `MediaTooLargeError` beyond the pixel limits, `InvalidImageError` for a broken header.
     What lies behind the header can still be broken: only `decode_image` tells.
     """
-    image_format, image = _open(data, settings)
+    image_format, image = _open(data, limits)
     width, height = image.size
     return ImageInfo(format=image_format, width=width, height=height)
 
 
-def decode_image(data: bytes, settings: MediaSettings) -> Image.Image:
+def decode_image(data: bytes, limits: ImageLimits) -> Image.Image:
     """Decode an image completely, to upright 8-bit RGB without metadata.
 
     Pixel for pixel what Hugging Face's `transformers.image_utils.load_image` gives, so that a model
@@ -115,32 +104,32 @@ def decode_image(data: bytes, settings: MediaSettings) -> Image.Image:
     Blocking: run it in a thread; thread-safe. Takes up to 12 bytes a pixel while it runs. Raises what
     `probe_image` raises, and `InvalidImageError` for data that is broken or ends early.
     """
-    _, image = _open(data, settings)
+    _, image = _open(data, limits)
     return _guarded(lambda: _upright_rgb(image))
 
 
-def _open(data: bytes, settings: MediaSettings) -> tuple[ImageFormat, ImageFile.ImageFile]:
+def _open(data: bytes, limits: ImageLimits) -> tuple[ImageFormat, ImageFile.ImageFile]:
     """Return the format and the image with its header read, its file ready for the pixels."""
     if not data:
         raise InvalidImageError("the image is empty")
-    if len(data) > settings.max_file_size_bytes:
+    if len(data) > limits.max_file_bytes:
         raise MediaTooLargeError(
-            f"the image has {len(data)} bytes, more than the limit of {settings.max_file_size_bytes}; "
+            f"the image has {len(data)} bytes, more than the limit of {limits.max_file_bytes}; "
             "use a smaller one"
         )
     image_format = _format_of(data)
-    if image_format is None or image_format not in settings.image_formats:
-        accepted = ", ".join(sorted(settings.image_formats))
+    if image_format is None or image_format not in limits.formats:
+        accepted = ", ".join(sorted(limits.formats))
         raise UnsupportedMediaError(f"the media is not an image in an accepted format ({accepted})")
     if image_format == "WEBP":
-        check_webp_canvas(data, settings)
+        check_webp_canvas(data, limits)
     elif image_format == "JPEG":
         check_jpeg_scans(data)
     elif image_format == "PNG":
         check_png_profiles(data)
     file = BudgetedBytes(data, whole=image_format == "WEBP")
     image = _guarded(lambda: _PLUGINS[image_format](file))
-    check_size(image.size, settings)
+    check_size(image.size, limits)
     if image_format == "TIFF" and image.info.get("compression") not in _TIFF_COMPRESSIONS:
         raise UnsupportedMediaError("the TIFF's compression is not accepted; use LZW or deflate")
     file.allow_pixels()
@@ -158,12 +147,12 @@ def _format_of(data: bytes) -> ImageFormat | None:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    if turn is not None:
-        image = image.transpose(turn)
-    # What is left of the metadata would only mislead: an orientation that is applied already, a
-    # transparent colour that the result does not have.
+    image.getexif()  # the image keeps what it reads here, also when its metadata goes
+    # Metadata would only mislead from here on: an orientation that is applied already, a transparent
+    # colour that the result does not have. And `exif_transpose` would write what there is of it anew
+    # without the orientation: gigabytes, where thousands of tags claim the same megabyte.
     image.info.clear()
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")

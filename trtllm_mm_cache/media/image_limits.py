@@ -4,7 +4,7 @@ Pixels are only one way to be expensive. Each limit here stands for a file that 
 against Pillow 13: parsers that loop in Python over millions of empty chunks or run quadratically over
 metadata (seconds to minutes for a 50 MB file), a colour profile of a kilobyte that inflates to a
 megabyte and stands in the file thousands of times, a progressive JPEG whose every 119 bytes make
-libjpeg walk over the whole picture once more (hours).
+libjpeg walk over the whole image once more (hours).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import warnings
 
 from trtllm_mm_cache.errors import InvalidImageError, MediaTooLargeError
-from trtllm_mm_cache.settings import MediaSettings
+from trtllm_mm_cache.settings import ImageLimits
 
 # Pillow warns once for each broken tag, in words that differ; Python remembers every one of them. A
 # file of broken tags would fill the log and, over time, the memory. What matters comes as an exception.
@@ -65,34 +65,34 @@ class BudgetedBytes(io.BytesIO):
         return piece
 
 
-def check_size(size: tuple[int, int], settings: MediaSettings) -> None:
+def check_size(size: tuple[int, int], limits: ImageLimits) -> None:
     """Raise `InvalidImageError` for an image without pixels, `MediaTooLargeError` for one with too many."""
     width, height = size
     if width < 1 or height < 1:
         raise InvalidImageError("the image has no pixels")
-    if max(width, height) > settings.max_image_side:
+    if max(width, height) > limits.max_side:
         raise MediaTooLargeError(
             f"the image is {width}x{height} pixels, a side longer than the limit of "
-            f"{settings.max_image_side}; scale it down"
+            f"{limits.max_side}; scale it down"
         )
-    if max(width, height) > settings.max_image_aspect_ratio * min(width, height):
+    if max(width, height) > limits.max_aspect_ratio * min(width, height):
         raise MediaTooLargeError(
-            f"the image is {width}x{height} pixels, one side more than {settings.max_image_aspect_ratio:g} "
+            f"the image is {width}x{height} pixels, one side more than {limits.max_aspect_ratio:g} "
             "times the other; crop it"
         )
-    if width * height > settings.max_image_pixels:
+    if width * height > limits.max_pixels:
         raise MediaTooLargeError(
             f"the image is {width}x{height} pixels, more than the limit of "
-            f"{settings.max_image_pixels} in all; scale it down"
+            f"{limits.max_pixels} in all; scale it down"
         )
 
 
-def check_webp_canvas(data: bytes, settings: MediaSettings) -> None:
+def check_webp_canvas(data: bytes, limits: ImageLimits) -> None:
     """Check an extended WebP's canvas: its decoder allocates the canvas as soon as it is opened."""
     if data[12:16] == b"VP8X" and len(data) >= 30:
         width = int.from_bytes(data[24:27], "little") + 1
         height = int.from_bytes(data[27:30], "little") + 1
-        check_size((width, height), settings)
+        check_size((width, height), limits)
 
 
 def check_jpeg_scans(data: bytes) -> None:

@@ -8,50 +8,54 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
+from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.errors import MediaFetchError, MediaReferenceError, MediaTooLargeError
 from trtllm_mm_cache.media.data_url import decode_data_url
 from trtllm_mm_cache.media.file import read_file_url
 from trtllm_mm_cache.media.http import HttpFetcher
 from trtllm_mm_cache.media.network import Resolver
-from trtllm_mm_cache.settings import MediaSettings
+from trtllm_mm_cache.settings import ImageLimits, MediaSettings
 
 _INLINE_CHARACTERS = 128 * 1024
 """Up to this length a data: URL is decoded on the event loop: quicker than a thread's round trip."""
 
 _FILE_TIMEOUT = 30.0
-"""Seconds after which a waiter gives up on a file system that does not answer."""
+"""Seconds that a fetch waits for a file system that does not answer."""
 
 
 class MediaSource:
-    """Turns data:, http(s): and file: references into bytes, within the limits of `MediaSettings`.
+    """Turns data:, http(s): and file: references into bytes, within the limits it is given.
 
     Belongs to one event loop. Any number of fetches may run at a time; cancelling one leaves
     nothing behind but, for a file or a DNS look-up, a thread that ends on its own.
     `resolver` replaces the system's name resolution; its addresses are judged all the same.
     """
 
-    def __init__(self, settings: MediaSettings, *, resolver: Resolver | None = None) -> None:
-        self._settings = settings
-        self._http = HttpFetcher(settings, resolver)
+    def __init__(
+        self, settings: MediaSettings, limits: ImageLimits, *, resolver: Resolver | None = None
+    ) -> None:
+        self._allowed_folder = settings.allowed_local_media_path
+        self._max_bytes = limits.max_file_bytes
+        self._http = HttpFetcher(settings, self._max_bytes, resolver)
         # Apart from each other: a file system that hangs must not hold up data: URLs.
         self._decoders = ThreadPoolExecutor(max_workers=4, thread_name_prefix="media-data")
         self._readers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="media-file")
         self._closed = False
 
-    async def fetch(self, reference: str, *, tenant: str | None = "") -> bytes:
+    async def fetch(self, reference: str, scope: Scope) -> bytes:
         """Return the bytes that `reference` stands for, unchanged and not yet looked into.
 
-        What a `tenant` fetched over HTTP is reused for that tenant alone: a URL that answers at once would
-        tell the others that it was asked for. With None nothing is reused or kept.
+        What is fetched over HTTP for one salt is reused for that salt alone: a URL that answers at once would
+        tell the others that it was asked for. For a scope without `retain` nothing is reused or kept.
         Raises `MediaReferenceError` where it cannot be parsed or has another scheme,
         `MediaForbiddenError` where this server does not go, `MediaFetchError` where nothing usable
-        came back in time, `MediaTooLargeError` beyond `max_file_size_bytes`. No message repeats the
+        came back in time, `MediaTooLargeError` beyond the limit on a file's bytes. No message repeats the
         reference or where it led.
         """
         if self._closed:
             raise MediaFetchError("the server is shutting down")
         scheme = reference[:8].partition(":")[0].lower()
-        limit = self._settings.max_file_size_bytes
+        limit = self._max_bytes
         if scheme == "data":
             # Nothing decodes from more than three characters a byte; longer is refused unread.
             if len(reference) > 4 * limit + 4096:
@@ -60,14 +64,15 @@ class MediaSource:
                 return decode_data_url(reference, limit)
             return await _run_in(self._decoders, lambda: decode_data_url(reference, limit))
         if scheme in {"http", "https"}:
-            return await self._http.fetch(reference, tenant)
+            return await self._http.fetch(reference, scope)
         if scheme == "file":
-            folder = self._settings.allowed_local_media_path
+            folder = self._allowed_folder
             try:
                 async with asyncio.timeout(_FILE_TIMEOUT):
                     return await _run_in(self._readers, lambda: read_file_url(reference, folder, limit))
-            except TimeoutError as error:
-                raise MediaFetchError("the file could not be read in time") from error
+            except TimeoutError:
+                pass  # raised below, without it as its context: see `HttpFetcher.fetch`
+            raise MediaFetchError("the file could not be read in time")
         raise MediaReferenceError("the media reference is none of data:, http:, https: and file: URLs")
 
     def forget(self) -> int:

@@ -1,4 +1,4 @@
-"""Step 2 for one image: from its reference to bytes whose size and format are checked."""
+"""Step 2 for one item: from its reference to bytes whose size and format are checked."""
 
 from __future__ import annotations
 
@@ -6,49 +6,51 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 
+from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.errors import OverloadedError
-from trtllm_mm_cache.media import ImageInfo, MediaSettings, MediaSource, probe_image
+from trtllm_mm_cache.media import ImageInfo, MediaSource, probe_image
 from trtllm_mm_cache.pd.metrics import PdMetrics, scheme_of
+from trtllm_mm_cache.settings import PdSettings
 
 OFF_LOOP_BYTES = 64 * 1024
 """Media of more than this is read and hashed in a thread."""
 
 
 class MediaFetcher:
-    """Fetches images for one PD worker. For use from one event loop.
+    """Fetches media for one PD worker. For use from one event loop.
 
-    At most `max_fetches` images are fetched over HTTP at a time; further ones wait for their turn, at most
-    `wait_s` seconds, and are then refused with an `OverloadedError`.
+    A bounded number of references is fetched over HTTP at a time; further ones wait for their turn, at most
+    the media timeout, and are then refused with an `OverloadedError`.
     """
 
-    def __init__(
-        self,
-        source: MediaSource,
-        settings: MediaSettings,
-        *,
-        max_fetches: int,
-        wait_s: float,
-        metrics: PdMetrics,
-    ) -> None:
-        self._source = source
-        self._settings = settings
-        self._turns = asyncio.Semaphore(max_fetches)
-        self._wait_s = wait_s
+    def __init__(self, settings: PdSettings, metrics: PdMetrics) -> None:
+        self._source = MediaSource(settings.media, settings.images)
+        self._limits = settings.images
+        self._turns = asyncio.Semaphore(settings.media.max_fetches)
+        self._wait_s = settings.media.media_timeout_s
         self._metrics = metrics
 
-    async def fetch(self, reference: str, *, tenant: str | None) -> tuple[bytes, ImageInfo]:
+    async def fetch(self, reference: str, scope: Scope) -> tuple[bytes, ImageInfo]:
         """Return the bytes of the image and what its header says. Raises `RequestError`, `OverloadedError`.
 
-        `tenant` is who may be given the same file again without another fetch; None: nobody.
+        What was fetched in a `scope` is used again in that scope alone.
         """
         scheme = scheme_of(reference)
         with self._metrics.fetch.labels(scheme=scheme).time():
             async with self._turn() if scheme in ("http", "https") else nullcontext():
-                media = await self._source.fetch(reference, tenant=tenant)
+                media = await self._source.fetch(reference, scope)
             # A header of megabytes (metadata) can take long to read; that of a small file cannot.
             if len(media) > OFF_LOOP_BYTES:
-                return media, await asyncio.to_thread(probe_image, media, self._settings)
-            return media, probe_image(media, self._settings)
+                return media, await asyncio.to_thread(probe_image, media, self._limits)
+            return media, probe_image(media, self._limits)
+
+    def forget(self) -> int:
+        """Forget every file that was fetched over HTTP; return how many were kept."""
+        return self._source.forget()
+
+    async def close(self) -> None:
+        """Close connections."""
+        await self._source.close()
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:

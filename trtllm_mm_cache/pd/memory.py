@@ -3,43 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 from trtllm_mm_cache.cache.eviction.base import make_policy
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.what_if import WhatIf
-from trtllm_mm_cache.runtime.ending import close_arena
 from trtllm_mm_cache.settings import GB, MB, PdSettings
 from trtllm_mm_cache.transfer import Reader, TransferAgent
 
 _CLOSE_DEADLINE_S = 5.0
 
 
+@dataclass(frozen=True)
 class PdMemory:
-    """The PD worker's memory: the cache, the transit arena, and the NIXL reader that fills both.
+    """The cache, the transit arena, and the NIXL reader that fills both.
 
     With capacity 0 there is one arena only, it retains nothing, and `what_if` is None.
     """
 
-    def __init__(
-        self,
-        cache: MultimodalEmbeddingCacheManager,
-        transit: MultimodalEmbeddingCacheManager,
-        agent: TransferAgent,
-        reader: Reader,
-        what_if: WhatIf | None,
-    ) -> None:
-        self.cache = cache
-        self.transit = transit
-        self.reader = reader
-        self.what_if = what_if
-        self._agent = agent
+    cache: MultimodalEmbeddingCacheManager
+    transit: MultimodalEmbeddingCacheManager
+    what_if: WhatIf | None
+    agent: TransferAgent
+    reader: Reader
 
     @classmethod
     async def create(cls, settings: PdSettings) -> PdMemory:
         """Commit the memory and register it with NIXL. Raises `SharedMemoryError` when it does not fit."""
         capacity = int(settings.multimodal_embedding_cache_capacity_gb * GB)
+        transit_bytes = int(settings.transfer_arena_mb * MB)
         transit = await asyncio.to_thread(
-            MultimodalEmbeddingCacheManager, 0, transfer_bytes=int(settings.transfer_arena_mb * MB)
+            MultimodalEmbeddingCacheManager, 0, transfer_bytes=transit_bytes, name="transit"
         )
         cache, what_if = transit, None
         if capacity > 0:
@@ -49,11 +43,15 @@ class PdMemory:
         agent = await TransferAgent.start()
         for manager in {cache, transit}:
             await agent.register(manager.arena.base_address, manager.arena.capacity_bytes)
-        return cls(cache, transit, agent, Reader(agent), what_if)
+        return cls(cache, transit, what_if, agent, Reader(agent))
+
+    @property
+    def arenas(self) -> dict[str, MultimodalEmbeddingCacheManager]:
+        """The managers by the name of their arena, the cache first."""
+        return {manager.name: manager for manager in (self.cache, self.transit)}
 
     async def close(self) -> None:
         """Close NIXL first, so that nothing is written into memory that is about to go."""
-        await self._agent.close(deadline_s=_CLOSE_DEADLINE_S)
-        close_arena(self.cache, "cache")
-        if self.transit is not self.cache:
-            close_arena(self.transit, "transit arena")
+        await self.agent.close(deadline_s=_CLOSE_DEADLINE_S)
+        for manager in self.arenas.values():
+            manager.close()

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from functools import partial
 from pathlib import Path
 
-from dynamo.llm import ModelInput, ModelType, WorkerType, register_model
-from dynamo.runtime import DistributedRuntime
-
+from trtllm_mm_cache.engines.base import Generator
 from trtllm_mm_cache.engines.ranks import place_in_job
 from trtllm_mm_cache.engines.registry import load_engine
-from trtllm_mm_cache.observability.exposition import Exposition
+from trtllm_mm_cache.observability.cache_metrics import CacheCollector, WhatIfCollector
 from trtllm_mm_cache.observability.logs import configure_logging
+from trtllm_mm_cache.observability.metrics import Exposition
 from trtllm_mm_cache.observability.traces import configure_tracing
 from trtllm_mm_cache.pd.answer import PdWorker
-from trtllm_mm_cache.pd.assembly import give_up, make_resolver
 from trtllm_mm_cache.pd.memory import PdMemory
 from trtllm_mm_cache.pd.metrics import PdMetrics
-from trtllm_mm_cache.pd.pd_readings import pd_readings
-from trtllm_mm_cache.runtime.connect import connect, drain_on_signals, endpoint_path
+from trtllm_mm_cache.pd.resolve import ItemResolver
+from trtllm_mm_cache.runtime.connect import DistributedRuntime, connect, drain_on_signals, endpoint_path
 from trtllm_mm_cache.runtime.control import Control, control_path
 from trtllm_mm_cache.runtime.encode_client import EncodeClient
-from trtllm_mm_cache.runtime.model_files import local_model_path
+from trtllm_mm_cache.runtime.model import local_model_path, offer_model
 from trtllm_mm_cache.runtime.presence import serve_present
 from trtllm_mm_cache.settings import PdSettings
+from trtllm_mm_cache.tiers.chain import TierChain
+from trtllm_mm_cache.tiers.encode_remote import EncodeTier, EncodeWorkers
+from trtllm_mm_cache.tiers.receive import Receiver
 
 logger = logging.getLogger(__name__)
 
@@ -67,19 +67,33 @@ async def _serve_model(
     generator = await asyncio.to_thread(engine.load_generator, Path(model_path), settings.extra_engine_args)
     client = await runtime.endpoint(endpoint_path(settings.encode_endpoint)).client()
     metrics = PdMetrics()
-    encode_client = EncodeClient(client, unwanted=partial(give_up, memory.reader))
-    resolver = make_resolver(settings, memory, encode_client, generator, metrics)
+    resolver = make_resolver(settings, memory, EncodeClient(client), generator, metrics)
     worker = PdWorker(generator, resolver, metrics, settings)
-    exposition = Exposition(
-        partial(pd_readings, memory, resolver, encode_client, worker),
-        {"dynamo_component": "pd", "model": settings.model_name},
-        metrics.registry,
-    )
-    control = Control(resolver.drop, exposition.render)
+    exposition = Exposition(metrics.registry, {"dynamo_component": "pd", "model": settings.model_name})
+    control = Control(worker.drop, exposition.render)
     try:
         await _serve_endpoints(runtime, draining, worker, exposition, control, model_path, settings)
     finally:
         await worker.close()
+
+
+def make_resolver(
+    settings: PdSettings,
+    memory: PdMemory,
+    encode_workers: EncodeWorkers,
+    generator: Generator,
+    metrics: PdMetrics,
+) -> ItemResolver:
+    """Put the parts of the items' way together; each registers its metrics in `metrics`."""
+    registry = metrics.registry
+    registry.register(CacheCollector(memory.arenas))
+    registry.register(memory.reader)
+    if memory.what_if is not None:
+        registry.register(WhatIfCollector(memory.what_if))
+    receiver = Receiver(memory.cache, memory.transit, memory.what_if, generator.check_embedding, registry)
+    encoders = EncodeTier(encode_workers, memory.reader, generator.fingerprint, settings, registry)
+    tiers = TierChain([encoders], receiver)
+    return ItemResolver(memory.cache, memory.what_if, tiers, generator.fingerprint, settings, metrics)
 
 
 async def _serve_endpoints(
@@ -94,22 +108,11 @@ async def _serve_endpoints(
     endpoint = runtime.endpoint(endpoint_path(settings.endpoint))
     endpoint.metrics.register_prometheus_expfmt_callback(exposition.render)
 
-    async def offer_model() -> None:
-        # The encode worker is never among the model's `needs`: without it text and cached images go on.
-        await register_model(
-            ModelInput.Tokens,
-            ModelType.Chat | ModelType.Completions,
-            endpoint,
-            model_path,
-            settings.model_name,
-            worker_type=WorkerType.Aggregated,
-        )
-
     async def offer_again() -> None:
-        await offer_model()
+        await offer_model(endpoint, model_path, settings.model_name)
         await endpoint.register_endpoint_instance()
 
-    await offer_model()
+    await offer_model(endpoint, model_path, settings.model_name)
     logger.info(
         "PD worker ready: model %s, cache %.2f GB",
         settings.model_name,

@@ -7,11 +7,12 @@ served, or a value of another type, is an `InvalidRequestError` that names the f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
+from trtllm_mm_cache.cache.key import Kind
 from trtllm_mm_cache.engines.base import GenerationRequest, SamplingParams
 from trtllm_mm_cache.errors import InvalidRequestError
 from trtllm_mm_cache.runtime.json_bounds import PROCESSOR_KWARGS
@@ -76,11 +77,19 @@ class _Request(_Lenient):
 
 
 @dataclass(frozen=True)
+class Reference:
+    """One media part of a request: what it is, and where its bytes come from."""
+
+    kind: Kind
+    url: str = field(repr=False)
+
+
+@dataclass(frozen=True)
 class PdRequest:
-    """One request: what to generate, and the images it is about, in prompt order."""
+    """One request: what to generate, and the items it is about, in prompt order."""
 
     generation: GenerationRequest
-    references: tuple[str, ...]
+    references: tuple[Reference, ...]
     processor_kwargs: Mapping[str, Any]
 
 
@@ -92,7 +101,7 @@ def parse_request(payload: Any, request_id: str, *, max_images: int) -> PdReques
         problem = error.errors()[0]
         field = ".".join(str(part) for part in problem["loc"])[:80] or "request"
         raise InvalidRequestError(f"{field}: {problem['msg']}") from None
-    references = _image_references(request.multi_modal_data or {}, max_images)
+    references = _references(request.multi_modal_data or {}, max_images)
     extra = request.extra_args or {}
     prompt_text = extra.get("formatted_prompt")
     if not isinstance(prompt_text, str | None):
@@ -137,7 +146,7 @@ def _salt(routing: Mapping[str, Any], nvext: Any) -> str | None:
     return salt
 
 
-def _image_references(media: Mapping[str, list[dict[str, Any]]], max_images: int) -> tuple[str, ...]:
+def _references(media: Mapping[str, list[dict[str, Any]]], max_images: int) -> tuple[Reference, ...]:
     for kind, parts in media.items():
         if kind != "image_url" and parts:
             raise InvalidRequestError(f"{kind[:80]}: only images are served")
@@ -153,7 +162,7 @@ def _image_references(media: Mapping[str, list[dict[str, Any]]], max_images: int
             raise InvalidRequestError(
                 "images must arrive as URLs; switch the frontend's own media decoding off", item_index=index
             )
-        references.append(url)
+        references.append(Reference("image", url))
     return tuple(references)
 
 

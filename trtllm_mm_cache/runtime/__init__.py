@@ -1,4 +1,6 @@
-"""The processes: `frontend`, `encode` and `pd`, over Dynamo's runtime.
+"""Dynamo's runtime: the only place that imports `dynamo`.
 
-`resolver` tells the way of a request's images from reference to leased view; read it first.
+`connect` joins a deployment, `presence` keeps a worker in discovery, `messages` is what workers say to each
+other, `streaming` how an answer outlives its handler, `faults` how an error reaches Dynamo's frontend,
+`control` and `control_client` what operators ask of workers.
 """

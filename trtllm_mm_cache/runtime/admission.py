@@ -2,50 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 from trtllm_mm_cache.errors import MmCacheError
+from trtllm_mm_cache.observability.metrics import counter, gauge
 
 
-@dataclass(frozen=True)
-class AdmissionStatistics:
-    """A snapshot: `items` and `nbytes` are under way now, `refused` counts since start."""
-
-    items: int
-    nbytes: int
-    refused: int
-
-
-class Admission:
+class Admission(Collector):
     """Admits at most `max_items` items of at most `max_bytes` bytes together. For use from one event loop.
 
     An item of more than `max_bytes` is admitted when it is the only one. Who is refused gets the error
-    that `refusal` makes; nobody waits.
+    that `refusal` makes; none waits. `what` is admitted: requests, or images by their bytes.
+
+    `items` and `nbytes` are under way now, `refused` counts since the start.
     """
 
-    def __init__(self, *, max_items: int, max_bytes: int, refusal: Callable[[], MmCacheError]) -> None:
+    def __init__(
+        self,
+        *,
+        max_items: int,
+        max_bytes: int,
+        refusal: Callable[[], MmCacheError],
+        what: Literal["request", "image"] = "image",
+    ) -> None:
         self._max_items = max_items
         self._max_bytes = max_bytes
         self._refusal = refusal
-        self._items = self._nbytes = self._refused = 0
+        self._what = what
+        self.items = self.nbytes = self.refused = 0
 
     @contextmanager
     def admitted(self, nbytes: int = 0) -> Iterator[None]:
         """Count an item of `nbytes` bytes while the context lasts. Raises the refusal on entry."""
-        full = self._items >= self._max_items
-        if full or (self._items > 0 and self._nbytes + nbytes > self._max_bytes):
-            self._refused += 1
+        full = self.items >= self._max_items
+        if full or (self.items > 0 and self.nbytes + nbytes > self._max_bytes):
+            self.refused += 1
             raise self._refusal()
-        self._items += 1
-        self._nbytes += nbytes
+        self.items += 1
+        self.nbytes += nbytes
         try:
             yield
         finally:
-            self._items -= 1
-            self._nbytes -= nbytes
+            self.items -= 1
+            self.nbytes -= nbytes
 
-    def statistics(self) -> AdmissionStatistics:
-        """Return a snapshot."""
-        return AdmissionStatistics(self._items, self._nbytes, self._refused)
+    def collect(self) -> Iterable[Metric]:
+        """Yield what was refused, and for images the bytes that wait."""
+        if self._what == "image":
+            yield gauge("waiting_image_bytes", "Bytes of images without an embedding yet.", self.nbytes)
+        yield counter("refused", "Refused: too much under way.", self.refused, what=self._what)

@@ -6,13 +6,13 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncGenerator, Awaitable
-from typing import Any, TypeVar
 
-from dynamo.runtime import Context, DistributedRuntime
+from dynamo.runtime import DistributedRuntime
 
 from trtllm_mm_cache.errors import ConfigurationError
-from trtllm_mm_cache.settings import MB, RuntimeSettings
+from trtllm_mm_cache.settings import MB, DiscoverySettings
+
+__all__ = ["DistributedRuntime", "connect", "drain_on_signals", "endpoint_path"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +27,8 @@ _LISTEN_ADDRESSES = (
     "DYN_SYSTEM_HOST",
 )
 
-T = TypeVar("T")
 
-
-def connect(settings: RuntimeSettings) -> DistributedRuntime:
+def connect(settings: DiscoverySettings) -> DistributedRuntime:
     """Join the deployment. Call once per process, from its event loop.
 
     Dynamo reads limits and addresses from the environment; what the operator set there stays. With
@@ -49,8 +47,8 @@ def connect(settings: RuntimeSettings) -> DistributedRuntime:
         return DistributedRuntime(
             asyncio.get_running_loop(),
             settings.discovery_backend,
-            settings.request_plane,
-            event_plane=settings.event_plane,
+            os.environ.get("DYN_REQUEST_PLANE", "tcp"),
+            event_plane=os.environ.get("DYN_EVENT_PLANE", "zmq"),
         )
     except Exception as error:  # Dynamo raises bare exceptions
         raise ConfigurationError(
@@ -84,52 +82,3 @@ def drain_on_signals(runtime: DistributedRuntime) -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         loop.add_signal_handler(number, drain, number.name)
     return draining
-
-
-class RequestStoppedError(Exception):
-    """The client is gone or has cancelled; nobody reads the answer."""
-
-
-async def until_stopped(context: Context, work: Awaitable[T]) -> T:
-    """Await `work`, but no longer than somebody wants the answer.
-
-    Raises `RequestStoppedError` when the request's context is stopped or killed first; `work` is
-    then cancelled and has ended when this returns.
-    """
-    stopped = asyncio.ensure_future(context.async_killed_or_stopped())
-    try:
-        return await _first(asyncio.ensure_future(work), stopped)
-    finally:
-        stopped.cancel()
-
-
-async def stream_until_stopped(context: Context, stream: AsyncGenerator[T]) -> AsyncGenerator[T]:
-    """Yield what `stream` yields, but no longer than somebody wants the answer.
-
-    Raises `RequestStoppedError` at the moment the request is stopped, also while the next item is
-    awaited. `stream` is closed when this ends, however it ends.
-    """
-    stopped = asyncio.ensure_future(context.async_killed_or_stopped())
-    try:
-        while True:
-            try:
-                item = await _first(asyncio.ensure_future(anext(stream)), stopped)
-            except StopAsyncIteration:
-                return
-            yield item
-    finally:
-        stopped.cancel()
-        await stream.aclose()
-
-
-async def _first(work: asyncio.Future[T], stopped: asyncio.Future[bool]) -> T:
-    try:
-        either: set[asyncio.Future[Any]] = {work, stopped}
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            return work.result()
-        raise RequestStoppedError
-    finally:
-        if not work.done():
-            work.cancel()
-            await asyncio.wait({work})

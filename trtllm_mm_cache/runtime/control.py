@@ -10,13 +10,13 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Literal
 
-from dynamo.runtime import Context
 from pydantic import Field, model_validator
 
 from trtllm_mm_cache.cache.scope import Selection
 from trtllm_mm_cache.errors import MmCacheError
 from trtllm_mm_cache.runtime.connect import endpoint_path
 from trtllm_mm_cache.runtime.messages import PROTOCOL_VERSION, EncodeFault, HexDigest, Message, SaltTag, parse
+from trtllm_mm_cache.runtime.streaming import RequestContext
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class DropRequest(Message):
     Waits up to `deadline_s` seconds for embeddings that were on their way.
     """
 
-    version: Literal[1] = PROTOCOL_VERSION
+    version: Literal[2] = PROTOCOL_VERSION
     command: Literal["drop"] = "drop"
     key: HexDigest | None = None
     tag: SaltTag | None = None
@@ -60,7 +60,7 @@ class DropReport(Message):
     retained here, but an encode worker may still store them.
     """
 
-    version: Literal[1] = PROTOCOL_VERSION
+    version: Literal[2] = PROTOCOL_VERSION
     entries: int = Field(ge=0)
     nbytes: int = Field(ge=0)
     media: int = Field(0, ge=0)
@@ -70,14 +70,14 @@ class DropReport(Message):
 class MetricsRequest(Message):
     """Asks for the worker's own metrics."""
 
-    version: Literal[1] = PROTOCOL_VERSION
+    version: Literal[2] = PROTOCOL_VERSION
     command: Literal["metrics"] = "metrics"
 
 
 class MetricsReport(Message):
     """The worker's own metrics, as Prometheus text."""
 
-    version: Literal[1] = PROTOCOL_VERSION
+    version: Literal[2] = PROTOCOL_VERSION
     text: str
 
 
@@ -90,7 +90,7 @@ class Control:
         self._drop = drop
         self._render = render
 
-    async def handle(self, payload: Any, context: Context) -> AsyncIterator[dict[str, Any]]:
+    async def handle(self, payload: Any, context: RequestContext) -> AsyncIterator[dict[str, Any]]:
         """Answer one request with one message: a report, or an `EncodeFault` that says what was wrong."""
         try:
             yield (await self._answer(payload)).model_dump()

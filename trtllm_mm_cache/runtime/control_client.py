@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from dynamo.runtime import Client, DistributedRuntime
@@ -12,11 +15,12 @@ from dynamo.runtime import Client, DistributedRuntime
 from trtllm_mm_cache.errors import MmCacheError, from_wire
 from trtllm_mm_cache.runtime.control import MetricsReport, MetricsRequest, control_path
 from trtllm_mm_cache.runtime.messages import EncodeFault, Message, parse
+from trtllm_mm_cache.settings import ControlSettings
 
 # Discovery tells of instances one by one; they have all come when none has for this long.
 _SETTLED_S = 0.3
 
-Report = TypeVar("Report", bound=Message)
+Answer = TypeVar("Answer", bound=Message)
 
 
 class WorkerUnreachableError(MmCacheError):
@@ -81,8 +85,8 @@ class ControlClient:
         return texts
 
     async def call(
-        self, worker: Worker, request: Message, report: type[Report], *, timeout_s: float
-    ) -> Report:
+        self, worker: Worker, request: Message, report: type[Answer], *, timeout_s: float
+    ) -> Answer:
         """Send one request to one worker and return its report.
 
         Raises the error that the worker reports, or `WorkerUnreachableError`.
@@ -101,8 +105,50 @@ class ControlClient:
         raise WorkerUnreachableError(f"{worker} ended its answer without a report")
 
 
-def _parse(payload: Any, report: type[Report]) -> Report:
+def _parse(payload: Any, report: type[Answer]) -> Answer:
     if isinstance(payload, dict) and payload.get("status") == "error":
         fault = parse(EncodeFault, payload)
         raise from_wire({"code": fault.code, "message": fault.message})
     return parse(report, payload)
+
+
+class NoWorkerFoundError(MmCacheError):
+    """Discovery names no worker."""
+
+    code = "no_worker_found"
+
+
+def no_worker_found(settings: ControlSettings) -> NoWorkerFoundError:
+    """Return the error of a command that needs workers and found none where `settings` look for them."""
+    found = f"no worker of {settings.endpoint} or {settings.encode_endpoint} was found"
+    where, way_out = _place(settings)
+    return NoWorkerFoundError(
+        f"{found} {where} within {settings.discovery_wait_s:g} s. This command must look where the workers "
+        f"register: {way_out}"
+    )
+
+
+def _place(settings: ControlSettings) -> tuple[str, str]:
+    """Return where discovery looks, and the way out, as parts of a sentence."""
+    match settings.discovery_backend:
+        case "file":
+            return _folder(), (
+                "set DYN_FILE_KV to their folder (launch/disagg_e_pd.sh prints the line to copy), or "
+                "DYN_DISCOVERY_BACKEND if they use another kind of discovery"
+            )
+        case "etcd":
+            servers = os.environ.get("ETCD_ENDPOINTS", "http://localhost:2379, ETCD_ENDPOINTS not being set")
+            return f"in etcd ({servers})", "set ETCD_ENDPOINTS as they have it"
+        case "kubernetes":
+            return f"among the ready pods of the namespace {os.environ.get('POD_NAMESPACE', 'default')}", (
+                "run it in one of their pods (kubectl exec), and look at the pods' readiness"
+            )
+        case "mem":
+            return "in this process's own memory", "`mem` cannot reach another process; use `file` or `etcd`"
+
+
+def _folder() -> str:
+    """Return the folder that Dynamo looks into: DYN_FILE_KV, or one below the folder for temporary files."""
+    named = os.environ.get("DYN_FILE_KV")
+    folder = named or Path(tempfile.gettempdir(), "dynamo_store_kv")
+    return f"in {folder} ({'DYN_FILE_KV' if named else 'DYN_FILE_KV is not set'})"

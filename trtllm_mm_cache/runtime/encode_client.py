@@ -1,16 +1,15 @@
-"""The PD worker's side of step 5: which encode worker to ask, and asking it."""
+"""Asks encode workers for embeddings over Dynamo's request plane."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import xxhash
 from dynamo.runtime import Client, Context
 
-from trtllm_mm_cache.cache.key import EmbeddingKey
 from trtllm_mm_cache.errors import EncodeFailedError, EncodeUnavailableError, EncodeUnreachableError
 from trtllm_mm_cache.observability.traces import trace_headers
 from trtllm_mm_cache.runtime.messages import EncodeReady, EncodeRequest, parse_answer
@@ -23,29 +22,14 @@ _LATE_ANSWER_S = 30.0
 # What Dynamo 1.6.1 says when a call never left: its instance is dead, but still listed for up to 10 seconds.
 _NEVER_SENT = ("not found for endpoint", "TCP connection to")
 
-
-def rendezvous_rank(key: EmbeddingKey, instances: list[int]) -> list[int]:
-    """Order `instances` by rendezvous hashing: the first one is the key's home.
-
-    Every PD worker that sees the same instances finds the same order, and when one instance goes,
-    only the keys whose home it was move.
-    """
-
-    def weight(instance: int) -> tuple[int, int]:
-        return xxhash.xxh3_64_intdigest(instance.to_bytes(8, "big") + key.digest), instance
-
-    return sorted(instances, key=weight, reverse=True)
+Unwanted = Callable[[EncodeReady], None]
 
 
 class EncodeClient:
-    """Calls encode workers through Dynamo. For use from one event loop; no deadline of its own.
+    """Calls encode workers through Dynamo. For use from one event loop; no deadline of its own."""
 
-    An answer that comes when its caller has gone is an export that nobody will READ: it goes to `unwanted`.
-    """
-
-    def __init__(self, client: Client, unwanted: Callable[[EncodeReady], None]) -> None:
+    def __init__(self, client: Client) -> None:
         self._client = client
-        self._unwanted = unwanted
         self._calls: set[asyncio.Task[EncodeReady]] = set()
 
     @property
@@ -53,17 +37,14 @@ class EncodeClient:
         """Ids of the encode workers that are alive now, as discovery sees them."""
         return list(self._client.instance_ids())
 
-    def rank(self, key: EmbeddingKey) -> list[int]:
-        """Return the live instances in the order in which to ask them for `key`; empty if there are none."""
-        return rendezvous_rank(key, self.instances)
-
-    async def encode(self, instance: int, request: EncodeRequest) -> EncodeReady:
+    async def encode(self, instance: int, request: EncodeRequest, unwanted: Unwanted) -> EncodeReady:
         """Ask `instance` for one embedding.
 
         Raises what the encode worker reports, `EncodeUnreachableError` when it is not there,
         `EncodeUnavailableError` when it goes away before it answers, `ProtocolMismatchError` for an
         answer of another protocol.
-        Cancelling the call tells the encode worker that nobody waits any more.
+        Cancelling the call tells the encode worker that no caller waits any more; an answer that comes all
+        the same is an export that will not be READ, and goes to `unwanted`.
         """
         # A context of its own: the flight outlives the request that started it.
         context = Context()
@@ -74,12 +55,15 @@ class EncodeClient:
             return await asyncio.shield(call)
         except asyncio.CancelledError:
             context.stop_generating()
-            call.add_done_callback(self._give_up)
+            call.add_done_callback(partial(_pass_on, unwanted))
             asyncio.get_running_loop().call_later(_LATE_ANSWER_S, call.cancel)
             raise
+        finally:
+            # An error's traceback leads to this frame, and the task to the error: see `threads.py`.
+            del call, request
 
     async def close(self) -> None:
-        """Stop waiting for answers that nobody wants."""
+        """Stop waiting for answers that no caller wants."""
         calls = list(self._calls)
         for call in calls:
             call.cancel()
@@ -89,7 +73,7 @@ class EncodeClient:
         try:
             message = request.model_dump() | {"trace_headers": trace_headers()}
             stream = await self._client.direct(message, instance, context=context)
-            del request, message  # megabytes, which a call that nobody waits for need not keep
+            del request, message  # megabytes, which a call without a caller need not keep
             async for item in stream:
                 return parse_answer(_data(item))
         except (ValueError, ConnectionError) as error:
@@ -100,9 +84,10 @@ class EncodeClient:
             raise _unreachable(error) from error
         raise EncodeFailedError("the encode worker ended its answer without an embedding; retry")
 
-    def _give_up(self, call: asyncio.Task[EncodeReady]) -> None:
-        if not call.cancelled() and call.exception() is None:
-            self._unwanted(call.result())
+
+def _pass_on(unwanted: Unwanted, call: asyncio.Task[EncodeReady]) -> None:
+    if not call.cancelled() and call.exception() is None:
+        unwanted(call.result())
 
 
 def _data(item: Any) -> Any:

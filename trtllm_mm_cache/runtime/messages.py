@@ -84,7 +84,8 @@ class EncodeReady(Message):
     `fingerprint` is that of the model which made it and `key` the one that was asked for: the PD worker
     compares both. `peer` is the NIXL metadata with its digest; `token` is the READ's notification;
     `checksum` is XXH3-64 over the `nbytes` at `address`. `dtype` is a torch dtype name without the prefix.
-    `grid_thw` and `placeholder` are the engine's, as in `EmbeddingMetadata`. `encode_seconds` is what the vision tower took for it, when it was encoded.
+    `grid_thw` and `placeholder` are the engine's, as in `EmbeddingMetadata`. `encode_seconds` is what the
+    vision tower took for it, when it was encoded.
     `origin` tells what this call cost: an encode, a flight that another call had started, or nothing.
     """
 

@@ -16,16 +16,20 @@ async def in_thread(
     """Run `work` in a thread of `executor` (default: the loop's own) and return its result.
 
     A thread cannot be cancelled: when the caller is, `undo` is called with the result as soon as
-    there is one, on the event loop, so that a lease or reservation nobody takes is given back.
+    there is one, on the event loop, so that a lease or reservation without a taker is released.
     """
     future = asyncio.get_running_loop().run_in_executor(executor, work)
 
-    def give_back(done: asyncio.Future[T]) -> None:
+    def undo_result(done: asyncio.Future[T]) -> None:
         if not done.cancelled() and done.exception() is None:
             undo(done.result())
 
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
-        future.add_done_callback(give_back)
+        future.add_done_callback(undo_result)
         raise
+    finally:
+        # An error's traceback leads to this frame, and the future to the error: a cycle would keep what
+        # the frames above hold, megabytes of a request, until the garbage collector runs.
+        del future

@@ -20,7 +20,7 @@ from trtllm_mm_cache.engines.base import ItemDescription
 from trtllm_mm_cache.runtime.drops import DropWatch
 
 
-@dataclass(frozen=True)
+@dataclass
 class MissingItem:
     """One item between lookup and commit. `watch` tells whether a drop concerned it meanwhile."""
 
@@ -29,6 +29,10 @@ class MissingItem:
     description: ItemDescription
     scope: Scope
     watch: DropWatch
+
+    def release_media(self) -> None:
+        """Forget the bytes: a flight that has its own is under way."""
+        self.media = b""
 
     @property
     def dropped(self) -> bool:

@@ -1,4 +1,4 @@
-"""Circuit breakers: an encode worker that keeps failing is left alone for a while, then tried with one call.
+"""Circuit breakers: an encode worker that keeps failing is passed over, then tried again with one call.
 
     closed ──`failures` failures in a row──▶ open ──after `retry_s`──▶ half-open: one call, the probe
        ▲                                      ▲                            │
@@ -13,35 +13,35 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
+
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from trtllm_mm_cache.errors import (
+    EmbeddingMismatchError,
     EncodeTimeoutError,
     EncodeUnavailableError,
     MmCacheError,
     ProtocolMismatchError,
     TransferError,
 )
+from trtllm_mm_cache.observability.metrics import counter, samples
 
 logger = logging.getLogger(__name__)
 
 BreakerState = Literal["closed", "open", "half-open"]
 
+STATES: Final[tuple[BreakerState, ...]] = ("closed", "open", "half-open")
+
 _AT_FAULT = (EncodeUnavailableError, EncodeTimeoutError, ProtocolMismatchError, TransferError)
-"""Failures that speak against the instance. Its refusals (a broken image, a full queue) show that it lives,
-and a vision tower that fails may be failing on what this client sends: no client may shut others out."""
-
-
-@dataclass(frozen=True)
-class BreakerStatistics:
-    """A snapshot. `states` has every instance that was called; `opened` and `refused` count since start."""
-
-    states: Mapping[int, BreakerState]
-    opened: int
-    refused: int
+_OF_THE_ITEM = EmbeddingMismatchError
+"""What speaks against the instance is how an embedding came: not at all, late, damaged. What an embedding is
+speaks of the item: a tower that fails or makes NaN of it, rows that do not fit it. A refusal (a broken image,
+a full queue) shows that the instance lives. So no client's item can shut others out."""
 
 
 @dataclass
@@ -51,10 +51,10 @@ class _Breaker:
     probing: bool = False
 
 
-class CircuitBreakers:
+class CircuitBreakers(Collector):
     """One breaker for each encode worker instance. For use from one event loop.
 
-    `clock` counts seconds.
+    `clock` counts seconds. `opened` and `passed_over` count since the start.
     """
 
     def __init__(self, *, failures: int, retry_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -62,7 +62,7 @@ class CircuitBreakers:
         self._retry_s = retry_s
         self._clock = clock
         self._breakers: dict[int, _Breaker] = {}
-        self._opened = self._refused = 0
+        self.opened = self.passed_over = 0
 
     def keep(self, alive: Iterable[int]) -> None:
         """Forget every instance that is not `alive`."""
@@ -75,7 +75,7 @@ class CircuitBreakers:
         if breaker is None or breaker.open_until is None:
             return True
         if breaker.probing or self._clock() < breaker.open_until:
-            self._refused += 1
+            self.passed_over += 1
             return False
         return True
 
@@ -90,6 +90,9 @@ class CircuitBreakers:
         breaker.probing |= probe
         try:
             yield
+        except _OF_THE_ITEM:
+            self._succeeded(instance, breaker)
+            raise
         except _AT_FAULT:
             self._failed(instance, breaker)
             raise
@@ -102,20 +105,33 @@ class CircuitBreakers:
             if probe:
                 breaker.probing = False
 
-    def statistics(self) -> BreakerStatistics:
-        """Return a snapshot."""
+    def states(self) -> dict[int, BreakerState]:
+        """Return the state of every instance that was called. Any thread."""
         now = self._clock()
-        states = {instance: _state(breaker, now) for instance, breaker in self._breakers.items()}
-        return BreakerStatistics(states, self._opened, self._refused)
+        return {instance: _state(breaker, now) for instance, breaker in tuple(self._breakers.items())}
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield how many breakers are in which state, and how often they opened and refused."""
+        states = list(self.states().values())
+        yield samples(
+            GaugeMetricFamily,
+            "encode_breakers",
+            "Encode workers that were called, by the state of their breaker.",
+            [({"state": state}, states.count(state)) for state in STATES],
+        )
+        yield counter("encode_breaker_opened", "Breakers that opened.", self.opened)
+        yield counter(
+            "encode_breaker_passed_over", "Times that an encode worker was passed over.", self.passed_over
+        )
 
     def _failed(self, instance: int, breaker: _Breaker) -> None:
         breaker.failures += 1
         if breaker.failures < self._failures:
             return
         if breaker.open_until is None:
-            self._opened += 1
+            self.opened += 1
             logger.warning(
-                "encode worker %x failed %d times in a row: it is left alone and tried again every %g s",
+                "encode worker %x failed %d times in a row: it is passed over and tried again every %g s",
                 instance,
                 breaker.failures,
                 self._retry_s,

@@ -6,24 +6,22 @@
 4. PD worker: `Reader.read_into(reservation, peer, export)` READs the bytes straight into the reserved extent.
 5. The READ's notification carries the token to the exporter, which releases its lease: that is the ack.
 6. The checksum over what arrived must be the exported one; then the caller checks the shape and commits.
-7. A READ that NIXL has not ended at its deadline, or whose caller left, is given up but still watched: its
-   extent stays in quarantine until the READ has settled. Time alone never frees it.
+7. A READ that NIXL has not ended at its deadline, or whose caller left, is still watched: its extent stays
+   in quarantine until the READ has settled. Time alone never frees it.
 8. A PD worker that never READs costs a lease until the timeout; a READ after that fails the checksum.
 9. A dead exporter fails the READ at once, a frozen one at the deadline; a restarted one is another agent.
 10. Only the agent thread calls NIXL. Nothing here blocks the event loop or waits without a deadline.
 """
 
 from trtllm_mm_cache.transfer.agent import TransferAgent
-from trtllm_mm_cache.transfer.exporter import Exporter, ExporterStatistics
+from trtllm_mm_cache.transfer.exporter import Exporter
 from trtllm_mm_cache.transfer.messages import Export, PeerMetadata
-from trtllm_mm_cache.transfer.reader import Reader, ReaderStatistics
+from trtllm_mm_cache.transfer.reader import Reader
 
 __all__ = [
     "Export",
     "Exporter",
-    "ExporterStatistics",
     "PeerMetadata",
     "Reader",
-    "ReaderStatistics",
     "TransferAgent",
 ]

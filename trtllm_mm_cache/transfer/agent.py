@@ -17,7 +17,7 @@ from trtllm_mm_cache.transfer.pump import AgentThread, Side
 T = TypeVar("T")
 
 _START_DEADLINE_S = 60.0
-_LET_GO_DEADLINE_S = 5.0
+_CALL_DEADLINE_S = 5.0
 
 
 class TransferAgent:
@@ -106,7 +106,7 @@ class TransferAgent:
         return future
 
     def begin(self, settled: Future[Any], work: Callable[[Any], None]) -> None:
-        """As `call`, but `settled` stays open when `work` returns, for somebody else to complete."""
+        """As `call`, but `settled` stays open when `work` returns, to be completed later."""
         self._thread.begin(settled, work)
 
     async def close(self, *, deadline_s: float) -> None:
@@ -118,7 +118,7 @@ class TransferAgent:
         """
         self._thread.end(deadline_s=deadline_s)
         try:
-            async with asyncio.timeout(deadline_s + _LET_GO_DEADLINE_S):
+            async with asyncio.timeout(deadline_s + _CALL_DEADLINE_S):
                 await asyncio.shield(asyncio.wrap_future(self._thread.ended))
         except TimeoutError:
             raise TransferTimeoutError(

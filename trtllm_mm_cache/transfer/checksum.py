@@ -1,7 +1,7 @@
 """XXH3-64 over memory given by address, on threads of its own, which other checks of that memory share.
 
 XXH3 is a checksum against accidents (a rewritten extent, a torn READ), not a proof against malice.
-It runs at about 18 GB/s and lets go of the GIL, so a 10 MB embedding costs 0.5 ms beside the event loop.
+It runs at about 18 GB/s and releases the GIL, so a 10 MB embedding costs 0.5 ms beside the event loop.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ def checksum(address: int, nbytes: int) -> int:
 
 
 class ChecksumThreads:
-    """A small pool that computes checksums. One per NIXL agent."""
+    """A small pool that computes checksums. One for each NIXL agent."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="transfer-checksum")
 
-    async def compute(self, address: int, nbytes: int, *, give_back: Callable[[], None]) -> int:
+    async def compute(self, address: int, nbytes: int, *, release: Callable[[], None]) -> int:
         """Return the checksum of `nbytes` bytes at `address`; see `run`."""
-        return await self.run(partial(checksum, address, nbytes), nbytes, give_back=give_back)
+        return await self.run(partial(checksum, address, nbytes), nbytes, release=release)
 
-    async def run(self, work: Callable[[], T], nbytes: int, *, give_back: Callable[[], None]) -> T:
-        """Return what `work` says of `nbytes` bytes of memory, which somebody keeps in place for the caller.
+    async def run(self, work: Callable[[], T], nbytes: int, *, release: Callable[[], None]) -> T:
+        """Return what `work` says of `nbytes` bytes of memory, which the caller keeps in place.
 
         When it raises, which is by cancellation or by `TransferError` because of `close`, it calls
-        `give_back` as soon as no thread reads the memory any more, from any thread. Else it does not.
+        `release` as soon as no thread reads the memory any more, from any thread. Else it does not.
         """
         if nbytes <= _INLINE_BYTES:
             return work()
@@ -52,10 +52,10 @@ class ChecksumThreads:
             return await asyncio.wrap_future(running)
         except BaseException as error:
             if running is None or running.cancel():
-                give_back()
+                release()
             else:
-                running.add_done_callback(lambda _: give_back())
-            if isinstance(error, RuntimeError):  # the pool's word for: it is shut down
+                running.add_done_callback(lambda _: release())
+            if isinstance(error, RuntimeError):  # the pool is shut down
                 raise TransferError("the NIXL agent of this process is closed; transfers are over") from error
             raise
 

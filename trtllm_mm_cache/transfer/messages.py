@@ -19,7 +19,7 @@ MAX_METADATA_BYTES = 256 * 1024
 """Bound on NIXL metadata: one region takes 451 bytes, 2000 regions take 88 KB."""
 
 RELEASE = b"release "
-"""A notification is the token alone, from the READ itself: the ack; or this before it: nobody will READ."""
+"""A notification is the token alone, from the READ itself: the ack; or this before it: no READ will come."""
 
 _AGENT_NAME = re.compile(r"[0-9A-Za-z._-]{1,128}")
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from trtllm_mm_cache.errors import ConfigurationError, TransferError
+from trtllm_mm_cache.errors import ConfigurationError, MmCacheError, TransferError
 from trtllm_mm_cache.transfer.environment import NixlLibrary, load_nixl
 
 logger = logging.getLogger(__name__)
@@ -44,12 +44,12 @@ class Side(Protocol):
         """Whether something is under way that an orderly end should wait for."""
         ...
 
-    def let_go(self) -> None:
-        """See to it that the NIXL agent can be destroyed, or is not: it will be when nothing refers to it."""
+    def on_closing(self) -> None:
+        """Prepare for the agent's destruction, or prevent it by another reference to one of its handles."""
         ...
 
     def on_closed(self) -> None:
-        """NIXL is not called any more: answer whoever still waits."""
+        """NIXL is not called any more: answer those that still wait."""
         ...
 
 
@@ -86,7 +86,7 @@ class AgentThread:
             self._sides = (*self._sides, side)
 
     def begin(self, settled: Future[Any], work: Callable[[Any], None]) -> None:
-        """Run `work(nixl)`; `settled` stays open until somebody completes it.
+        """Run `work(nixl)`; `settled` stays open until the work, or what it began, completes it.
 
         Cancelling `settled` before the work starts means that it never does; afterwards it has no effect.
         An exception of the work goes into `settled`. Raises `TransferError` after the end.
@@ -138,6 +138,13 @@ class AgentThread:
             return
         try:
             work(self._nixl)
+        except MmCacheError as error:
+            # The tracebacks lead to this thread's frames, and those to the future that carries the error: a
+            # cycle would keep what the caller's frames hold, until the garbage collector runs.
+            for each in (error, error.__cause__, error.__context__):
+                if each is not None:
+                    each.__traceback__ = None
+            settled.set_exception(error)
         except BaseException as error:  # noqa: BLE001 (the caller's future carries it)
             settled.set_exception(error)
 
@@ -168,7 +175,7 @@ class AgentThread:
         self.end(deadline_s=0)
         atexit.unregister(self._end_at_exit)
         for side in self._sides:
-            side.let_go()
+            side.on_closing()
         self._nixl = None
         while not self._commands.empty():
             settled, _ = self._commands.get()

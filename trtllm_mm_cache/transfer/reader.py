@@ -6,18 +6,23 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from trtllm_mm_cache.cache.manager import Reservation
 from trtllm_mm_cache.errors import (
     ChecksumMismatchError,
     EmbeddingMismatchError,
+    InvalidEmbeddingError,
     TransferError,
     TransferTimeoutError,
 )
+from trtllm_mm_cache.observability.metrics import counter, gauge, samples
 from trtllm_mm_cache.transfer.agent import TransferAgent
 from trtllm_mm_cache.transfer.finite import checksum_and_finite
 from trtllm_mm_cache.transfer.messages import Export, PeerMetadata
@@ -28,33 +33,16 @@ logger = logging.getLogger(__name__)
 DEFAULT_MAX_PEERS = 256
 
 
-@dataclass(frozen=True)
-class ReaderStatistics:
-    """Snapshot, at most one poll old.
-
-    `reads` and `read_bytes` count READs that brought their bytes, `failed` those that NIXL reported as
-    failed, `timed_out` those not settled at their deadline, `corrupt` those whose checksum disagreed,
-    `not_finite` those that brought NaN or infinity where that is refused.
-    `in_flight` READs are with NIXL now; `unsettled` of them are past their deadline.
-    """
-
-    reads: int
-    read_bytes: int
-    failed: int
-    timed_out: int
-    corrupt: int
-    not_finite: int
-    in_flight: int
-    unsettled: int
-    peers: int
-
-
-class Reader:
+class Reader(Collector):
     """READs from exporters, connecting to each at its first READ.
 
     A peer is forgotten when a READ from it fails, and when `max_peers` would be exceeded and it is the idle
     one that was read from longest ago; the next READ connects again. While a READ from a peer is overdue, no
     other is begun from it, so that a frozen peer ties up only what was asked of it within one deadline.
+
+    Counters, at most one poll old: `completed` READs brought their bytes, `completed_bytes` in all; of these
+    the checksum of `corrupt` disagreed, and `not_finite` brought NaN or infinity where that is refused.
+    `failed` READs NIXL reported as failed; `timed_out` had not settled at their deadline.
 
     Thread-safe, except that `read_into` belongs to an event loop. Ends with the agent.
     """
@@ -62,9 +50,53 @@ class Reader:
     def __init__(self, agent: TransferAgent, *, max_peers: int = DEFAULT_MAX_PEERS) -> None:
         self._agent = agent
         self._table = ReadTable(agent.library, max_peers)
-        self._timed_out = 0
-        self._corrupt = self._not_finite = 0
+        self.timed_out = self.corrupt = self.not_finite = 0
         agent.attach(self)
+
+    @property
+    def completed(self) -> int:
+        """READs that brought their bytes."""
+        return self._table.completed
+
+    @property
+    def completed_bytes(self) -> int:
+        """Bytes that READs brought."""
+        return self._table.completed_bytes
+
+    @property
+    def failed(self) -> int:
+        """READs that NIXL reported as failed."""
+        return self._table.failed
+
+    @property
+    def in_flight(self) -> int:
+        """READs that have not settled."""
+        return self._table.in_flight
+
+    @property
+    def unsettled(self) -> int:
+        """READs in flight that are past their deadline, or of which NIXL will report no end."""
+        return self._table.unsettled
+
+    @property
+    def peers(self) -> int:
+        """Connected exporters."""
+        return self._table.peers
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield the READs by how they ended, and those in flight. Any thread."""
+        ends = {
+            "done": self.completed - self.corrupt - self.not_finite,
+            "failed": self.failed,
+            "timed_out": self.timed_out,
+            "corrupt": self.corrupt,
+            "not_finite": self.not_finite,
+        }
+        values = [({"outcome": outcome}, count) for outcome, count in ends.items()]
+        yield samples(CounterMetricFamily, "reads", "NIXL READs that ended.", values)
+        yield counter("read_bytes", "Bytes that READs brought.", self.completed_bytes)
+        yield gauge("reads_in_flight", "READs NIXL works on.", self.in_flight)
+        yield gauge("reads_unsettled", "Those past their deadline.", self.unsettled)
 
     async def read_into(
         self,
@@ -85,46 +117,30 @@ class Reader:
 
         Raises `TransferTimeoutError` when the READ has not settled after `deadline_s`, `PeerLostError` when
         the exporter is gone, `ChecksumMismatchError` when other bytes arrived than were exported,
-        `EmbeddingMismatchError` when the reservation has another size or values are not finite,
-        `TransferError` when NIXL refuses.
+        `InvalidEmbeddingError` when values are not finite, `EmbeddingMismatchError` when the reservation has
+        another size, `TransferError` when NIXL refuses.
         """
         if reservation.nbytes != export.nbytes:
             reservation.abandon()
-            self.give_up(peer, export.token)
+            self.release(peer, export.token)
             raise EmbeddingMismatchError(
                 f"the encode worker exported {export.nbytes} bytes where {reservation.nbytes} were reserved"
             )
         await self._fill(reservation, peer, export, deadline_s)
         await self._verify(reservation, export, finite_dtype)
 
-    def begin(
-        self,
-        peer: PeerMetadata,
-        *,
-        remote_address: int,
-        local_address: int,
-        nbytes: int,
-        token: str,
-        deadline_s: float,
-    ) -> Read:
+    def begin(self, peer: PeerMetadata, export: Export, local_address: int, *, deadline_s: float) -> Read:
         """Start a READ, for callers that account for the memory themselves: see `Read`.
 
-        Its `outcome` fails with the errors of `read_into` that are not about the checksum, but not by the
+        Its `outcome` fails with the errors of `read_into` that are not about the bytes, but not by the
         deadline once it is in flight. Raises `TransferError` when the agent is closed.
         """
-        read = Read(
-            peer,
-            remote_address=remote_address,
-            local_address=local_address,
-            nbytes=nbytes,
-            token=token,
-            deadline=time.monotonic() + deadline_s,
-        )
+        read = Read(peer, export, local_address, deadline=time.monotonic() + deadline_s)
         self._agent.begin(read.outcome, lambda nixl: self._table.post(nixl, read))
         return read
 
-    def give_up(self, peer: PeerMetadata, token: str) -> None:
-        """Tell the exporter, some time soon, that nobody will READ the export `token`.
+    def release(self, peer: PeerMetadata, token: str) -> None:
+        """Tell the exporter, some time soon, that no READ of the export `token` will come.
 
         It then releases its lease at once instead of at its timeout, which is also what remains when it
         cannot be told: a frozen or dead exporter, or a closed agent, is no error here.
@@ -133,80 +149,58 @@ class Reader:
             told = self._agent.call(lambda nixl: self._table.release(nixl, peer, token))
             told.add_done_callback(_log_failure)
 
-    def statistics(self) -> ReaderStatistics:
-        """Return a snapshot."""
-        in_flight, overdue, peers = self._table.counts()
-        return ReaderStatistics(
-            reads=self._table.completed,
-            read_bytes=self._table.completed_bytes,
-            failed=self._table.failed,
-            timed_out=self._timed_out,
-            corrupt=self._corrupt,
-            not_finite=self._not_finite,
-            in_flight=in_flight,
-            unsettled=overdue,
-            peers=peers,
-        )
-
     async def _fill(
         self, reservation: Reservation, peer: PeerMetadata, export: Export, deadline_s: float
     ) -> None:
         read: Read | None = None
         try:
-            read = self.begin(
-                peer,
-                remote_address=export.address,
-                local_address=reservation.address,
-                nbytes=export.nbytes,
-                token=export.token,
-                deadline_s=deadline_s,
-            )
+            read = self.begin(peer, export, reservation.address, deadline_s=deadline_s)
             async with asyncio.timeout(deadline_s):
                 await asyncio.shield(asyncio.wrap_future(read.outcome))
         except TimeoutError:
-            self._timed_out += 1
-            self._give_back(reservation, peer, export.token, read)
+            self.timed_out += 1
+            self._end_unfilled(reservation, peer, export.token, read)
             raise TransferTimeoutError(
                 f"a READ of {export.nbytes} bytes had not settled after {deadline_s:g} s; "
                 "ask another encode worker"
             ) from None
         except BaseException:
-            self._give_back(reservation, peer, export.token, read)
+            self._end_unfilled(reservation, peer, export.token, read)
             raise
+        finally:
+            del read  # it has the outcome, and the outcome the error, whose traceback leads to this frame
 
     async def _verify(self, reservation: Reservation, export: Export, finite_dtype: str | None) -> None:
         """Look at the bytes in one go: a second hand-over to a thread would take 0.2 ms more."""
         work = partial(checksum_and_finite, reservation.address, reservation.nbytes, finite_dtype)
-        found, finite = await self._agent.checksums.run(
-            work, reservation.nbytes, give_back=reservation.abandon
-        )
+        found, finite = await self._agent.checksums.run(work, reservation.nbytes, release=reservation.abandon)
         if found != export.checksum:
-            self._corrupt += 1
+            self.corrupt += 1
             reservation.abandon()
             raise ChecksumMismatchError(
                 f"{export.nbytes} bytes arrived with another checksum than they were exported with: the READ "
                 "came after the exporter's lease had timed out, or memory is damaged; ask for it again"
             )
         if not finite:
-            self._not_finite += 1
+            self.not_finite += 1
             reservation.abandon()
-            raise EmbeddingMismatchError(
-                "the embedding holds NaN or infinite values: the vision tower overflowed on this image"
+            raise InvalidEmbeddingError(
+                "the embedding holds NaN or infinite values: the vision tower overflowed on this item"
             )
 
-    def _give_back(self, reservation: Reservation, peer: PeerMetadata, token: str, read: Read | None) -> None:
+    def _end_unfilled(
+        self, reservation: Reservation, peer: PeerMetadata, token: str, read: Read | None
+    ) -> None:
         """Abandon the reservation, or quarantine it as long as bytes may still arrive."""
         if read is not None:
             read.outcome.cancel()  # if it is still queued, it never begins, and has settled
         if read is None or read.settled.done():
             reservation.abandon()
             if read is None or not read.posted:
-                self.give_up(peer, token)
+                self.release(peer, token)
             return
         reservation.quarantine()
-        logger.warning(
-            "a READ of %d bytes is given up and not settled: its extent is in quarantine", read.nbytes
-        )
+        logger.warning("a READ of %d bytes has not settled: its extent is in quarantine", read.export.nbytes)
         read.settled.add_done_callback(lambda _: reservation.settle())
 
     # The agent thread calls these.
@@ -216,21 +210,21 @@ class Reader:
         return self._table.poll(nixl)
 
     def on_notification(self, sender: str, message: bytes) -> None:
-        """Nobody notifies a reader: what comes belongs to an exporter in the same process."""
+        """Ignore it: a reader gets none, what comes belongs to an exporter in the same process."""
 
     def is_busy(self) -> bool:
         """Whether a READ is in flight."""
         return self._table.is_busy()
 
-    def let_go(self) -> None:
+    def on_closing(self) -> None:
         """Let the agent be destroyed unless a READ is in flight."""
-        self._table.let_go()
+        self._table.on_closing()
 
     def on_closed(self) -> None:
-        """Answer who waits for what the agent's end cut off."""
+        """Answer those that wait for what the agent's end cut off."""
         self._table.on_closed()
 
 
 def _log_failure(told: Future[None]) -> None:
     if not told.cancelled() and (error := told.exception()) is not None:
-        logger.debug("an exporter could not be told of an export that nobody will READ: %s", error)
+        logger.debug("an exporter could not be told that no READ of its export will come: %s", error)

@@ -4,6 +4,10 @@ When memory is free again was measured with NIXL 1.5 and a frozen peer, over TCP
 `release_xfer_handle` nor `remove_remote_agent` stops a READ; after either one the bytes still came when the
 peer woke up. So a READ has settled only when NIXL reports its handle done or failed, and until then its
 handle is not released, its peer is not removed, and the agent is not destroyed.
+
+NIXL may forget a peer by itself. Of a READ in flight it then says nothing more, also when the peer was added
+again meanwhile (measured: "invalidated or re-registered during transfer"), though its bytes still come. Such
+a READ never settles: its extent is lost until the process ends. The peer is not: the next READ connects anew.
 """
 
 from __future__ import annotations
@@ -11,71 +15,77 @@ from __future__ import annotations
 import ctypes
 import logging
 import time
+import weakref
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from trtllm_mm_cache.errors import MmCacheError, PeerLostError, TransferError, TransferTimeoutError
 from trtllm_mm_cache.transfer.environment import NixlLibrary
-from trtllm_mm_cache.transfer.messages import RELEASE, PeerMetadata
+from trtllm_mm_cache.transfer.messages import RELEASE, Export, PeerMetadata
 
 logger = logging.getLogger(__name__)
 
+_FORGOTTEN = "the connection to the encode worker was lost; ask again, or another one"
+
 
 class Read:
-    """One READ of `nbytes` bytes between registered memory here and there.
+    """One READ of `export` from `peer` to registered memory at `local_address`.
 
     `outcome` is what to tell the caller: None, or the error. Cancelling it works, and says so by its result,
     until NIXL has the READ; then the READ never begins. `deadline`, on `time.monotonic()`, is when a READ
     that is still queued fails, and from when on one in flight is overdue; it never ends one in flight.
 
     `settled` gets its result, always None, when no byte can arrive at `local_address` any more. After the
-    agent's end it may never get it.
+    agent's end, or when NIXL has forgotten the peer, it may never get it.
     """
 
-    def __init__(
-        self,
-        peer: PeerMetadata,
-        *,
-        remote_address: int,
-        local_address: int,
-        nbytes: int,
-        token: str,
-        deadline: float,
-    ) -> None:
+    def __init__(self, peer: PeerMetadata, export: Export, local_address: int, *, deadline: float) -> None:
         self.peer = peer
-        self.remote_address = remote_address
+        self.export = export
         self.local_address = local_address
-        self.nbytes = nbytes
-        self.token = token
         self.deadline = deadline
         self.outcome: Future[None] = Future()
         self.settled: Future[None] = Future()
         self.handle: Any = None
-        self.posted = False
+        self.connection: _Peer | None = None
         self.error: MmCacheError | None = None
-        self.forgotten_by_nixl = False
-        self.outcome.add_done_callback(self._settle_unless_posted)
+        # Weak, because a future keeps its callbacks: the two would keep each other, and with them the error
+        # and all that its traceback leads to, until the garbage collector runs.
+        self.outcome.add_done_callback(partial(_settle_unless_posted, weakref.ref(self)))
 
-    def _settle_unless_posted(self, outcome: Future[None]) -> None:
-        if not self.posted:
-            self.settled.set_result(None)
+    @property
+    def posted(self) -> bool:
+        """Whether NIXL has, or had, the READ."""
+        return self.connection is not None
+
+
+def _settle_unless_posted(reference: weakref.ref[Read], outcome: Future[None]) -> None:
+    read = reference()
+    if read is not None and not read.posted:
+        read.settled.set_result(None)
 
 
 class _Peer:
-    """A connected exporter. `lost`: a READ failed; it is forgotten as soon as none is in flight."""
+    """One connection to an exporter.
+
+    `lost`: a READ failed; it is removed as soon as none is in flight. `forgotten`: NIXL has removed it, and
+    will not report the end of its READs.
+    """
 
     def __init__(self, metadata: PeerMetadata) -> None:
         self.name = metadata.agent_name
         self.digest = metadata.digest
         self.in_flight = 0
         self.lost = False
+        self.forgotten = False
 
 
 class ReadTable:
     """READs in flight and connected peers of one NIXL agent.
 
-    All methods but `counts` belong to the agent thread. A peer that comes when there are `max_peers`
-    displaces the idle one that was read from longest ago.
+    All methods belong to the agent thread; the properties are thread-safe. A peer that comes when there are
+    `max_peers` displaces the idle one that was read from longest ago.
     """
 
     def __init__(self, library: NixlLibrary, max_peers: int) -> None:
@@ -96,21 +106,24 @@ class ReadTable:
         """
         if time.monotonic() >= read.deadline:
             raise TransferTimeoutError("the READ's deadline passed before its turn came: others were first")
-        peer = self._connected(nixl, read.peer)
+        peer, export = self._connected(nixl, read.peer), read.export
         try:
             read.handle = nixl.initialize_xfer(
                 "READ",
-                nixl.get_xfer_descs([(read.local_address, read.nbytes, 0)], "DRAM"),
-                nixl.get_xfer_descs([(read.remote_address, read.nbytes, 0)], "DRAM"),
+                nixl.get_xfer_descs([(read.local_address, export.nbytes, 0)], "DRAM"),
+                nixl.get_xfer_descs([(export.address, export.nbytes, 0)], "DRAM"),
                 peer.name,
-                read.token.encode(),
+                export.token.encode(),
             )
         except self._library.errors as error:
+            if not nixl.check_remote_metadata(peer.name):
+                self._note_forgotten(peer)
+                raise PeerLostError(_FORGOTTEN) from error
             raise TransferError(
-                f"NIXL refuses a READ of {read.nbytes} bytes ({error}): "
+                f"NIXL refuses a READ of {export.nbytes} bytes ({error}): "
                 "the source or the target is not in registered memory"
             ) from error
-        read.posted = True
+        read.connection = peer
         peer.in_flight += 1
         self._reads.append(read)
         try:
@@ -120,29 +133,28 @@ class ReadTable:
             read.error = self._failure(error)
 
     def release(self, nixl: Any, metadata: PeerMetadata, token: str) -> None:
-        """Tell the exporter that nobody will READ the export `token`. Raises what `post` raises."""
+        """Tell the exporter that no READ of the export `token` will come. Raises what `post` raises."""
         peer = self._connected(nixl, metadata)
         try:
             nixl.send_notif(peer.name, RELEASE + token.encode())
         except self._library.errors as error:
-            peer.lost = True
-            if peer.in_flight == 0:
-                self._forget(nixl, peer)
+            self._lose(nixl, peer)
             raise self._failure(error) from error
 
     def poll(self, nixl: Any) -> bool:
         """Look at every READ in flight and settle what is done; return whether one is within its deadline."""
         for read in tuple(self._reads):
-            if not read.forgotten_by_nixl and self._has_ended(nixl, read):
-                self._settle(nixl, read)
+            peer = read.connection
+            if peer is not None and not peer.forgotten and self._has_ended(nixl, read, peer):
+                self._settle(nixl, read, peer)
         now = time.monotonic()
-        return any(read.deadline > now for read in self._reads)
+        return any(read.deadline > now and not _is_forgotten(read) for read in self._reads)
 
     def is_busy(self) -> bool:
         """Whether a READ is in flight whose end NIXL can still report."""
-        return any(not read.forgotten_by_nixl for read in self._reads)
+        return any(not _is_forgotten(read) for read in self._reads)
 
-    def let_go(self) -> None:
+    def on_closing(self) -> None:
         """Keep the agent from being destroyed while a READ is in flight, also at the interpreter's end.
 
         That would disconnect in the middle of the READ, and over TCP UCX then aborts the exporter: 24 of 24
@@ -153,28 +165,38 @@ class ReadTable:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(read.handle))
 
     def on_closed(self) -> None:
-        """Tell whoever waits for a READ in flight that nothing will be known of it."""
+        """Fail the READs in flight: nothing will be known of them."""
         for read in self._reads:
-            if not read.outcome.done():
-                read.outcome.set_exception(
-                    TransferError(
-                        "the NIXL agent was closed while this READ was in flight; transfers are over"
-                    )
-                )
+            _complete(
+                read,
+                TransferError("the NIXL agent was closed while this READ was in flight; transfers are over"),
+            )
 
-    def counts(self) -> tuple[int, int, int]:
-        """Return READs in flight, those of them past their deadline, and connected peers. Thread-safe."""
-        reads, now = tuple(self._reads), time.monotonic()
-        return len(reads), sum(read.deadline <= now for read in reads), len(self._peers)
+    @property
+    def in_flight(self) -> int:
+        """READs that have not settled."""
+        return len(self._reads)
 
-    def _has_ended(self, nixl: Any, read: Read) -> bool:
+    @property
+    def unsettled(self) -> int:
+        """READs in flight that are past their deadline, or of which NIXL will report no end."""
+        now = time.monotonic()
+        return sum(read.deadline <= now or _is_forgotten(read) for read in tuple(self._reads))
+
+    @property
+    def peers(self) -> int:
+        """Connected exporters."""
+        return len(self._peers)
+
+    def _has_ended(self, nixl: Any, read: Read, peer: _Peer) -> bool:
         try:
             state = nixl.check_xfer_state(read.handle)
         except self._library.not_found:
-            # NIXL has lost the peer's metadata. UCX has not lost the READ.
-            logger.exception("NIXL forgot a peer with a READ in flight; its extent stays quarantined")
-            read.forgotten_by_nixl = True
-            self._peers[read.peer.agent_name].lost = True
+            logger.exception(
+                "NIXL forgot an encode worker with %d READs in flight; their extents stay in quarantine",
+                peer.in_flight,
+            )
+            self._note_forgotten(peer)
             return False
         except self._library.errors as error:
             read.error = read.error or self._failure(error)
@@ -182,10 +204,12 @@ class ReadTable:
         if state == "PROC":
             return False
         if state != "DONE":
-            read.error = read.error or TransferError(f"NIXL reports a READ of {read.nbytes} bytes as failed")
+            read.error = read.error or TransferError(
+                f"NIXL reports a READ of {read.export.nbytes} bytes as failed"
+            )
         return True
 
-    def _settle(self, nixl: Any, read: Read) -> None:
+    def _settle(self, nixl: Any, read: Read, peer: _Peer) -> None:
         self._reads.remove(read)
         try:
             read.handle.release()
@@ -193,24 +217,25 @@ class ReadTable:
             logger.warning(
                 "NIXL did not release a READ's handle; it is released with the agent", exc_info=True
             )
-        peer = self._peers[read.peer.agent_name]
         peer.in_flight -= 1
         if read.error is None:
             self.completed += 1
-            self.completed_bytes += read.nbytes
+            self.completed_bytes += read.export.nbytes
         else:
             self.failed += 1
-            # A failed READ costs the connection: the next one starts afresh.
-            peer.lost = True
-            if peer.in_flight == 0:
-                self._forget(nixl, peer)
+            self._lose(nixl, peer)  # the next READ starts afresh
         read.settled.set_result(None)  # first, so that the caller finds it so
-        if read.outcome.done():
-            return
-        if read.error is None:
-            read.outcome.set_result(None)
-        else:
-            read.outcome.set_exception(read.error)
+        _complete(read, read.error)
+
+    def _note_forgotten(self, peer: _Peer) -> None:
+        """Fail the READs of a peer that NIXL has removed; the next one connects to it anew."""
+        peer.lost = peer.forgotten = True
+        if self._peers.get(peer.name) is peer:
+            del self._peers[peer.name]
+        for read in self._reads:
+            if read.connection is peer:
+                self.failed += 1
+                _complete(read, PeerLostError(_FORGOTTEN))
 
     def _failure(self, error: Exception) -> MmCacheError:
         if isinstance(error, self._library.disconnected):
@@ -228,7 +253,7 @@ class ReadTable:
         if peer.lost:
             raise PeerLostError("the connection to the encode worker was lost; ask another one")
         now = time.monotonic()
-        if any(read.peer.agent_name == peer.name and read.deadline <= now for read in self._reads):
+        if any(read.connection is peer and read.deadline <= now for read in self._reads):
             # Each further READ would only tie up another extent.
             raise TransferTimeoutError("an earlier READ from this encode worker is overdue; ask another one")
         return peer
@@ -252,11 +277,30 @@ class ReadTable:
             return
         idle = next((peer for peer in self._peers.values() if peer.in_flight == 0), None)
         if idle is not None:
-            self._forget(nixl, idle)
+            self._remove(nixl, idle)
 
-    def _forget(self, nixl: Any, peer: _Peer) -> None:
+    def _lose(self, nixl: Any, peer: _Peer) -> None:
+        """Give no more READs to a connection that has failed; remove it with its last one."""
+        peer.lost = True
+        if peer.in_flight == 0:
+            self._remove(nixl, peer)
+
+    def _remove(self, nixl: Any, peer: _Peer) -> None:
         self._peers.pop(peer.name, None)
         try:
             nixl.remove_remote_agent(peer.name)
         except self._library.errors:
             logger.warning("NIXL did not remove a peer", exc_info=True)
+
+
+def _is_forgotten(read: Read) -> bool:
+    return read.connection is not None and read.connection.forgotten
+
+
+def _complete(read: Read, error: MmCacheError | None) -> None:
+    if read.outcome.done():
+        return
+    if error is None:
+        read.outcome.set_result(None)
+    else:
+        read.outcome.set_exception(error)

@@ -1,0 +1,163 @@
+"""A failed request keeps none of its bytes: not until the garbage collector runs, and not at all.
+
+Each failure is met several times with files of several MiB and the collector switched off; what Python has
+allocated afterwards must be what it had before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import tracemalloc
+from collections.abc import Iterator
+from typing import Any
+
+import pybase64
+import pytest
+from dynamo.runtime import Context
+
+from tests.e2e.stack import new_picture, png
+from tests.pd.bench import ROWS, WIDTH, Bench, image_url, pd_settings
+from tests.pd.test_answer import PeerGenerator, request
+from trtllm_mm_cache.errors import (
+    EncodeFailedError,
+    EncodeUnavailableError,
+    InvalidImageError,
+)
+from trtllm_mm_cache.pd.answer import PdWorker
+from trtllm_mm_cache.settings import PdSettings
+
+FILE_BYTES = 4 * 1024**2
+ROUNDS = 4
+
+
+@pytest.fixture
+def settings() -> PdSettings:
+    return pd_settings(max_waiting_image_mb=64)
+
+
+@pytest.fixture
+def traced() -> Iterator[None]:
+    logging.disable()  # pytest keeps every record with its traceback, to show them
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    yield
+    tracemalloc.stop()
+    gc.enable()
+    logging.disable(logging.NOTSET)
+
+
+def large_url(number: int, body: bytes | None = None) -> str:
+    """An image file of `FILE_BYTES`; the encode worker of these tests does not decode it."""
+    start = body if body is not None else png(new_picture(32, 32))
+    file = start + number.to_bytes(4, "big") + bytes(FILE_BYTES - len(start) - 4)
+    return "data:image/png;base64," + pybase64.b64encode(file).decode()
+
+
+async def fail(worker: PdWorker, *references: str) -> None:
+    try:
+        async for _ in worker.handle(request(*references), Context()):
+            pass
+    except Exception:  # noqa: BLE001, S110 - whatever Dynamo's frontend is told
+        pass
+    else:
+        pytest.fail("the request was served")
+
+
+async def down_to(nbytes: int) -> None:
+    """Wait until a thread that is about to let go of its last variable has done so; without the collector."""
+    try:
+        async with asyncio.timeout(10):
+            while tracemalloc.get_traced_memory()[0] > nbytes:
+                await asyncio.sleep(0.001)
+    except TimeoutError:
+        pytest.fail(f"{tracemalloc.get_traced_memory()[0]} bytes are alive, {nbytes} at most were expected")
+
+
+def spoil(bench: Bench, generator: PeerGenerator, kind: str) -> None:
+    wrong: dict[str, Any] = {
+        "refused": InvalidImageError("truncated"),
+        "unavailable": EncodeUnavailableError("gone"),
+        "tower": EncodeFailedError("the vision tower failed"),
+        "rows": lambda answer: answer | {"shape": (ROWS + 1, WIDTH)},
+        "checksum": lambda answer: answer | {"checksum": answer["checksum"] ^ 1},
+        "address": lambda answer: answer | {"address": 4096},
+        "metadata": lambda answer: answer | {"peer": {}},
+    }
+    if kind in wrong:
+        bench.peer.changes = [wrong[kind]] * 2
+    elif kind == "nan":
+        bench.peer.spoil = float("nan")
+    elif kind == "engine":
+        generator.failure = RuntimeError("CUDA error")
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize(
+    "kind",
+    ["refused", "unavailable", "tower", "rows", "checksum", "address", "metadata", "nan", "engine", "second"],
+)
+async def test_a_failed_request_keeps_no_bytes(bench: Bench, kind: str) -> None:
+    generator = PeerGenerator()
+    worker = PdWorker(generator, bench.resolver, bench.metrics, pd_settings())
+
+    async def rounds(first: int, count: int) -> None:
+        for number in range(first, first + count):
+            spoil(bench, generator, kind)
+            references = [large_url(number)]
+            if kind == "second":  # the first is on its way when the second turns out to be none
+                references.append("gopher://x")
+            await fail(worker, *references)
+        bench.cache.clear()
+
+    await rounds(0, 1)
+    gc.collect()
+    warm = tracemalloc.get_traced_memory()[0]
+    await rounds(1, ROUNDS)
+    await down_to(warm + FILE_BYTES // 2)
+
+
+@pytest.mark.usefixtures("traced")
+async def test_a_request_that_is_cancelled_keeps_no_bytes(bench: Bench) -> None:
+    worker = PdWorker(PeerGenerator(), bench.resolver, bench.metrics, pd_settings())
+    bench.peer.gate.clear()
+    before = tracemalloc.get_traced_memory()[0]
+    for number in range(ROUNDS):
+        calls = len(bench.peer.calls)
+        answer = worker.handle(request(large_url(number)), Context())
+        reading = asyncio.ensure_future(anext(answer))
+        while len(bench.peer.calls) == calls:
+            await asyncio.sleep(0.001)
+        reading.cancel()
+        await asyncio.wait({reading})
+        await answer.aclose()
+        del answer, reading
+    await bench.nothing_held()
+    async with asyncio.timeout(10):
+        while bench.resolver.flights.in_flight or bench.resolver.waiting.items:
+            await asyncio.sleep(0.001)
+    await down_to(before + FILE_BYTES // 2)
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("settings", [pd_settings(max_waiting_image_mb=1.5 * FILE_BYTES / 1024**2)])
+async def test_those_that_join_a_flight_hold_no_bytes_and_are_not_charged(bench: Bench) -> None:
+    """The bound admits one such file; each of these requests brings its own copy of it."""
+    bench.peer.gate.clear()
+    body, callers = png(new_picture(32, 32)), 16
+    before = tracemalloc.get_traced_memory()[0]
+    resolving = [asyncio.create_task(bench.resolve([large_url(7, body)])) for _ in range(callers)]
+    async with asyncio.timeout(60):
+        while bench.resolver.flights.waiters < callers:
+            await asyncio.sleep(0.001)
+    assert bench.resolver.waiting.nbytes == FILE_BYTES
+    held = tracemalloc.get_traced_memory()[0] - before
+    text = callers * FILE_BYTES * 4 // 3  # the references are their requests' own
+    assert held - text < 3 * FILE_BYTES
+    bench.peer.gate.set()
+    for images in await asyncio.gather(*resolving):
+        images.release()
+    assert bench.resolver.waiting.refused == 0
+    (await bench.resolve([image_url()])).release()

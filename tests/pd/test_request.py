@@ -1,0 +1,192 @@
+"""Reading what Dynamo's frontend sends: complete, and with the field's name when it cannot be served."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from trtllm_mm_cache.engines.base import SamplingParams
+from trtllm_mm_cache.errors import InvalidRequestError
+from trtllm_mm_cache.pd.request import PdRequest, Reference, parse_request
+
+
+def wire(**changes: Any) -> dict[str, Any]:
+    """Return a request as Dynamo 1.6.1's frontend sends it for a chat with one image."""
+    request: dict[str, Any] = {
+        "model": "m",
+        "token_ids": [1, 5, 2],
+        "multi_modal_data": {"image_url": [{"Url": "data:image/png;base64,AA=="}]},
+        "stop_conditions": {
+            "max_tokens": 9,
+            "stop": ["END"],
+            "stop_token_ids": None,
+            "stop_token_ids_visible": None,
+            "stop_token_ids_hidden": [7],
+            "min_tokens": None,
+            "ignore_eos": None,
+            "max_thinking_tokens": None,
+        },
+        "sampling_options": {
+            "n": None,
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "top_k": 3,
+            "seed": 11,
+            "presence_penalty": None,
+            "use_beam_search": None,
+        },
+        "output_options": {"logprobs": None},
+        "eos_token_ids": [2],
+        "routing": {},
+        "annotations": [],
+        "extra_args": {"formatted_prompt": "<image>Hi", "messages": [], "mm_hashes": ["x"]},
+    }
+    return request | changes
+
+
+def parse(payload: Any, max_images: int = 4) -> PdRequest:
+    return parse_request(payload, "id-1", max_images=max_images)
+
+
+def test_everything_arrives() -> None:
+    request = parse(wire())
+    assert request.references == (Reference("image", "data:image/png;base64,AA=="),)
+    assert request.generation.request_id == "id-1"
+    assert request.generation.token_ids == (1, 5, 2)
+    assert request.generation.prompt_text == "<image>Hi"
+    assert request.generation.sampling == SamplingParams(
+        max_tokens=9, temperature=0.5, top_p=0.9, top_k=3, seed=11, stop=("END",), stop_token_ids=(2, 7)
+    )
+
+
+def test_text_alone_has_no_images() -> None:
+    payload = wire()
+    del payload["multi_modal_data"], payload["extra_args"]
+    request = parse(payload)
+    assert request.references == ()
+    assert request.generation.prompt_text is None
+
+
+def test_ignore_eos_takes_the_end_token_out_of_the_stop_tokens() -> None:
+    stop = {"ignore_eos": True, "stop_token_ids_hidden": [2, 7]}
+    sampling = parse(wire(stop_conditions=stop)).generation.sampling
+    assert sampling.ignore_eos
+    assert sampling.stop_token_ids == (7,)
+
+
+@pytest.mark.parametrize("value", [None, 0, -1])
+def test_top_k_may_be_off(value: int | None) -> None:
+    assert parse(wire(sampling_options={"top_k": value})).generation.sampling.top_k is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "salt"),
+    [
+        ({"routing": {"cache_salt": "tenant-1"}}, "tenant-1"),
+        ({"extra_args": {"nvext": {"cache_salt": "tenant-2"}}}, "tenant-2"),
+        ({}, None),
+    ],
+)
+def test_the_salt_is_found_where_the_frontend_puts_it(changes: dict[str, Any], salt: str | None) -> None:
+    assert parse(wire(**changes)).generation.cache_salt == salt
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"mm_processor_kwargs": {"max_pixels": 9}}, {"extra_args": {"mm_processor_kwargs": {"max_pixels": 9}}}],
+)
+def test_processor_kwargs_are_found_where_the_frontend_puts_them(changes: dict[str, Any]) -> None:
+    assert parse(wire(**changes)).processor_kwargs == {"max_pixels": 9}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"token_ids": []}, "token_ids"),
+        ({"token_ids": ["a"]}, "token_ids"),
+        ({"token_ids": [-1]}, "token_ids"),
+        ({"multi_modal_data": {"video_url": [{"Url": "x"}]}}, "video_url"),
+        ({"multi_modal_data": {"image_url": [{"Decoded": {}}]}}, "image 1"),
+        ({"multi_modal_data": {"image_url": [{"Url": "a"}] * 5}}, "image_url"),
+        ({"multi_modal_data": {"image_url": "a"}}, "multi_modal_data.image_url"),
+        ({"mm_processor_kwargs": [1]}, "mm_processor_kwargs"),
+        ({"routing": {"cache_salt": 5}}, "cache_salt"),
+        ({"sampling_options": {"temperature": -1}}, "temperature"),
+        ({"sampling_options": {"temperature": "hot"}}, "temperature"),
+        ({"sampling_options": {"top_p": 0}}, "top_p"),
+        ({"sampling_options": {"n": 2}}, "n:"),
+        ({"sampling_options": {"presence_penalty": 0.5}}, "presence_penalty"),
+        ({"sampling_options": {"guided_decoding": {"json": {}}}}, "guided_decoding"),
+        ({"stop_conditions": {"max_tokens": 0}}, "max_tokens"),
+        ({"stop_conditions": {"max_tokens": "9"}}, "max_tokens"),
+        ({"stop_conditions": {"max_tokens": 2**70}}, "max_tokens"),
+        ({"stop_conditions": {"max_tokens": True}}, "max_tokens"),
+        ({"stop_conditions": {"max_tokens": 1.5}}, "max_tokens"),
+        ({"stop_conditions": {"min_tokens": -1}}, "min_tokens"),
+        ({"stop_conditions": {"stop": "END"}}, "stop"),
+        ({"stop_conditions": {"stop": [5]}}, "stop"),
+        ({"stop_conditions": {"stop": ["x"] * 65}}, "stop"),
+        ({"stop_conditions": {"stop": ["x" * 2000]}}, "stop"),
+        ({"stop_conditions": {"stop_token_ids": [-1]}}, "stop_token_ids"),
+        ({"stop_conditions": {"stop_token_ids": [1] * 5000}}, "stop_token_ids"),
+        ({"stop_conditions": {"ignore_eos": "yes"}}, "ignore_eos"),
+        ({"stop_conditions": []}, "stop_conditions"),
+        ({"sampling_options": {"temperature": float("nan")}}, "temperature"),
+        ({"sampling_options": {"temperature": float("inf")}}, "temperature"),
+        ({"sampling_options": {"temperature": 1e300}}, "temperature"),
+        ({"sampling_options": {"temperature": "0.5"}}, "temperature"),
+        ({"sampling_options": {"top_p": float("nan")}}, "top_p"),
+        ({"sampling_options": {"top_p": 1.01}}, "top_p"),
+        ({"sampling_options": {"top_k": -2}}, "top_k"),
+        ({"sampling_options": {"top_k": 1.5}}, "top_k"),
+        ({"sampling_options": {"seed": 2**64}}, "seed"),
+        ({"sampling_options": {"seed": "1"}}, "seed"),
+        ({"sampling_options": {"n": "many"}}, "n:"),
+        ({"token_ids": [2**40]}, "token_ids"),
+        ({"token_ids": [1.0]}, "token_ids"),
+        ({"token_ids": "123"}, "token_ids"),
+        ({"multi_modal_data": {"image_url": [{"Url": 5}]}}, "image 1"),
+        ({"multi_modal_data": {"image_url": ["a"]}}, "multi_modal_data.image_url"),
+        (
+            {"multi_modal_data": {"image_url": [{"Url": "a"}] * 500}},
+            "image_url: 500 images are more than the 4",
+        ),
+        ({"multi_modal_data": {"x" * 100_000: [{}]}}, "only images"),
+        ({"multi_modal_data": []}, "multi_modal_data"),
+        ({"mm_processor_kwargs": "text"}, "mm_processor_kwargs"),
+        ({"mm_processor_kwargs": 0}, "mm_processor_kwargs"),
+        ({"mm_processor_kwargs": {"a": "x" * 10_000}}, "mm_processor_kwargs"),
+        ({"mm_processor_kwargs": {"a": list(range(1000))}}, "mm_processor_kwargs"),
+        ({"mm_processor_kwargs": {"a": [[[[[[[[[1]]]]]]]]]}}, "mm_processor_kwargs"),
+        ({"mm_processor_kwargs": {"a": float("inf")}}, "mm_processor_kwargs"),
+        ({"extra_args": {"mm_processor_kwargs": []}}, "mm_processor_kwargs"),
+        ({"extra_args": {"mm_processor_kwargs": False}}, "mm_processor_kwargs"),
+        ({"extra_args": {"formatted_prompt": 5}}, "formatted_prompt"),
+        ({"extra_args": {"nvext": [1]}}, "nvext"),
+        ({"extra_args": {"nvext": {"cache_salt": 0}}}, "cache_salt"),
+        ({"extra_args": "x"}, "extra_args"),
+        ({"routing": {"cache_salt": False}}, "cache_salt"),
+        ({"routing": {"cache_salt": "x" * 2000}}, "cache_salt"),
+        ({"routing": "x"}, "routing"),
+    ],
+)
+def test_what_is_not_served_is_named(changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        parse(wire(**changes))
+    assert field in str(caught.value)
+    assert len(str(caught.value)) < 500
+    assert caught.value.http_status == 400
+
+
+@pytest.mark.parametrize("payload", [None, [], "text", {}])
+def test_a_request_of_another_shape_is_refused(payload: Any) -> None:
+    with pytest.raises(InvalidRequestError):
+        parse(payload)
+
+
+@pytest.mark.parametrize(("name", "off"), [("n", 1), ("presence_penalty", 0.0), ("repetition_penalty", 1.0)])
+def test_options_at_their_neutral_value_pass(name: str, off: float) -> None:
+    assert parse(wire(sampling_options={name: off})).generation.sampling == SamplingParams(
+        max_tokens=9, stop=("END",), stop_token_ids=(2, 7)
+    )

@@ -1,0 +1,210 @@
+"""From an item's bytes to a lease on its embedding in the worker's own arena.
+
+    lookup       in the arena, which is a second level of cache for all PD workers; else one flight per key:
+    prepare      decode and preprocess, in threads
+    encode       a micro-batch through the vision tower
+    store        copy into a reserved extent, checksum it, commit
+
+It knows nothing of who asks: `server.py` exports what it makes to PD workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from prometheus_client import CollectorRegistry
+
+from trtllm_mm_cache.cache.entry import EmbeddingMetadata
+from trtllm_mm_cache.cache.flight import SingleFlight
+from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager, Reservation
+from trtllm_mm_cache.cache.scope import Dropped, Scope, Selection
+from trtllm_mm_cache.encode.batcher import BatchedItem, MicroBatcher
+from trtllm_mm_cache.engines.base import EncodeItem, VisionEncoder
+from trtllm_mm_cache.errors import (
+    ArenaFullError,
+    EncodeFailedError,
+    EncodeOverloadedError,
+    MmCacheError,
+)
+from trtllm_mm_cache.media import decode_image
+from trtllm_mm_cache.observability.cache_metrics import CacheCollector, FlightCollector
+from trtllm_mm_cache.observability.metrics import Step
+from trtllm_mm_cache.observability.traces import span
+from trtllm_mm_cache.runtime.admission import Admission
+from trtllm_mm_cache.runtime.drops import Drops, DropWatch
+from trtllm_mm_cache.runtime.threads import in_thread
+from trtllm_mm_cache.settings import MB, EncodeSettings
+from trtllm_mm_cache.transfer.checksum import checksum
+
+logger = logging.getLogger(__name__)
+
+Origin = Literal["encoded", "joined", "cached"]
+"""Where an embedding came from: the tower, a flight of another call, the worker's own arena."""
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """One item to encode. `fresh`: an embedding that lies in the arena already will not do."""
+
+    key: str
+    media: bytes
+    processor_kwargs: Mapping[str, Any]
+    variant: str
+    scope: Scope
+    fresh: bool = False
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """An embedding that lies in the arena, checksummed, and is not visible yet."""
+
+    reservation: Reservation
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    metadata: EmbeddingMetadata
+
+    def commit(self, *, retain: bool) -> Lease:
+        try:
+            return self.reservation.commit(
+                dtype=self.dtype, shape=self.shape, metadata=self.metadata, retain=retain
+            )
+        except BaseException:
+            self.reservation.abandon()
+            raise
+
+    def abandon(self) -> None:
+        self.reservation.abandon()
+
+
+class EncodePipeline:
+    """Makes embeddings for one encode worker. For use from one event loop; owns neither encoder nor manager.
+
+    Items that wait for the tower are bounded in number and in bytes; beyond it `EncodeOverloadedError`.
+    """
+
+    def __init__(
+        self,
+        encoder: VisionEncoder,
+        manager: MultimodalEmbeddingCacheManager,
+        settings: EncodeSettings,
+        registry: CollectorRegistry,
+    ) -> None:
+        self._encoder = encoder
+        self._manager = manager
+        self._limits = settings.images
+        self._preparing = Step.new(
+            registry, "preprocess", "Decoding and preprocessing one image, the wait for a thread included."
+        )
+        self.batcher = MicroBatcher(encoder.encode, max_items=settings.max_batch_images, registry=registry)
+        self._threads = ThreadPoolExecutor(settings.preprocess_threads, thread_name_prefix="preprocess")
+        self.flights: SingleFlight[Lease] = SingleFlight(share=Lease.clone, discard=Lease.release)
+        self.queue = Admission(
+            max_items=settings.max_queued,
+            max_bytes=int(settings.max_waiting_image_mb * MB),
+            refusal=lambda: EncodeOverloadedError(
+                f"{settings.max_queued} images, or images of {settings.max_waiting_image_mb:g} MB, already "
+                "wait for the vision tower; retry in a moment"
+            ),
+        )
+        self._drops = Drops()
+        for part in (CacheCollector({manager.name: manager}), FlightCollector(self.flights), self.queue):
+            registry.register(part)
+
+    @property
+    def fingerprint(self) -> str:
+        """The encoder's."""
+        return self._encoder.fingerprint
+
+    async def encode(self, job: EncodeJob) -> tuple[Lease, Origin]:
+        """Return a lease on the embedding of `job`, which the caller releases, and where it came from.
+
+        Raises `RequestError` for what is wrong with the item, `EncodeError` for what is wrong here.
+        """
+        watch = self._drops.watch(job.scope.tag)
+        if job.fresh:
+            self._manager.drop(job.key)
+        origin: Origin = "cached"
+        lease = self._manager.lease(job.key)
+        if lease is None:
+            lease, joined = await self.flights.run(job.key, partial(self._make, job, watch))
+            origin = "joined" if joined else "encoded"
+        if not job.scope.retain:
+            self._manager.drop(job.key)  # the lease keeps it until its last reader is done
+        return lease, origin
+
+    def drop(self, selection: Selection) -> Dropped:
+        """Drop what is stored, and retain nothing of it that is being encoded now."""
+        self._drops.drop(selection)
+        return self._manager.drop_selected(selection)
+
+    async def close(self) -> None:
+        """Stop flights and batches."""
+        await self.flights.close()
+        await self.batcher.close()
+        await asyncio.to_thread(self._threads.shutdown)
+
+    async def _make(self, job: EncodeJob, watch: DropWatch) -> Lease:
+        """One flight: bytes to image to preprocessed input to embedding to arena."""
+        loop = asyncio.get_running_loop()
+        with self.queue.admitted(len(job.media)):
+            with self._preparing.time():
+                prepared = await loop.run_in_executor(self._threads, self._prepare, job)
+            with span("encode") as current:
+                result = await self.batcher.submit(prepared)
+                current.set_attribute("encode_seconds", result.encode_seconds)
+            logger.debug("encoded %s… in %.3f s", job.key[:12], result.encode_seconds)
+            with span("store"):
+                stored = await in_thread(
+                    partial(self._store, job, result), undo=_Stored.abandon, executor=self._threads
+                )
+            # On the event loop, so that no drop comes between this look at the watch and the commit.
+            return stored.commit(retain=job.scope.retain and not watch.dropped(job.key))
+
+    def _prepare(self, job: EncodeJob) -> Any:
+        try:
+            image = decode_image(job.media, self._limits)
+            return self._encoder.preprocess(EncodeItem(image, job.processor_kwargs, job.variant))
+        except MmCacheError:
+            raise
+        except Exception as error:
+            # Anything else would look to the PD worker as if this worker were broken, and one client's
+            # image could then open its breaker for all.
+            raise EncodeFailedError(
+                "this image could not be prepared for the vision tower; see the encode worker's log"
+            ) from error
+
+    def _store(self, job: EncodeJob, result: BatchedItem) -> _Stored:
+        """Copy the tower's output into the arena. Runs in a thread: a copy of megabytes.
+
+        What the encode cost is kept with the entry, so that a later hit knows what it saved, and so is
+        the checksum: taken here, while the bytes are in the processor's cache, it serves every export.
+        """
+        tensor = result.item.tensor.detach().contiguous()
+        if tensor.dim() != 2:
+            raise EncodeFailedError(f"the engine made an embedding of {tensor.dim()} dimensions instead of 2")
+        nbytes = tensor.numel() * tensor.element_size()
+        try:
+            reservation = self._manager.reserve(job.key, nbytes, owner="encode worker", tag=job.scope.tag)
+        except ArenaFullError as error:
+            raise EncodeOverloadedError(
+                "every byte of the encode worker's arena is waiting for a PD worker's READ; retry in a "
+                "moment, or give the encode worker a larger arena"
+            ) from error
+        try:
+            reservation.write(tensor)
+            metadata = replace(
+                result.item.metadata,
+                encode_seconds=result.encode_seconds,
+                checksum=checksum(reservation.address, nbytes),
+            )
+        except BaseException:
+            reservation.abandon()
+            raise
+        return _Stored(reservation, tensor.dtype, tuple(tensor.shape), metadata)

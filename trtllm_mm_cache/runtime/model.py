@@ -1,0 +1,44 @@
+"""Where a model's files lie, and how Dynamo's frontend learns that a worker serves it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from dynamo.llm import ModelInput, ModelType, WorkerType, fetch_model, register_model
+from dynamo.runtime import Endpoint
+
+from trtllm_mm_cache.errors import ConfigurationError
+
+
+async def local_model_path(model: str) -> str:
+    """Return the directory of `model`, downloading a hub name's files first if need be.
+
+    Raises `ConfigurationError` when it is neither a directory nor a name the hub can serve.
+    """
+    path = Path(model)
+    if await asyncio.to_thread(path.is_dir):
+        return str(path)
+    if path.is_absolute() or model.startswith("."):
+        raise ConfigurationError(f"--model-path {model} is not a directory")
+    try:
+        return str(await fetch_model(model))
+    except Exception as error:
+        raise ConfigurationError(
+            f"--model-path {model} is no directory here, and the hub gave no model of that name: {error}"
+        ) from error
+
+
+async def offer_model(endpoint: Endpoint, model_path: str, name: str) -> None:
+    """Register with discovery that `endpoint` serves the model of `model_path` under `name`.
+
+    The encode worker is never among the model's `needs`: without it text and cached images go on.
+    """
+    await register_model(
+        ModelInput.Tokens,
+        ModelType.Chat | ModelType.Completions,
+        endpoint,
+        model_path,
+        name,
+        worker_type=WorkerType.Aggregated,
+    )
