@@ -1,6 +1,6 @@
 """Random life of single flight, one turn of the event loop at a time, against a model of its invariant.
 
-One load a key at a time; a waiter that is cancelled disturbs nobody; the last one leaving cancels the load;
+One load a key at a time; a waiter that is cancelled disturbs no other; the last one leaving cancels the load;
 an outcome reaches exactly those who waited for it; every share has one owner in the end.
 """
 
@@ -53,7 +53,7 @@ class FlightMachine(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         self.complaints: list[str] = []
         self.loop.set_exception_handler(lambda _, context: self.complaints.append(str(context)))
-        self.flights: SingleFlight[Share] = SingleFlight()
+        self.flights: SingleFlight[Share] = SingleFlight(share=Share.share, discard=Share.discard)
         self.owners = Owners()
         self.loads: list[Load] = []
         self.waiting: list[Caller] = []
@@ -78,11 +78,11 @@ class FlightMachine(RuleBasedStateMachine):
         return Share(self.owners, load.serial)
 
     def flying(self, key: str) -> Load | None:
-        """The load of `key` that somebody waits for; a cancelled one still cleaning up is none."""
+        """The load of `key` that a caller waits for; a cancelled one still cleaning up is none."""
         return next((load for load in self.loads if load.key == key and not load.ended), None)
 
     async def call(self, key: str) -> tuple[Share, bool]:
-        return await self.flights.run(key, lambda: self.load(key), share=Share.share, discard=Share.discard)
+        return await self.flights.run(key, lambda: self.load(key))
 
     @rule(key=KEYS, count=st.integers(1, 4), after=st.integers(0, 4))
     def come(self, key: str, count: int, after: int) -> None:
@@ -139,7 +139,7 @@ class FlightMachine(RuleBasedStateMachine):
             wanted = any(caller.key == load.key for caller in self.waiting)
             assert load.ended or wanted, "a load flies although nobody waits"
         assert {caller.key for caller in self.waiting} == {load.key for load in self.loads if not load.ended}
-        snapshot = self.flights.statistics()
+        snapshot = self.flights
         assert snapshot.in_flight == len({caller.key for caller in self.waiting})
         assert snapshot.waiters == len(self.waiting)
         assert self.owners.alive == 0, "a share has no owner"
@@ -165,7 +165,7 @@ class FlightMachine(RuleBasedStateMachine):
 
     @invariant()
     def counters_agree(self) -> None:
-        snapshot = self.flights.statistics()
+        snapshot = self.flights
         assert snapshot.started >= len(self.loads)
         failed = [load for load in self.loads if load.ended and load.failure and not load.cancelled]
         assert snapshot.failed == len(failed)
@@ -191,7 +191,7 @@ class FlightMachine(RuleBasedStateMachine):
                 caller.task.result()[0].discard()
         assert all(load.ended for load in self.loads)
         assert self.owners.alive == 0, "a share has no owner"
-        assert (self.flights.statistics().in_flight, self.flights.statistics().waiters) == (0, 0)
+        assert (self.flights.in_flight, self.flights.waiters) == (0, 0)
         assert not self.complaints
 
 
