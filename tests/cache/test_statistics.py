@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trtllm_mm_cache.cache.ages import AGE_BOUNDS_S
+from trtllm_mm_cache.cache.statistics import AGE_BOUNDS_S
 from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
 
 NBYTES = 4096
