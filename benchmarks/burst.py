@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 import openai
+from tqdm import tqdm
+
 from benchmarks.dataset import data_url, picture
 from benchmarks.measuring import finish
 from tests.e2e.stack import Stack, launched
 from tools.tiny_models import make_tiny_model
-from tqdm import tqdm
 
 PIXELS = 336
 

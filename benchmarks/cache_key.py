@@ -19,9 +19,9 @@ import io
 
 import blake3
 import numpy as np
-from benchmarks.measuring import finish, interleave, median_ratio, median_us, say
 from PIL import Image
 
+from benchmarks.measuring import finish, interleave, median_ratio, median_us, say
 from trtllm_mm_cache.cache.key import embedding_key
 from trtllm_mm_cache.media.data_url import decode_data_url
 

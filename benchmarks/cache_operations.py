@@ -30,10 +30,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from benchmarks.measuring import finish, median_us, say
 
-from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
+from benchmarks.measuring import finish, median_us, say
 from trtllm_mm_cache.cache.eviction.base import make_policy
+from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
 
 NBYTES = 2048
 ENTRY = CachedEmbedding(torch.zeros(2, NBYTES // 4, dtype=torch.float16), metadata={"rows": 2})

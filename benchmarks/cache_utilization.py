@@ -28,10 +28,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from benchmarks.measuring import MB, finish, say
 
-from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
+from benchmarks.measuring import MB, finish, say
 from trtllm_mm_cache.cache.eviction.base import make_policy
+from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
 
 SCALE = 64
 CAPACITY = 160 * MB

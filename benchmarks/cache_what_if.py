@@ -22,9 +22,9 @@ from typing import Any
 
 import libcachesim
 import numpy as np
-from benchmarks.measuring import finish, median_us, say
-
 from trtllm_mm_cache.cache.miniature import MiniatureCache
+
+from benchmarks.measuring import finish, median_us, say
 from trtllm_mm_cache.cache.what_if import FACTORS, WhatIf
 
 OBJECTS = 100_000

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.measuring import finish
-from tests.cache.traces import Trace, scan_polluted, zipf
 from tqdm import tqdm
 
-from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
+from benchmarks.measuring import finish
+from tests.cache.traces import Trace, scan_polluted, zipf
 from trtllm_mm_cache.cache.eviction.base import make_policy
+from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
 
 TRAFFIC = {"zipf": zipf, "scans": scan_polluted}
 POLICIES = ("lru", "s3fifo")

@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
+
 from benchmarks.dataset import Request, pooled, reuse, sliding_window
 from benchmarks.measuring import finish
 from benchmarks.serving_arms import ARMS, ArmRun, Load, Stacks, stacks
 from tools.tiny_models import make_tiny_model
-from tqdm import tqdm
 
 GOAL_SHARE, GOAL_COST = 0.95, 0.01
 PUBLISHED = {

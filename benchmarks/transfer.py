@@ -34,11 +34,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from benchmarks.measuring import finish, median_ms
 from benchmarks.transfer_dynamo import FOLDER_VARIABLE, KINDS
 from benchmarks.transfer_ends import MB
 from benchmarks.two_hosts import Host, two_hosts
-from tqdm import tqdm
 
 SIZES = {"1 MB": MB, "10 MB": 10 * MB, "34 MB": 34 * MB}
 WARM_UP = 3

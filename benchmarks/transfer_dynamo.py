@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from benchmarks.transfer_ends import ARENA_BYTES, Receiver, Sender, Times, ask
 
 FOLDER_VARIABLE = "DYNAMO_TRANSFER_FOLDER"

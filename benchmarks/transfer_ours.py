@@ -15,22 +15,22 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from benchmarks.dataset import picture
-from benchmarks.transfer_ends import ARENA_BYTES, Receiver, Sender, Times, ask
 from dynamo.runtime import Context
-
-from trtllm_mm_cache.cache.key import EmbeddingKey
-from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
-from trtllm_mm_cache.settings import EncodeSettings
-from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem, ItemDescription
-from trtllm_mm_cache.errors import MmCacheError
-from trtllm_mm_cache.transfer import Exporter, Reader, TransferAgent
-from trtllm_mm_cache.tiers.breaker import CircuitBreakers
-from trtllm_mm_cache.encode.server import EncodeWorker
+from trtllm_mm_cache.runtime.passages import Passage
 from trtllm_mm_cache.tiers.loader import EmbeddingLoader
 from trtllm_mm_cache.tiers.missing_image import MissingItem
-from trtllm_mm_cache.runtime.passages import Passage
+
+from benchmarks.dataset import picture
+from benchmarks.transfer_ends import ARENA_BYTES, Receiver, Sender, Times, ask
+from trtllm_mm_cache.cache.key import EmbeddingKey
+from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
+from trtllm_mm_cache.encode.server import EncodeWorker
+from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem, ItemDescription
+from trtllm_mm_cache.errors import MmCacheError
 from trtllm_mm_cache.runtime.messages import EncodeReady, EncodeRequest, parse_answer
+from trtllm_mm_cache.settings import EncodeSettings
+from trtllm_mm_cache.tiers.breaker import CircuitBreakers
+from trtllm_mm_cache.transfer import Exporter, Reader, TransferAgent
 
 FINGERPRINT = "ab" * 32
 WIDTH = 1024

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from multiprocessing.connection import Client, Connection, Listener
 
 import torch
+
 from benchmarks.transfer_ends import Memcpy, Receiver, Sender
 
 

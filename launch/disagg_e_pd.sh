@@ -6,13 +6,13 @@ usage() {
     cat <<'TEXT'
 usage: launch/disagg_e_pd.sh [PD WORKER OPTION]...
 
-Every argument goes to the PD worker, for example
+Every argument goes to the PD workers, for example
   launch/disagg_e_pd.sh --multimodal-embedding-cache-capacity-gb 10
-(`trtllm-mm-cache pd --help` lists them). The rest is set by environment variables:
+(`trtllm-mm-cache pd --help` lists them). What must be equal everywhere counts everywhere: model, engine,
+endpoint of the encode workers, discovery, limits on images, logs. The rest is set by environment variables:
 
   MODEL_PATH                    model directory or hub name   [the demo model, models/shapes-qwen2-vl; on
                                 a machine with TensorRT-LLM: llava-hf/llava-v1.6-mistral-7b-hf]
-  SERVED_MODEL_NAME             name that clients use         [the last part of MODEL_PATH]
   ENGINE                        trtllm or transformers        [trtllm if it and a GPU are there]
   ENCODE_ENGINE_ARGS            YAML for the encode engine    [configs/<model>/encode.yaml]
   PD_ENGINE_ARGS                YAML for the PD engine        [configs/<model>/pd.yaml]
@@ -20,15 +20,12 @@ Every argument goes to the PD worker, for example
   PD_RANKS                      ranks of each PD worker, by mpirun  [1]
   ENCODE_CUDA_VISIBLE_DEVICES   GPUs of the encode workers    [all]
   PD_CUDA_VISIBLE_DEVICES       GPUs of the PD workers        [all]
-  ENCODE_ENDPOINT               dyn://namespace.component.endpoint of the encode workers
   ENCODE_EXTRA_ARGS             more options for the encode workers, split at spaces
-  ALLOWED_LOCAL_MEDIA_PATH      folder below which file: URLs may be read   [none]
-  MAX_FILE_SIZE_MB              largest image file            [50]
   DYN_HTTP_PORT                 port of the OpenAI API        [8000]
   RUN_DIR                       folder for logs and discovery [.run/<time>-<pid>]
-  READY_TIMEOUT_S               how long to wait for all      [900]
-  DRAIN_TIMEOUT_S               how long each kind of process may take to finish what runs when it is told
-                                to stop; on SIGTERM the exit status is then 0   [60]
+
+On SIGTERM each kind of process may take DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS (60) to finish what runs;
+the exit status is 0 if all did.
 TEXT
 }
 
@@ -47,6 +44,28 @@ die() {
     exit 1
 }
 
+# The download of a large model, and loading it from a slow disk, take minutes; what hangs is seen in its log.
+ready_timeout_s=900
+
+# --- 0 arguments that are not for the PD workers alone ------------------------------------------------
+
+log_flags=() image_flags=() name=
+arguments=("$@")
+for i in "${!arguments[@]}"; do
+    flag=${arguments[i]%%=*} value=${arguments[i]#*=}
+    if [[ $value == "$flag" ]]; then value=${arguments[i + 1]:-}; fi
+    case $flag in
+        --model-path) MODEL_PATH=$value ;;
+        --engine) ENGINE=$value ;;
+        --extra-engine-args) PD_ENGINE_ARGS=$value ;;
+        --served-model-name) name=$value ;;
+        --encode-endpoint) ENCODE_ENDPOINT=$value ;;
+        --discovery-backend) DYN_DISCOVERY_BACKEND=$value ;;
+        --log-level | --log-format) log_flags+=("$flag" "$value") ;;
+        --max-file-size-mb | --max-image-megapixels | --max-waiting-image-mb) image_flags+=("$flag" "$value") ;;
+    esac
+done
+
 # --- 1 the package -----------------------------------------------------------------------------------
 
 python=python3
@@ -62,7 +81,7 @@ if ! python3 -c 'import trtllm_mm_cache' 2>/dev/null; then
     fi
     export PATH=$root/.venv/bin:$PATH  # mpirun is there
 fi
-worker=("$python" -m trtllm_mm_cache.cli.main)
+worker=("$python" -m trtllm_mm_cache.cli)
 
 # --- 2 engine, model, configuration ------------------------------------------------------------------
 
@@ -84,7 +103,7 @@ model=${MODEL_PATH:-}
 if [[ -z $model && $engine == trtllm ]]; then model=llava-hf/llava-v1.6-mistral-7b-hf; fi
 demo_model=$root/models/shapes-qwen2-vl
 model=${model:-$demo_model}
-name=${SERVED_MODEL_NAME:-$(basename "$model")}
+name=${name:-$(basename "$model")}
 
 config=$root/configs/$(basename "$model" | tr '[:upper:]' '[:lower:]')
 if [[ $engine == transformers ]]; then config=$root/configs/cpu-demo; fi
@@ -100,7 +119,7 @@ export DYN_DISCOVERY_BACKEND=${DYN_DISCOVERY_BACKEND:-file}
 export DYN_FILE_KV=${DYN_FILE_KV:-$run_dir/discovery}
 export DYN_REQUEST_PLANE=${DYN_REQUEST_PLANE:-tcp} DYN_EVENT_PLANE=${DYN_EVENT_PLANE:-zmq}
 export DYN_HTTP_PORT=${DYN_HTTP_PORT:-8000}
-export DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS=${DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS:-${DRAIN_TIMEOUT_S:-60}}
+export DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS=${DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS:-60}
 # Dynamo's own log lines: warnings only, so that the workers' one line a request is readable.
 export DYN_LOG=${DYN_LOG:-warn} DYN_SDK_DISABLE_ANSI_LOGGING=${DYN_SDK_DISABLE_ANSI_LOGGING:-1}
 export PYTHONUNBUFFERED=1
@@ -142,7 +161,7 @@ start() {
 
 # drain KIND: tell the processes of that kind to finish what runs, and wait until they have ended
 drain() {
-    local i status deadline=$((SECONDS + ${DRAIN_TIMEOUT_S:-60}))
+    local i status deadline=$((SECONDS + DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS))
     for i in "${!pids[@]}"; do
         if [[ ${names[i]} == "$1"* ]]; then kill "-${signals[i]}" "${pids[i]}" 2>/dev/null || true; fi
     done
@@ -182,11 +201,11 @@ failed() {
 
 port_is_free "$DYN_HTTP_PORT" || die "port $DYN_HTTP_PORT is taken; set DYN_HTTP_PORT to a free one"
 : >"$run_dir/processes.tsv"
-common=(--model-path "$model" --engine "$engine" --max-file-size-mb "${MAX_FILE_SIZE_MB:-50}")
-start frontend "${worker[@]}" frontend
+start frontend "${worker[@]}" frontend "${log_flags[@]}"
 
+common=(--model-path "$model" --engine "$engine")
 read -ra encode_extra <<<"${ENCODE_EXTRA_ARGS:-}"
-encode=("${worker[@]}" encode "${common[@]}" --extra-engine-args "$encode_args" "${encode_extra[@]}")
+encode=("${worker[@]}" encode "${common[@]}" --extra-engine-args "$encode_args" "${log_flags[@]}" "${image_flags[@]}" "${encode_extra[@]}")
 if [[ -n ${ENCODE_ENDPOINT:-} ]]; then encode+=(--endpoint "$ENCODE_ENDPOINT"); fi
 for ((i = 1; i <= ${ENCODE_WORKERS:-1}; i++)); do
     start "encode worker $i" env ${ENCODE_CUDA_VISIBLE_DEVICES:+"CUDA_VISIBLE_DEVICES=$ENCODE_CUDA_VISIBLE_DEVICES"} "${encode[@]}"
@@ -196,7 +215,7 @@ ranks=()
 if ((${PD_RANKS:-1} > 1)); then
     if [[ $engine == trtllm ]]; then
         # trtllm-llmapi-launch expands its command unquoted: a shell splits and globs it a second time.
-        for argument in "$python" "$model" "$name" "$pd_args" "${ALLOWED_LOCAL_MEDIA_PATH:-}" "$@"; do
+        for argument in "$python" "$model" "$name" "$pd_args" "$@"; do
             [[ $argument != *[[:space:]\'\"\\*?[]* ]] ||
                 die "'$argument' would not survive trtllm-llmapi-launch: with PD_RANKS use no spaces, quotes, backslashes or * ? ["
         done
@@ -210,7 +229,6 @@ if ((${PD_RANKS:-1} > 1)); then
     if [[ $engine == trtllm ]]; then ranks+=(trtllm-llmapi-launch); else stop_signal=USR1; fi
 fi
 pd=("${ranks[@]}" "${worker[@]}" pd "${common[@]}" --extra-engine-args "$pd_args" --served-model-name "$name")
-if [[ -n ${ALLOWED_LOCAL_MEDIA_PATH:-} ]]; then pd+=(--allowed-local-media-path "$ALLOWED_LOCAL_MEDIA_PATH"); fi
 for ((i = 1; i <= ${PD_WORKERS:-1}; i++)); do
     start "PD worker $i" env ${PD_CUDA_VISIBLE_DEVICES:+"CUDA_VISIBLE_DEVICES=$PD_CUDA_VISIBLE_DEVICES"} "${pd[@]}" "$@"
 done
@@ -244,7 +262,7 @@ for i in "${!pids[@]}"; do
     esac
     until ready "$pattern" "${logs[i]}"; do
         check_alive
-        ((SECONDS - began < ${READY_TIMEOUT_S:-900})) || failed "${names[i]} was not ready after ${READY_TIMEOUT_S:-900} s" "${logs[i]}"
+        ((SECONDS - began < ready_timeout_s)) || failed "${names[i]} was not ready after $ready_timeout_s s" "${logs[i]}"
         if ((SECONDS >= next_word)); then
             say "waiting for ${names[i]} ($((SECONDS - began)) s)"
             next_word=$((SECONDS + 10))
@@ -255,30 +273,30 @@ for i in "${!pids[@]}"; do
 done
 until lists_model; do
     check_alive
-    ((SECONDS - began < ${READY_TIMEOUT_S:-900})) || failed "the frontend does not list the model" "${logs[0]}"
+    ((SECONDS - began < ready_timeout_s)) || failed "the frontend does not list the model" "${logs[0]}"
     sleep 0.2
 done
 
-picture=photo.jpg question="What is this?"
+image=photo.jpg question="What is this?"
 # The demo model knows drawn cards alone, and the wordings it was trained on.
-if [[ $model == "$demo_model" ]]; then picture=$root/models/card.png question="Where is the yellow cross?"; fi
+if [[ $model == "$demo_model" ]]; then image=$root/models/card.png question="Where is the yellow cross?"; fi
 # What another terminal needs to find these processes; the rest are the commands' own defaults.
-visit="export$(for variable in DYN_DISCOVERY_BACKEND DYN_FILE_KV DYN_REQUEST_PLANE DYN_EVENT_PLANE ETCD_ENDPOINTS NATS_SERVER ENCODE_ENDPOINT; do
+discovery="export$(for variable in DYN_DISCOVERY_BACKEND DYN_FILE_KV DYN_REQUEST_PLANE DYN_EVENT_PLANE ETCD_ENDPOINTS NATS_SERVER ENCODE_ENDPOINT; do
     if [[ -n ${!variable:-} ]]; then printf ' %s=%q' "$variable" "${!variable}"; fi
 done)"
 cat <<TEXT
 [launch] serving $name with $engine on http://127.0.0.1:$DYN_HTTP_PORT after $((SECONDS - began)) s. Try:
 
-  $python -m trtllm_mm_cache.cli.main ask --url http://127.0.0.1:$DYN_HTTP_PORT/v1 $picture "$question"
+  $python -m trtllm_mm_cache.cli ask --url http://127.0.0.1:$DYN_HTTP_PORT/v1 $image "$question"
 
   curl -s http://127.0.0.1:$DYN_HTTP_PORT/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": "$name", "max_tokens": 32, "messages": [{"role": "user", "content": [{"type": "text", "text": "$question"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,$(base64 <"$root/models/card.png" | tr -d '\n')"}}]}]}'
 
 [launch] To watch the workers, or to drop what they hold, copy this into another terminal:
 
-  $visit
+  $discovery
 
-  $python -m trtllm_mm_cache.cli.main top
-  $python -m trtllm_mm_cache.cli.main drop --all
+  $python -m trtllm_mm_cache.cli top
+  $python -m trtllm_mm_cache.cli drop --all
 
 [launch] Ctrl-C stops everything.
 TEXT

@@ -9,14 +9,14 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from trtllm_mm_cache.runtime.media_limits import image_limits
 
 from tests.e2e.stack import free_port
 from trtllm_mm_cache.cli.ask import AskError, ask_server
 from trtllm_mm_cache.cli.main import cli
 from trtllm_mm_cache.cli.options import settings_options
-from trtllm_mm_cache.settings import EncodeSettings, FrontendSettings, PdSettings, Settings
 from trtllm_mm_cache.media import MediaSettings
-from trtllm_mm_cache.runtime.media_limits import image_limits
+from trtllm_mm_cache.settings import EncodeSettings, FrontendSettings, PdSettings, Settings
 
 ROLES = {"frontend": FrontendSettings, "encode": EncodeSettings, "pd": PdSettings}
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from trtllm_mm_cache.settings import EncodeSettings, PdSettings, load_engine_args
 from trtllm_mm_cache.engines.transformers import TransformersEngineArgs
 from trtllm_mm_cache.engines.trtllm import TrtllmEncoderArgs, TrtllmLlmArgs
 from trtllm_mm_cache.errors import ConfigurationError
+from trtllm_mm_cache.settings import EncodeSettings, PdSettings, load_engine_args
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(CONFIGS.glob("*/*.yaml"))

@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the settings classes, the click commands and the launch script's --help.
+"""Write docs/configuration.md from the settings classes and the launch script's --help.
 
     python tools/configuration_reference.py [--check]
 
@@ -10,27 +10,26 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
-import click
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
-from settings_tables import flag_table, key_table, own_fields, table
 from trtllm_mm_cache.cli.main import cli
-from trtllm_mm_cache.settings import (
-    ControlSettings,
-    DropSettings,
-    EncodeSettings,
-    EngineSettings,
-    FrontendSettings,
-    PdSettings,
-    RuntimeSettings,
-    TopSettings,
-)
+from trtllm_mm_cache.cli.options import flag, is_constant, leaves
 from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs
 from trtllm_mm_cache.engines.trtllm.settings import TrtllmEncoderArgs, TrtllmLlmArgs
-from trtllm_mm_cache.settings import MediaSettings
-from trtllm_mm_cache.settings import PlanSettings
+from trtllm_mm_cache.settings import (
+    AskSettings,
+    DropSettings,
+    EncodeSettings,
+    FrontendSettings,
+    PdSettings,
+    PlanSettings,
+    TopSettings,
+)
 from trtllm_mm_cache.transfer.environment import DEFAULT_SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,10 +41,11 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "pd": PdSettings,
     "drop": DropSettings,
     "top": TopSettings,
+    "ask": AskSettings,
     "plan": PlanSettings,
 }
-# Limits of MediaSettings that the workers leave as they are; the others are flags of the workers.
-FIXED_LIMITS = ("http_connect_timeout", "http_max_redirects", "http_max_connections")
+TYPES = {int: "integer", float: "number", bool: "yes/no", str: "text", Path: "path"}
+BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 INTRODUCTION = """\
 # Configuration
@@ -57,10 +57,11 @@ Every process is set by command-line flags, the engine inside a worker by a YAML
 settings classes.
 
 - GB = 1024³ bytes, MB = 1024² bytes, s = seconds.
-- A flag of type yes/no has a counterpart that begins with `--no-`; a switch takes no value; a repeatable flag
-  is given once for each value.
+- A switch takes no value; a repeatable flag is given once for each value.
 - A variable of the environment counts where its flag is not given.
 - An unknown flag and an unknown YAML key are refused at start, by name.
+
+## Commands
 """
 
 ENGINES = """\
@@ -69,9 +70,15 @@ ENGINES = """\
 The keys of the YAML file that `--extra-engine-args` names: one file for the encode worker (`encode.yaml`) and
 one for the PD worker (`pd.yaml`). `configs/` has a pair for each model that was set up; the launch script
 takes the pair of the model's name.
+
+### transformers: `encode.yaml` and `pd.yaml`
+
+`dtype` and `embedding_dtype` decide an embedding's bytes and must be the same in both files.
 """
 
 TRTLLM = """\
+### TensorRT-LLM
+
 Names and meanings are those of `tensorrt_llm.llmapi`. Only what the file gives is passed on: a key that is
 left out has the engine's own default, which another release may change; see
 [tensorrt-llm.md](tensorrt-llm.md).
@@ -81,93 +88,161 @@ ENVIRONMENT = """\
 ## Environment
 
 Variables that stand for a flag are in the tables above. Dynamo's and OpenTelemetry's own count as they do
-elsewhere: `DYN_SYSTEM_PORT` is where a worker serves metrics and health; addresses and ports between hosts
-are in [multi-host.md](multi-host.md), traces in [observability.md](observability.md#traces).
+elsewhere: `DYN_SYSTEM_PORT` is where a worker serves metrics and health, `DYN_REQUEST_PLANE` and
+`DYN_EVENT_PLANE` are how processes talk; addresses and ports between hosts are in
+[multi-host.md](multi-host.md), traces in [observability.md](observability.md#traces).
+
+### The launch script
+"""
+
+NIXL = """\
+### NIXL and UCX
+
+Set by the workers where the environment says nothing; `transfer/environment.py` has the reasons.
+"""
+
+FIXED = """\
+## Fixed values
+
+What no flag changes, and why. A change is one line of `settings.py`.
 """
 
 
 def page() -> str:
     """Return the whole page."""
-    return "\n".join([INTRODUCTION, *_commands(), *_engines(), *_environment(), *_fixed()])
-
-
-def _commands() -> list[str]:
-    return [
-        "## Commands\n",
-        *_shared("Every role: `frontend`, `encode`, `pd`, `drop`, `top`", RuntimeSettings),
-        *_shared("Both workers: `encode`, `pd`", EngineSettings),
-        *_shared("Both `drop` and `top`", ControlSettings),
-        *(line for name, settings in COMMANDS.items() for line in _command(name, settings)),
-        *_heading("ask"),
-        _ask_table() + "\n",
-    ]
-
-
-def _shared(title: str, settings: type[BaseModel]) -> list[str]:
-    summary = (settings.__doc__ or "").splitlines()[0]
-    return [f"### {title}\n", f"{summary}\n", flag_table(settings, own_fields(settings)) + "\n"]
-
-
-def _command(name: str, settings: type[BaseModel]) -> list[str]:
-    return [*_heading(name), flag_table(settings, own_fields(settings)) + "\n"]
-
-
-def _heading(name: str) -> list[str]:
-    summary, _, _ = (cli.commands[name].help or "").partition("\n")
-    return [f"### `trtllm-mm-cache {name}`\n", f"{summary}\n"]
-
-
-def _ask_table() -> str:
-    """Return the options of `ask`, the one command without a settings class."""
-    rows = [["flag", "default", "variable", "meaning"]]
-    for option in cli.commands["ask"].params:
-        if isinstance(option, click.Option):
-            default = "" if option.default is None else f"`{option.default}`"
-            variable = f"`{option.envvar}`" if option.envvar else ""
-            rows.append([f"`{option.opts[0]}`", default, variable, option.help or ""])
-    return table(rows)
-
-
-def _engines() -> list[str]:
-    both = [name for name in TrtllmLlmArgs.model_fields if name in TrtllmEncoderArgs.model_fields]
-    encode = [name for name in TrtllmEncoderArgs.model_fields if name not in both]
-    pd = [name for name in TrtllmLlmArgs.model_fields if name not in both]
-    return [
-        ENGINES,
-        "### transformers: `encode.yaml` and `pd.yaml`\n",
-        "`dtype` and `embedding_dtype` decide an embedding's bytes and must be the same in both files.\n",
-        key_table(TransformersEngineArgs, TransformersEngineArgs.model_fields) + "\n",
-        "### TensorRT-LLM: `encode.yaml` and `pd.yaml`\n",
-        TRTLLM,
-        key_table(TrtllmLlmArgs, both) + "\n",
-        "### TensorRT-LLM: `encode.yaml` alone\n",
-        key_table(TrtllmEncoderArgs, encode) + "\n",
-        "### TensorRT-LLM: `pd.yaml` alone\n",
-        key_table(TrtllmLlmArgs, pd) + "\n",
-    ]
-
-
-def _environment() -> list[str]:
     usage = subprocess.run(
         [ROOT / "launch/disagg_e_pd.sh", "--help"], capture_output=True, text=True, check=True, timeout=60
     ).stdout
     variables = [[f"`{name}`", f"`{value}`"] for name, value in DEFAULT_SETTINGS.items()]
-    return [
+    parts = [
+        INTRODUCTION,
+        *_commands(),
+        ENGINES,
+        _key_table(("", TransformersEngineArgs)),
+        TRTLLM,
+        _key_table(("`encode.yaml`", TrtllmEncoderArgs), ("`pd.yaml`", TrtllmLlmArgs)),
         ENVIRONMENT,
-        "### The launch script\n",
         f"```text\n{usage.rstrip()}\n```\n",
-        "### NIXL and UCX\n",
-        "Set by the workers where the environment says nothing; `transfer/environment.py` has the reasons.\n",
-        table([["variable", "value"], *variables]) + "\n",
+        NIXL,
+        _table(["variable", "value"], variables),
+        FIXED,
+        _fixed(),
     ]
+    return "\n".join(parts)
 
 
-def _fixed() -> list[str]:
-    return [
-        "## Limits without a flag\n",
-        "What the PD worker keeps to in fetching http(s) images (`media/settings.py`).\n",
-        key_table(MediaSettings, FIXED_LIMITS) + "\n",
+def _commands() -> Iterator[str]:
+    """Yield the flags that several commands have in common, then each command with its own."""
+    tables: dict[tuple[str, ...], list[list[str]]] = {(name,): [] for name in COMMANDS}
+    for row, commands in _shared((name, _flag_rows(settings)) for name, settings in COMMANDS.items()):
+        tables.setdefault(commands, []).append(list(row))
+    for commands, rows in sorted(tables.items(), key=lambda item: -len(item[0])):
+        if len(commands) > 1:
+            yield f"### {', '.join(f'`{name}`' for name in commands)}\n"
+        else:
+            summary, _, _ = (cli.commands[commands[0]].help or "").partition("\n")
+            yield f"### `trtllm-mm-cache {commands[0]}`\n\n{summary}\n"
+        yield _table(["flag", "type", "default", "variable", "meaning"], rows)
+
+
+def _flag_rows(settings: type[BaseModel]) -> Iterator[tuple[str, ...]]:
+    for path, field in leaves(settings):
+        if not is_constant(field):
+            env = (field.json_schema_extra or {}).get("env")  # type: ignore[union-attr]
+            switch = field.annotation is bool
+            yield (
+                f"`{flag(path[-1])}`",
+                "switch" if switch else _type(field),
+                "" if switch else _default(field),
+                f"`{env}`" if env else "",
+                field.description or "",
+            )
+
+
+def _key_table(*files: tuple[str, type[BaseModel]]) -> str:
+    """Return the keys of YAML files, with a column that names the file where they differ."""
+    rows = []
+    for row, names in _shared((name, _key_rows(schema)) for name, schema in files):
+        where = "both" if len(names) > 1 else names[0]
+        rows.append([*row[:1], where, *row[1:]] if len(files) > 1 else [*row])
+    return _table(["key", *(["file"] if len(files) > 1 else []), "type", "default", "meaning"], rows)
+
+
+def _key_rows(schema: type[BaseModel], above: str = "") -> Iterator[tuple[str, ...]]:
+    for name, field in schema.model_fields.items():
+        inner = next((part for part in get_args(field.annotation) if _is_mapping(part)), None)
+        kind = "mapping" if inner else _type(field)
+        yield f"`{above}{name}`", kind, _default(field), field.description or ""
+        if inner:
+            yield from _key_rows(inner, f"{above}{name}.")
+
+
+def _fixed() -> str:
+    rows = (
+        (name, ((f"`{path[-1]}`", _default(field), field.description or "") for path, field in constants))
+        for name, settings in COMMANDS.items()
+        if (constants := [leaf for leaf in leaves(settings) if is_constant(leaf[1])])
+    )
+    table = [[row[0], ", ".join(f"`{name}`" for name in names), *row[1:]] for row, names in _shared(rows)]
+    return _table(["setting", "of", "value", "why"], table)
+
+
+def _shared(
+    groups: Iterable[tuple[str, Iterable[tuple[str, ...]]]],
+) -> Iterable[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Return each different row once, with the names of the groups that have it."""
+    found: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for name, rows in groups:
+        for row in rows:
+            found[row] = (*found.get(row, ()), name)
+    return found.items()
+
+
+def _table(heading: list[str], rows: Iterable[list[str]]) -> str:
+    """Return a Markdown table without the columns that are empty in every row."""
+    body = list(rows)
+    kept = [column for column in range(len(heading)) if any(row[column] for row in body)]
+    lines = [[heading[column] for column in kept], ["---"] * len(kept)]
+    lines += [[row[column].replace("|", "\\|") or "—" for column in kept] for row in body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _type(field: FieldInfo) -> str:
+    bounds = [
+        f"{sign} {getattr(mark, name)}"
+        for mark in field.metadata
+        for name, sign in BOUNDS.items()
+        if hasattr(mark, name)
     ]
+    return ", ".join([_type_name(field.annotation), *bounds])
+
+
+def _type_name(annotation: Any) -> str:
+    parts = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{choice}`" for choice in parts)
+    if get_origin(annotation) is tuple:
+        return f"{_type_name(parts[0])}; repeatable"
+    if get_origin(annotation) is list:
+        return f"list of {_type_name(parts[0])}"
+    return _type_name(parts[0]) if parts else TYPES[annotation]  # an optional value: X | None
+
+
+def _default(field: FieldInfo) -> str:
+    default = field.default
+    if field.is_required():
+        return "required"
+    if default is None or default == ():
+        return ""
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    if isinstance(default, frozenset):
+        return ", ".join(sorted(default))
+    return f"{default:g}" if isinstance(default, int | float) else f"`{default}`"
+
+
+def _is_mapping(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def main() -> None:

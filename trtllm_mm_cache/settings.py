@@ -158,7 +158,7 @@ class EngineSettings(RuntimeSettings):
     transfer_timeout_s: Seconds = Field(
         10,
         description="Deadline of one READ: past it the PD worker quarantines the extent until the READ "
-        "settles. An encode worker keeps an export three times as long for a PD worker that does not READ it.",
+        "settles. An encode worker keeps an export for three times as long when it is not READ.",
     )
 
 
@@ -330,7 +330,6 @@ class PlanSettings(Settings):
     zipf: float = constant(
         0.9, "With --hit: how unequal popularity is, Zipf's exponent of web traffic.", ge=0, le=3
     )
-    encode_workers: int = constant(1, "Encode workers that share the second level; divide by yours.", ge=1)
     engine: EngineName = Field("transformers", description="Engine of the workers.")
     extra_engine_args: Path | None = Field(
         None, description="The encode worker's engine YAML file: it may name the dtype."

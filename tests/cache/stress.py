@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
-from trtllm_mm_cache.cache.manager import CachedEmbedding, Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.eviction.base import make_policy
+from trtllm_mm_cache.cache.manager import CachedEmbedding, Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.errors import ArenaFullError
 
 CAPACITY = 16 * 1024 * 1024

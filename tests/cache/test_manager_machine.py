@@ -20,13 +20,13 @@ from hypothesis.stateful import (
 )
 
 from trtllm_mm_cache.cache.entry import EntryState
+from trtllm_mm_cache.cache.eviction.base import make_policy
 from trtllm_mm_cache.cache.manager import (
     CachedEmbedding,
     Lease,
     MultimodalEmbeddingCacheManager,
     Reservation,
 )
-from trtllm_mm_cache.cache.eviction.base import make_policy
 from trtllm_mm_cache.cache.scope import Selection
 from trtllm_mm_cache.errors import ArenaFullError, EmbeddingMismatchError, EntryTooLargeError
 

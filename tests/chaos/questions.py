@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.demo_model.pictures import draw, random_scene
-from tools.demo_model.questions import KINDS, ask_any
-
 from tests.e2e.conftest import generate_answer
 from tests.e2e.stack import message
 from tests.engines.contract import chat_case
+from tools.demo_model.pictures import draw, random_scene
+from tools.demo_model.questions import KINDS, ask_any
 
 MODEL = Path(__file__).parents[2] / "models/shapes-qwen2-vl"
 MAX_TOKENS = 40

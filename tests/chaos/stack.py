@@ -64,7 +64,8 @@ def chaos_stack(
         return service(f"PD-{number}", "PD worker ready", "pd", *options, system_port=next(ports))
 
     def encode_worker(number: int) -> Service:
-        return service(f"encode-{number}", "encode worker ready", "encode", *common, *cache, system_port=next(ports))
+        options = (*common, *cache)
+        return service(f"encode-{number}", "encode worker ready", "encode", *options, system_port=next(ports))
 
     stack = ChaosStack(
         f"http://127.0.0.1:{port}/v1",

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 import pytest
+
 from tools.demo_model.hints import hint, second_hint
 from tools.demo_model.pictures import Scene, random_scene
 from tools.demo_model.questions import KINDS, Question, ask

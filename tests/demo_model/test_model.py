@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from tools.demo_model.pictures import GRIDS, draw, random_scene
-from tools.demo_model.scoring import Answerer, Result, held_out, score, table
-from tools.demo_model.tokenizer import make_tokenizer
 from transformers import AutoTokenizer
 
 from tests.engines.contract import reference_model, reference_processor
+from tools.demo_model.pictures import GRIDS, draw, random_scene
+from tools.demo_model.scoring import Answerer, Result, held_out, score, table
+from tools.demo_model.tokenizer import make_tokenizer
 from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem
 from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, TransformersVisionEncoder
 

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 from skimage.measure import label, regionprops
+
 from tools.demo_model.pictures import CELL, COLOURS, GRIDS, Scene, draw, random_scene
 
 SCENES = [random_scene(random.Random(seed)) for seed in range(120)]

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 
 import pytest
+
 from tools.demo_model.pictures import COLOURS, SHAPES, Figure, Scene, random_scene
 from tools.demo_model.questions import KINDS, Question, ask
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
+
+from tests.engines.contract import reference_model, reference_processor
 from tools.demo_model.data import BatchMaker, BatchShape
 from tools.demo_model.model import make_config, new_model, save_model
 from tools.demo_model.pictures import draw
 from tools.demo_model.tokenizer import make_tokenizer
 from tools.demo_model.tower import encode_all, read
 from tools.demo_model.training import Plan, Training
-from transformers import PreTrainedTokenizerFast
-
-from tests.engines.contract import reference_model, reference_processor
 
 
 @pytest.fixture(scope="module")

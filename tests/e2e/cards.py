@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
+
 from tools.demo_model.pictures import draw, random_scene
 from tools.demo_model.questions import KINDS, ORDINALS, Question, ask
 

@@ -32,8 +32,9 @@ def stack(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator
         "--multimodal-embedding-cache-capacity-gb",
         "0.125",
         "--allow-private-addresses",
+        "--allowed-local-media-path",
+        str(media),
         MODEL_PATH=str(model_dir),
-        ALLOWED_LOCAL_MEDIA_PATH=str(media),
     ) as running:
         yield running
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from benchmarks.burst import measure
 from benchmarks.dataset import data_url, picture, pooled
 from benchmarks.serving_arms import Load, Stacks, prompt_tokens
-
 from tests.e2e.stack import Stack
 
 

@@ -13,6 +13,7 @@ import pytest
 from tests.e2e.cards import Asked, Deal, Oracle
 from tests.e2e.stack import Process, Stack, data_url, launched, new_picture, png, wait_until
 from trtllm_mm_cache.cli.ask import AskError, ask_server
+from trtllm_mm_cache.settings import AskSettings
 
 QUESTION = "What is this?"
 
@@ -127,13 +128,5 @@ def test_without_any_encode_worker_text_and_cached_pictures_go_on(
             assert stack.ask(*cached.parts) == cached.answer
             assert stack.ask("Hello there!") == oracle([], ["Hello there!"])
         with pytest.raises(AskError, match=r"503.*no encode worker can take it.*Ask again in a moment"):
-            ask_server(
-                [data_url(png(new_picture()))],
-                QUESTION,
-                url=stack.url,
-                model=None,
-                max_tokens=1,
-                temperature=0,
-                timeout=60,
-            )
+            ask_server([data_url(png(new_picture()))], QUESTION, AskSettings(url=stack.url, max_tokens=1))
         wait_until(lambda: "encode worker 1 has ended" in stack.log.read_text(), 10, "nothing was said")

@@ -14,8 +14,8 @@ from PIL import Image
 
 from tests.e2e.conftest import Oracle
 from tests.e2e.stack import Process, Stack, data_url, image_part, new_picture, png, wait_until
-from tests.media import pictures
-from tests.media.pictures import saved
+from tests.media import images
+from tests.media.images import saved
 
 QUESTION = "What is this?"
 
@@ -88,9 +88,9 @@ def test_a_field_that_cannot_be_served_is_named(stack: Stack, name: str) -> None
 
 IMAGES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "image 1"),
-    "bomb": (pictures.png_bomb(30_000, 30_000), "limit"),
+    "bomb": (images.png_bomb(30_000, 30_000), "limit"),
     "strip": (saved(Image.new("L", (1, 60_000)), "PNG"), "crop it"),
-    "scans": (pictures.jpeg_of_scans(200), "scans"),
+    "scans": (images.jpeg_of_scans(200), "scans"),
     "html": (b"<!doctype html>", "accepted format"),
 }
 
@@ -141,7 +141,7 @@ def test_bodies_that_are_no_request(stack: Stack, body: bytes) -> None:
 def test_an_oriented_photograph_is_answered_as_the_upright_one(stack: Stack, oracle: Oracle) -> None:
     picture = new_picture(112, 56)
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", exif=pictures.exif(6))
+    picture.save(buffer, "PNG", exif=images.exif(6))
     expected = oracle([picture.transpose(Image.Transpose.ROTATE_270)], ["", QUESTION])
     before = stack.encodes()
     answers = [stack.ask(data_url(buffer.getvalue()), QUESTION) for _ in range(2)]

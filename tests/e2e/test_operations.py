@@ -237,7 +237,7 @@ def test_top_reads_system_ports(stack: Stack) -> None:
 def test_without_workers_the_tools_say_where_they_looked_and_the_way_out(tmp_path: Path) -> None:
     for arguments in (("drop", "--all"), ("top",)):
         done = subprocess.run(
-            [sys.executable, "-m", "trtllm_mm_cache.cli", *arguments, "--discovery-wait-s", "0.2"],
+            [sys.executable, "-m", "trtllm_mm_cache.cli", *arguments],
             env={**os.environ, "DYN_FILE_KV": str(tmp_path)},
             capture_output=True,
             text=True,

@@ -16,11 +16,11 @@ from pathlib import Path
 import openai
 import pytest
 from PIL import Image
-from tools.tiny_models import make_tiny_model
 
 from tests.e2e.conftest import generate_answer
 from tests.e2e.stack import REPOSITORY, Stack, free_port, launched, message, new_picture, wait_until
 from tests.engines.contract import chat_case
+from tools.tiny_models import make_tiny_model
 
 QUESTION = "What is this?"
 PEER = REPOSITORY / "tests/trtllm_peer"
@@ -158,12 +158,12 @@ def test_the_logs_say_how_embeddings_reach_the_engine_and_warn_of_nothing(stack:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment"),
-    [([], {"SERVED_MODEL_NAME": "my model"}), (["--allowed-local-media-path", "/data/*"], {})],
+    "arguments",
+    [["--served-model-name", "my model"], ["--allowed-local-media-path", "/data/*"]],
     ids=["space", "star"],
 )
 def test_several_ranks_refuse_arguments_that_the_mpi_launcher_would_split(
-    tmp_path: Path, model_dir: Path, arguments: list[str], environment: dict[str, str]
+    tmp_path: Path, model_dir: Path, arguments: list[str]
 ) -> None:
     variables = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -173,7 +173,6 @@ def test_several_ranks_refuse_arguments_that_the_mpi_launcher_would_split(
         "ENGINE": "trtllm",
         "PD_RANKS": "2",
         "MODEL_PATH": str(model_dir),
-        **environment,
     }
     ended = subprocess.run(
         [str(REPOSITORY / "launch/disagg_e_pd.sh"), *arguments],

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from tools.tiny_models import make_tiny_model
 
 from tests.engines.contract import ARCHITECTURES
-from trtllm_mm_cache.cache.manager import CachedEmbedding, Lease, MultimodalEmbeddingCacheManager
+from tools.tiny_models import make_tiny_model
+from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem
 from trtllm_mm_cache.engines.transformers import (
     TransformersEngineArgs,
@@ -22,6 +22,14 @@ from trtllm_mm_cache.engines.transformers import (
 )
 
 ModelFactory = Callable[[str], Path]
+
+
+def stored(cache: MultimodalEmbeddingCacheManager, key: str, encoded: EncodedItem) -> Lease:
+    """Put an embedding into a cache as the workers do, and hold it."""
+    tensor = encoded.tensor
+    reservation = cache.reserve(key, tensor.nbytes, owner="test")
+    reservation.write(tensor)
+    return reservation.commit(dtype=tensor.dtype, shape=tuple(tensor.shape), metadata=encoded.metadata)
 
 
 @dataclass
@@ -44,11 +52,7 @@ class Halves:
 
     def lease(self, encoded: EncodedItem) -> Lease:
         """Put an embedding into the cache and hold it."""
-        key = str(next(self._keys))
-        self.cache.set(key, CachedEmbedding(encoded.tensor, metadata=encoded.metadata))
-        lease = self.cache.lease(key)
-        assert lease is not None
-        return lease
+        return stored(self.cache, str(next(self._keys)), encoded)
 
     def carry(self, items: Sequence[EncodeItem]) -> list[Lease]:
         """Encode one by one, through the cache: see `contract.Carry`."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -63,20 +62,21 @@ def test_the_grid_decides_positions(architecture: str, halves_of: Callable[[str]
     halves = halves_of(architecture)
     case = chat_case(halves.model_dir, [picture(1, 120, 80)])
     encoded = halves.encode(case.items("")[0])
-    t, h, w = encoded.metadata["image_grid_thw"]
+    assert encoded.metadata.grid_thw is not None
+    t, h, w = encoded.metadata.grid_thw
     assert h != w
 
-    def logits(metadata: Mapping[str, Any]) -> torch.Tensor:
+    def logits(grid: tuple[int, int, int] | None) -> torch.Tensor:
+        metadata = replace(encoded.metadata, grid_thw=grid)
         return halves.generator.prefill_logits(
             case.request, [halves.lease(EncodedItem(encoded.tensor, metadata))]
         )
 
     with_grid = reference_logits(case)
-    transposed = {**encoded.metadata, "image_grid_thw": [t, w, h]}
-    assert_clearly_different(logits(transposed), with_grid)
-    for grid in (None, [t, h], [t, h, w + 2], [t, h, "w"]):
+    assert_clearly_different(logits((t, w, h)), with_grid)
+    for grid in (None, (t, h, w + 2)):
         with pytest.raises(EmbeddingMismatchError, match="grid"):
-            logits({**encoded.metadata, "image_grid_thw": grid})
+            logits(grid)
 
 
 def test_deepstack_levels_reach_the_decoder(halves_of: Callable[[str], Halves]) -> None:

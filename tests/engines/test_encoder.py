@@ -69,8 +69,7 @@ def test_embeddings_are_tensors_of_their_own(halves: Halves) -> None:
     for result in (first, second):
         assert result.tensor.is_contiguous()
         assert result.tensor.untyped_storage().nbytes() == result.tensor.nbytes
-        assert result.tensor.shape[0] == result.metadata["placeholder"].count(token) > 0
-        assert json.loads(json.dumps(result.metadata)) == result.metadata
+        assert result.tensor.shape[0] == str(result.metadata.placeholder).count(token) > 0
     before = second.tensor.clone()
     first.tensor.zero_()
     assert torch.equal(second.tensor, before)

@@ -23,6 +23,7 @@ from tests.engines.contract import (
     reference_model,
     reference_processor,
 )
+from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.engines.base import EncodedItem
 from trtllm_mm_cache.engines.transformers.prompt import PromptExpander
 from trtllm_mm_cache.errors import EmbeddingMismatchError, PlaceholderMismatchError
@@ -39,7 +40,7 @@ def expander_of(model_dir: Path) -> PromptExpander:
 def placeholders_of(halves: Halves, case: Case) -> list[str]:
     """Return the texts that the encode side gives with the images."""
     items = case.items(halves.generator.variant(len(case.images)))
-    return [halves.encode(item).metadata["placeholder"] for item in items]
+    return [str(halves.encode(item).metadata.placeholder) for item in items]
 
 
 def expanded(case: Case, placeholders: list[str]) -> list[int]:
@@ -191,6 +192,6 @@ def test_an_embedding_of_another_shape_is_refused(halves: Halves) -> None:
 
 def test_an_embedding_without_placeholder_text_is_refused(small: Halves) -> None:
     case = chat_case(small.model_dir, pictures(1))
-    lease = small.lease(EncodedItem(small.encode(case.items("")[0]).tensor, {}))
+    lease = small.lease(EncodedItem(small.encode(case.items("")[0]).tensor, EmbeddingMetadata()))
     with pytest.raises(EmbeddingMismatchError, match="placeholder"):
         small.generator.prefill_logits(case.request, [lease])

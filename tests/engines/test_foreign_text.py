@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trtllm_mm_cache.engines.foreign_text import fit_for_client
+from trtllm_mm_cache.engines.checks import fit_for_client
 
 
 @pytest.mark.parametrize(

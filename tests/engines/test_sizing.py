@@ -17,12 +17,11 @@ from tests.engines.conftest import Halves, ModelFactory
 from tests.engines.contract import picture
 from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cli.main import cli
-from trtllm_mm_cache.settings import GB
+from trtllm_mm_cache.cli.plan import lru_entries, make_plan
 from trtllm_mm_cache.engines.base import EncodeItem
 from trtllm_mm_cache.engines.transformers import embedding_shape
 from trtllm_mm_cache.errors import ConfigurationError
-from trtllm_mm_cache.cli.plan import lru_entries, make_plan
-from trtllm_mm_cache.settings import PlanSettings
+from trtllm_mm_cache.settings import GB, PlanSettings
 
 SIZES = [(120, 80), (61, 149), (33, 400)]
 

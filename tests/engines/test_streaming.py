@@ -1,4 +1,4 @@
-"""Tokens come as they are computed; nobody pays for an answer that nobody reads."""
+"""Tokens come as they are computed; an answer that is not read any more costs nothing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def test_tokens_come_before_the_answer_is_complete(small: Halves) -> None:
 async def test_every_delta_counts_the_expanded_prompt(small: Halves) -> None:
     case = chat_case(small.model_dir, [picture(1, 120, 80)])
     lease = small.carry(case.items(""))[0]
-    expected = len(case.request.token_ids) - 1 + lease.embedding.tensor.shape[0]
+    expected = len(case.request.token_ids) - 1 + lease.shape[0]
     async for delta in small.generator.generate(case.request, [lease]):
         assert delta.prompt_tokens == expected
 

@@ -11,8 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -32,14 +31,15 @@ from tests.engines.contract import (
     pictures,
     reference_logits,
 )
-from trtllm_mm_cache.settings import PdSettings
-from trtllm_mm_cache.pd.metrics import PdMetrics
-from trtllm_mm_cache.pd.assembly import give_up, make_resolver
-from trtllm_mm_cache.runtime.encode_client import EncodeClient
+from tests.pd.bench import asking
 from trtllm_mm_cache.pd.memory import PdMemory
-from trtllm_mm_cache.pd.resolved import ResolvedItems
+from trtllm_mm_cache.pd.metrics import PdMetrics
+from trtllm_mm_cache.pd.process import make_resolver
 from trtllm_mm_cache.pd.resolve import ItemResolver
+from trtllm_mm_cache.pd.resolved import ResolvedItems
 from trtllm_mm_cache.runtime.connect import connect
+from trtllm_mm_cache.runtime.encode_client import EncodeClient
+from trtllm_mm_cache.settings import PdSettings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -91,11 +91,10 @@ class PdSide:
     resolver: ItemResolver
 
     async def resolve(self, case: Case) -> ResolvedItems:
-        """Send the case's pictures the way of a request's images."""
+        """Send the case's images the way of a request's items."""
+        references = [data_url(png(image)) for image in case.images]
         return await self.resolver.resolve(
-            [data_url(png(image)) for image in case.images],
-            processor_kwargs=case.processor_kwargs,
-            salt=None,
+            asking(references, processor_kwargs=case.processor_kwargs),
             variant=self.halves.generator.variant(len(case.images)),
         )
 
@@ -146,8 +145,7 @@ async def pd_side(
     for following in ARCHITECTURES[position + 1 : position + 2]:
         encoders.start(following)
     memory = await PdMemory.create(settings)
-    encode_client = EncodeClient(client, unwanted=partial(give_up, memory.reader))
-    resolver = make_resolver(settings, memory, encode_client, halves.generator, PdMetrics())
+    resolver = make_resolver(settings, memory, EncodeClient(client), halves.generator, PdMetrics())
     yield PdSide(halves, memory, resolver)
     await resolver.close()
     memory.cache.check_integrity()
@@ -173,10 +171,9 @@ async def test_what_arrives_is_what_was_encoded(pd_side: PdSide) -> None:
     images = await pd_side.resolve(case)
     (lease,) = images.leases
     encoded = pd_side.halves.encode(case.items(pd_side.halves.generator.variant(1))[0])
-    assert_bit_equal(lease.embedding.tensor, encoded.tensor)
-    metadata = dict(lease.embedding.metadata or {})
-    assert metadata.pop("encode_seconds") > 0
-    assert metadata == dict(encoded.metadata)
+    assert_bit_equal(lease.tensor, encoded.tensor)
+    assert lease.metadata.encode_seconds > 0
+    assert replace(lease.metadata, encode_seconds=0.0, checksum=None) == encoded.metadata
     images.release()
 
 
@@ -195,11 +192,11 @@ async def test_another_image_and_swapped_images_show(pd_side: PdSide) -> None:
 async def test_the_same_image_twice_in_one_prompt_is_one_encode(pd_side: PdSide) -> None:
     image = picture(11, 100, 100)
     case = chat_case(pd_side.halves.model_dir, [image, image])
-    before = pd_side.memory.reader.statistics().read_bytes
+    before = pd_side.memory.reader.completed_bytes
     images = await pd_side.resolve(case)
     assert images.misses == 1
     assert images.leases[0].address == images.leases[1].address
-    assert pd_side.memory.reader.statistics().read_bytes - before == images.leases[0].nbytes
+    assert pd_side.memory.reader.completed_bytes - before == images.leases[0].nbytes
     assert_logits_are_the_models_own(pd_side.halves.generator, case, images.leases)
     images.release()
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
-from tools.tiny_models import ARCHITECTURES as RECIPES
-from tools.tiny_models import make_tiny_model
 
 from tests.engines.conftest import ModelFactory
 from tests.engines.contract import ARCHITECTURES, chat_case, pictures, reference_model, reference_processor
+from tools.tiny_models import ARCHITECTURES as RECIPES
+from tools.tiny_models import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
 

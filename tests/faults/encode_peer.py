@@ -22,10 +22,11 @@ from typing import Any
 import click
 from dynamo.runtime import Context
 from PIL import Image
-from trtllm_mm_cache.workers import encode
 
+from trtllm_mm_cache.cache.scope import Selection
 from trtllm_mm_cache.cli.options import settings_options
-from trtllm_mm_cache.encode.server import EncodeWorker
+from trtllm_mm_cache.encode import process
+from trtllm_mm_cache.encode.server import EncodeServer
 from trtllm_mm_cache.runtime.messages import EncodeFault
 from trtllm_mm_cache.settings import EncodeSettings
 from trtllm_mm_cache.transfer.checksum import checksum
@@ -62,13 +63,13 @@ FAULTS: dict[str, Callable[[Answer], Answer]] = {
     "address": lambda answer: answer | {"address": 4096},
     "token": lambda answer: answer | {"token": "x" * 129},
     "fingerprint": lambda answer: answer | {"fingerprint": "0" * 64},
-    "no-placeholder": lambda answer: answer | {"metadata": {}},
+    "no-placeholder": lambda answer: answer | {"placeholder": None},
     "garbage": lambda answer: {"status": "ready", "nonsense": 1},
 }
 """What makes an answer wrong."""
 
 
-class EncodePeer(EncodeWorker):
+class EncodePeer(EncodeServer):
     """The product's encode worker, and what happens to its calls and answers."""
 
     async def handle(self, payload: Any, context: Context) -> AsyncIterator[Answer]:
@@ -76,7 +77,7 @@ class EncodePeer(EncodeWorker):
 
         `silent`: never. `held`: when the file says otherwise. `empty`: with nothing. `busy`: that its queue
         is full. `other-image`: with the embedding of an image of another size, all of it consistent.
-        `timed-out`: with an export that is given up and overwritten before it can be READ. `killed`: by being
+        `timed-out`: with an export that is released and overwritten before it can be READ. `killed`: by being
         killed. `frozen`: by standing still. `frozen-after`, `killed-after`: the same, with the answer sent.
         """
         fault, pid, *_ = [*fault_file.read_text().split(), "0"]
@@ -100,7 +101,7 @@ class EncodePeer(EncodeWorker):
         async for answer in super().handle(payload, context):
             if fault == "timed-out":
                 self._exporter.release(answer["token"])
-                self._manager.drop(answer["key"])
+                self._pipeline.drop(Selection(key=answer["key"]))
                 ctypes.memset(answer["address"], 1, answer["nbytes"])
             if fault.endswith("-after"):
                 number = signal.SIGSTOP if fault == "frozen-after" else signal.SIGKILL
@@ -118,8 +119,8 @@ def _another_image() -> bytes:
 @settings_options(EncodeSettings)
 def main(settings: EncodeSettings) -> None:
     """Run the product's encode worker with the peer in its place."""
-    encode.EncodeWorker = EncodePeer  # type: ignore[misc]
-    encode.run_encode_worker(settings)
+    process.EncodeServer = EncodePeer  # type: ignore[misc]
+    process.run_encode_worker(settings)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from tests.workers import test_protocol, test_request
 from trtllm_mm_cache.errors import InvalidRequestError, MmCacheError, ProtocolMismatchError, TransferError
 from trtllm_mm_cache.media import MediaSettings, decode_image, probe_image
 from trtllm_mm_cache.media.data_url import decode_data_url
-from trtllm_mm_cache.transfer import PeerMetadata
-from trtllm_mm_cache.runtime.messages import EncodeFault, EncodeReady, EncodeRequest, parse, parse_answer
 from trtllm_mm_cache.pd.request import parse_request
+from trtllm_mm_cache.runtime.messages import EncodeFault, EncodeReady, EncodeRequest, parse, parse_answer
+from trtllm_mm_cache.transfer import PeerMetadata
 
 # In the service Pillow's warnings are dropped; here pytest would turn them into errors.
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")

@@ -9,9 +9,10 @@ from typing import Any
 
 from PIL import Image
 
+from tests.engines.conftest import stored
 from tests.engines.contract import Case
 from trtllm_mm_cache.cache.key import embedding_key
-from trtllm_mm_cache.cache.manager import CachedEmbedding, Lease, MultimodalEmbeddingCacheManager
+from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem
 from trtllm_mm_cache.engines.trtllm import (
     TrtllmEncoderArgs,
@@ -67,10 +68,7 @@ class GpuHalves:
         (encoded,) = self.encoder.encode([self.encoder.preprocess(EncodeItem(image))])
         assert isinstance(encoded, EncodedItem), encoded
         key = embedding_key(image.tobytes(), fingerprint=self.generator.fingerprint).hex
-        self.cache.set(key, CachedEmbedding(encoded.tensor.cpu(), metadata=encoded.metadata))
-        lease = self.cache.lease(key)
-        assert lease is not None
-        return lease
+        return stored(self.cache, key, encoded)
 
     def by_handle(self, case: Case, leases: Sequence[Lease], max_tokens: int = 64) -> Output:
         """Generate as the adapter does, with log-probabilities and text besides."""
@@ -83,7 +81,7 @@ class GpuHalves:
         try:
             return output_of(self.llm.generate_async(**arguments).result())
         finally:
-            self.generator._give_back(prepared)
+            self.generator._release(prepared)
 
     def whole(self, case: Case, max_tokens: int = 64) -> Output:
         """Generate as TensorRT-LLM does by itself, with its own vision tower in the same engine."""

@@ -18,6 +18,7 @@ from tests.engines.decoding import read
 from tests.gpu.conftest import MODELS, model_dir_of
 from tests.gpu.halves import GpuHalves
 from trtllm_mm_cache.engines.base import SamplingParams
+from trtllm_mm_cache.engines.checks import grid_of
 from trtllm_mm_cache.engines.trtllm.handles import cpu_handle
 from trtllm_mm_cache.engines.trtllm.mrope import mrope_positions
 
@@ -62,7 +63,7 @@ async def test_the_generator_streams_the_same_tokens(halves: GpuHalves) -> None:
     assert answer.deltas > 1
 
 
-async def test_an_answer_given_up_ends_in_the_engine_too(halves: GpuHalves) -> None:
+async def test_a_cancelled_answer_ends_in_the_engine_too(halves: GpuHalves) -> None:
     case = chat_case(halves.model_dir, pictures(1))
     (lease,) = halves.carry(case.images)
     request = replace(case.request, sampling=SamplingParams(max_tokens=2000, ignore_eos=True))
@@ -78,10 +79,10 @@ def test_positions_are_the_engines_own(halves: GpuHalves) -> None:
     case = chat_case(halves.model_dir, pictures(3))
     leases = halves.carry(case.images)
     layout = halves.generator._prepare.layout
-    grids = [layout.grid_of(lease.embedding, index) for index, lease in enumerate(leases)]
+    grids = [grid_of(lease.metadata, lease.shape[0], layout.merge_size) for lease in leases]
     prompt = halves.generator._prepare.reader.read(case.request, 3)
     ours = mrope_positions(prompt.token_ids, layout.image_token_id, grids, layout.merge_size)
-    rows = iter(lease.embedding.tensor.shape[0] for lease in leases)
+    rows = iter(lease.shape[0] for lease in leases)
     expanded = [
         token
         for one in prompt.token_ids
@@ -100,10 +101,10 @@ def test_handles_have_the_engines_layout(halves: GpuHalves) -> None:
     from tensorrt_llm._torch.shared_tensor import SharedTensorContainer
 
     (lease,) = halves.carry(pictures(1))
-    assert (
-        cpu_handle(lease.shared_tensor)
-        == SharedTensorContainer.from_tensor(lease.shared_tensor).dump_to_dict()
-    )
+    start = lease.offset // lease.dtype.itemsize
+    shared = torch.empty(0, dtype=lease.dtype).set_(halves.cache.arena.storage, start, lease.shape)
+    theirs = SharedTensorContainer.from_tensor(shared).dump_to_dict()
+    assert cpu_handle(lease.handle(openers=1)) == theirs
 
 
 def test_shared_kv_blocks_do_not_mix_images_up() -> None:

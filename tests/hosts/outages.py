@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 
 import openai
-from tools.demo_model.pictures import draw, random_scene
 
 from tests.e2e.stack import wait_until
 from tests.hosts.deployment import Deployment, deployed
 from tests.hosts.network import reason_to_skip
+from tools.demo_model.pictures import draw, random_scene
 
 QUESTION = "Describe the picture."
 _rng = random.Random(1)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import random
 
-from tools.demo_model.pictures import draw, random_scene
-from tools.demo_model.questions import KINDS, ask_any
-
 from tests.e2e.conftest import generate_answer
 from tests.engines.contract import chat_case
 from tests.hosts.deployment import Deployment
+from tools.demo_model.pictures import draw, random_scene
+from tools.demo_model.questions import KINDS, ask_any
 
 ENCODES = "trtllm_mm_cache_encodes_total"
 HITS = "dynamo_component_embedding_cache_hits_total"

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import re
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
@@ -39,6 +41,17 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[trustme.CA]:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("SSL_CERT_FILE", str(path))
         yield trusted
+
+
+@pytest.fixture
+def traced() -> Iterator[Callable[[], int]]:
+    """Switch the cyclic collector off; the function returns the bytes that Python has allocated since."""
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    yield lambda: tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    gc.enable()
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tools.tiny_models import make_tiny_model
 
 from tests.mpi.scenarios import ONE_THREAD
+from tools.tiny_models import make_tiny_model
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ from typing import Any
 from tests.engines.conftest import Halves
 from tests.engines.contract import Case, chat_case, picture, pictures, reference_processor
 from tests.engines.decoding import Answer, read, text_request
-from trtllm_mm_cache.cache.manager import Lease
 from trtllm_mm_cache.cache.arena.region import SHARED_MEMORY_ROOT
+from trtllm_mm_cache.cache.manager import Lease
 from trtllm_mm_cache.engines.base import SamplingParams
 
 ONE_THREAD = "torch_threads: 1\ndevice: cpu\n"
@@ -75,7 +75,7 @@ def _rewritten(halves: Halves) -> list[Any]:
     (item,) = case.items(halves.generator.variant(1))
     lease, other = halves.carry([item, replace(item, image=picture(6, 112, 112))])
     logits = [halves.generator.prefill_logits(case.request, [held]) for held in (lease, other)]
-    lease.shared_tensor.copy_(other.shared_tensor)
+    lease.tensor.copy_(other.tensor)
     return [*logits, halves.generator.prefill_logits(case.request, [lease])]
 
 

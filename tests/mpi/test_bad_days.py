@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tools.tiny_models import make_tiny_model
 
 from tests.e2e.stack import STOP_TIMEOUT_S, wait_until
 from tests.mpi.jobs import END_TIMEOUT_S, START_TIMEOUT_S, Job, mpirun, runs
 from tests.mpi.scenarios import shared_mappings
+from tools.tiny_models import make_tiny_model
 
 SERVES = "PD worker ready"
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tools.tiny_models import make_tiny_model
 from transformers import AutoConfig
 
+from tools.tiny_models import make_tiny_model
 from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.engines.ranks import Place, place_in_job
 from trtllm_mm_cache.engines.registry import load_engine
-from trtllm_mm_cache.engines.transformers.lockstep import Limits, SharedView, Work
+from trtllm_mm_cache.engines.transformers.lockstep import Limits, Work
 from trtllm_mm_cache.engines.transformers.tensor_parallel import check_divisible
 from trtllm_mm_cache.errors import ConfigurationError
 
@@ -42,12 +42,12 @@ def test_a_request_for_other_ranks_holds_no_embedding() -> None:
     assert cache.set("image", CachedEmbedding(embedding))
     lease = cache.lease("image")
     assert lease is not None
-    inputs = {"input_ids": torch.arange(4100)[None], "mm_encoder_outputs": {"image": lease.embedding.tensor}}
-    work = Work.of(inputs, [SharedView.of(lease)], Limits(max_new_tokens=8))
+    inputs = {"input_ids": torch.arange(4100)[None], "mm_encoder_outputs": {"image": lease.tensor}}
+    work = Work.of(inputs, [lease.handle()], Limits(max_new_tokens=8))
     assert len(pickle.dumps(work)) < 32 * 1024 < embedding.nbytes / 1000
     assert set(work.numbers) == {"input_ids"}
-    assert work.images[0].offset == lease.offset
-    assert work.images[0].shape == (4096, 2048)
+    assert work.embeddings[0].offset == lease.offset
+    assert work.embeddings[0].shape == (4096, 2048)
     lease.release()
     cache.close()
 

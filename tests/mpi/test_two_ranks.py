@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tools.tiny_models import make_tiny_model
 
 from tests.engines.conftest import Halves
 from tests.mpi.job import ARENA_BYTES
 from tests.mpi.jobs import START_TIMEOUT_S, mpirun
 from tests.mpi.scenarios import ONE_THREAD, answers
+from tools.tiny_models import make_tiny_model
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.engines.transformers import load_generator, load_vision_encoder
 

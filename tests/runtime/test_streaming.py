@@ -1,4 +1,4 @@
-"""An answer whose reader vanishes, in whatever thread, ends in the loop that it began in; and stopped requests."""
+"""An answer whose reader vanishes, in whatever thread, ends in the loop it began in; stopped requests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import gc
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
 
 import pytest
 
@@ -112,10 +113,7 @@ async def test_an_error_keeps_nothing_of_the_request(read: bool) -> None:
         bodies.append(weakref.ref(body))
         emit(1)
         await asyncio.sleep(0)
-        try:
-            raise KeyError("inner")
-        except KeyError as error:
-            raise ValueError("outer") from error
+        raise ValueError("outer") from KeyError("inner")
 
     kept: Exception | None = None
     answer = detached(fail)
@@ -170,15 +168,15 @@ async def ticking(cleaned: list[bool]) -> AsyncGenerator[int]:
 async def test_a_stopped_request_ends_its_block_wherever_it_waits() -> None:
     request = Request()
     cleaned: list[bool] = []
+
+    async def count() -> None:
+        async with stopped_with(request), aclosing(ticking(cleaned)) as stream:
+            async for number in stream:
+                if number == 3:
+                    request.stop()
+
     with pytest.raises(RequestStoppedError):
-        async with stopped_with(request):
-            stream = ticking(cleaned)
-            try:
-                async for number in stream:
-                    if number == 3:
-                        request.stop()
-            finally:
-                await stream.aclose()
+        await count()
     assert cleaned == [True]
     await asyncio.sleep(0)  # no cancellation is left over for what comes after
 

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-
-from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.observability.cache_readings import arena_readings, cache_readings
 from trtllm_mm_cache.observability.exposition import Exposition
-from trtllm_mm_cache.pd.metrics import PdMetrics
+
+from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cli.top.figures import cache_figures
 from trtllm_mm_cache.cli.top.scrape import Scrape, Span, quantile
+from trtllm_mm_cache.pd.metrics import PdMetrics
 
 TTFT = "trtllm_mm_cache_time_to_first_token_seconds"
 

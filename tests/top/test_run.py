@@ -11,10 +11,10 @@ from rich.console import Console
 
 from tests.e2e.stack import free_port
 from tests.top.test_figures import Pd
-from trtllm_mm_cache.settings import TopSettings
 from trtllm_mm_cache.cli.top.run import History, run_top
 from trtllm_mm_cache.cli.top.sources import make_source
 from trtllm_mm_cache.cli.top.view import draw
+from trtllm_mm_cache.settings import TopSettings
 
 
 class Port:

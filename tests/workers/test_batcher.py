@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from trtllm_mm_cache.encode.batcher import MicroBatcher
 from trtllm_mm_cache.engines.base import EncodedItem
 from trtllm_mm_cache.errors import EncodeFailedError, EncodeOverloadedError, InvalidImageError, MmCacheError
-from trtllm_mm_cache.encode.batcher import MicroBatcher
 
 
 class Tower:

@@ -11,20 +11,20 @@ from typing import Any
 
 import pytest
 from dynamo.runtime import Context
-from tools.tiny_models import make_tiny_model
 
 from tests.e2e.stack import new_picture, png
+from tools.tiny_models import make_tiny_model
 from trtllm_mm_cache.cache.key import embedding_key
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.scope import salt_tag
-from trtllm_mm_cache.settings import EncodeSettings
+from trtllm_mm_cache.encode.server import EncodeWorker
 from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem, VisionEncoder
 from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, TransformersVisionEncoder
 from trtllm_mm_cache.errors import EncodeOverloadedError, MmCacheError
-from trtllm_mm_cache.transfer import Exporter, TransferAgent
 from trtllm_mm_cache.runtime.control import DropRequest
-from trtllm_mm_cache.encode.server import EncodeWorker
 from trtllm_mm_cache.runtime.messages import EncodeReady, EncodeRequest, parse_answer
+from trtllm_mm_cache.settings import EncodeSettings
+from trtllm_mm_cache.transfer import Exporter, TransferAgent
 
 
 @pytest.fixture(scope="module")

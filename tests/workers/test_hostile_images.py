@@ -12,14 +12,14 @@ import pytest
 import torch
 from dynamo.runtime import Context
 from PIL import Image
-from tools.tiny_models import make_tiny_model
 
-from tests.media import pictures
+from tests.media import images
 from tests.media.conftest import check_politeness
-from tests.media.pictures import picture, saved
+from tests.media.images import picture, saved
+from tools.tiny_models import make_tiny_model
 from trtllm_mm_cache.cache.key import embedding_key
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
-from trtllm_mm_cache.settings import EncodeSettings
+from trtllm_mm_cache.encode.server import EncodeWorker
 from trtllm_mm_cache.engines.base import EncodeItem
 from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, TransformersVisionEncoder
 from trtllm_mm_cache.errors import (
@@ -31,9 +31,9 @@ from trtllm_mm_cache.errors import (
     UnsupportedMediaError,
 )
 from trtllm_mm_cache.media import MediaSettings, decode_image
-from trtllm_mm_cache.transfer import Exporter, TransferAgent
-from trtllm_mm_cache.encode.server import EncodeWorker
 from trtllm_mm_cache.runtime.messages import EncodeReady, parse_answer
+from trtllm_mm_cache.settings import EncodeSettings
+from trtllm_mm_cache.transfer import Exporter, TransferAgent
 
 load_image = pytest.importorskip("transformers.image_utils").load_image
 
@@ -94,14 +94,14 @@ async def bench(encoder: TransformersVisionEncoder) -> AsyncIterator[Bench]:
 HOSTILE: dict[str, tuple[bytes, type[MmCacheError]]] = {
     "empty": (b"", InvalidImageError),
     "truncated": (saved(picture(), "JPEG")[:300], InvalidImageError),
-    "bomb, png": (pictures.png_bomb(30_000, 30_000), MediaTooLargeError),
-    "bomb, jpeg": (pictures.jpeg_of_size(65_500, 65_500), MediaTooLargeError),
-    "bomb, webp": (pictures.webp_canvas(1 << 24, 1 << 24), MediaTooLargeError),
-    "bomb, gif": (pictures.gif_of_size(65_535, 65_535), MediaTooLargeError),
-    "bomb, tiff": (pictures.tiff_of_size(40_000, 40_000), MediaTooLargeError),
+    "bomb, png": (images.png_bomb(30_000, 30_000), MediaTooLargeError),
+    "bomb, jpeg": (images.jpeg_of_size(65_500, 65_500), MediaTooLargeError),
+    "bomb, webp": (images.webp_canvas(1 << 24, 1 << 24), MediaTooLargeError),
+    "bomb, gif": (images.gif_of_size(65_535, 65_535), MediaTooLargeError),
+    "bomb, tiff": (images.tiff_of_size(40_000, 40_000), MediaTooLargeError),
     "strip": (saved(Image.new("L", (1, 60_000)), "PNG"), MediaTooLargeError),
     "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', UnsupportedMediaError),
-    "scans": (pictures.jpeg_of_scans(1000), InvalidImageError),
+    "scans": (images.jpeg_of_scans(1000), InvalidImageError),
 }
 
 
@@ -135,7 +135,7 @@ async def test_hostile_images_spoil_no_other_of_their_micro_batch(
 async def test_an_oriented_photograph_is_encoded_as_the_models_own_loader_turns_it(
     bench: Bench, encoder: TransformersVisionEncoder, orientation: int, tmp_path: Path
 ) -> None:
-    photograph = saved(picture(size=(48, 24), seed=orientation), "JPEG", exif=pictures.exif(orientation))
+    photograph = saved(picture(size=(48, 24), seed=orientation), "JPEG", exif=images.exif(orientation))
     (tmp_path / "photograph.jpg").write_bytes(photograph)
     expected = encoder.encode([encoder.preprocess(EncodeItem(load_image(str(tmp_path / "photograph.jpg"))))])
     first, again = [await bench.call(photograph) for _ in range(2)]

@@ -59,13 +59,13 @@ class CacheReservation(NamedTuple):
 
 
 class EntryState(StrEnum):
-    """Where an extent stands between being granted and being given back."""
+    """Where an extent stands between being allocated and being freed."""
 
-    RESERVED = "reserved"  # someone is writing into it
-    QUARANTINED = "quarantined"  # a write may still arrive, nobody waits for it
+    RESERVED = "reserved"  # being written
+    QUARANTINED = "quarantined"  # a write may still arrive, no caller waits for it
     VISIBLE = "visible"  # look-ups find it
-    WITHDRAWN = "withdrawn"  # nobody finds it; freed as soon as nobody holds it
-    FREED = "freed"  # the extent may belong to somebody else
+    WITHDRAWN = "withdrawn"  # no look-up finds it; freed with its last holder's end
+    FREED = "freed"  # the extent may belong to another entry
 
 
 # The whole life of an extent. Anything else is a defect of the caller and raises IntegrityError.

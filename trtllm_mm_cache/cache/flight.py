@@ -78,7 +78,7 @@ class SingleFlight(Generic[V]):
         the load for a newcomer may begin while the cancelled one still cleans up.
 
         Raises `LoadAbortedError` when the flights are or get closed, or when the load ends as cancelled
-        although somebody waits.
+        although callers wait.
         """
         if self._closed:
             raise LoadAbortedError("this worker is shutting down; retry on another")
@@ -94,7 +94,7 @@ class SingleFlight(Generic[V]):
         try:
             return await waiter, joined
         except asyncio.CancelledError:
-            # The outcome may have arrived in this very turn; nobody else will look at it.
+            # The outcome may have arrived in this very turn; no one else will look at it.
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
                 self._discard(waiter.result())
             raise

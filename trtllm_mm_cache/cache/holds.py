@@ -13,11 +13,45 @@ atomic and takes no lock; the next operation drains the queue.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import deque
+from types import TracebackType
 from typing import Any
 
 from trtllm_mm_cache.cache.entry import Entry
+from trtllm_mm_cache.errors import IntegrityError
+
+
+class Guard:
+    """A mutex that refuses re-entry with an error instead of a deadlock.
+
+    Garbage collection can run a finalizer, and with it the `finally` of an abandoned coroutine, in a
+    thread that is in the middle of a cache operation. What such code needs (releasing a lease,
+    quarantining a reservation) takes no lock; anything else would see half-made changes or wait for
+    itself, and gets `IntegrityError`.
+
+    Who is inside is known by the `RLock` itself, which notes it in the same step in which it is acquired.
+    A field beside the lock would be set one bytecode later, and Python 3.12 collects garbage between any two.
+    """
+
+    def __init__(self) -> None:
+        self._lock: Any = threading.RLock()  # typeshed does not show `_is_owned`, which Condition relies on
+
+    @property
+    def owned(self) -> bool:
+        """Whether the calling thread is inside."""
+        return bool(self._lock._is_owned())
+
+    def __enter__(self) -> None:
+        if self._lock._is_owned():
+            raise IntegrityError("a finalizer called into the cache in the middle of another cache operation")
+        self._lock.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.release()
 
 
 class Hold(weakref.ref[Any]):
@@ -30,24 +64,24 @@ class Hold(weakref.ref[Any]):
 
 
 class HoldRegistry:
-    """The holds in force. `add`, `end` and `next_ended` need the manager's lock; `let_go` needs none."""
+    """The holds in force. `add`, `end` and `next_ended` need the guard; `release` does not."""
 
     def __init__(self) -> None:
         self._live: dict[int, Hold] = {}
-        self._let_go: deque[Hold] = deque()
+        self._released: deque[Hold] = deque()
 
     def add(self, holder: Any, entry: Entry, *, by_reservation: bool = False) -> Hold:
-        """Count `holder` among the holders of `entry` until it is garbage or lets go."""
-        hold = Hold(holder, self._let_go.append)
+        """Count `holder` among the holders of `entry` until it is garbage or released."""
+        hold = Hold(holder, self._released.append)
         hold.entry = entry
         hold.by_reservation = by_reservation
         self._live[id(hold)] = hold
         entry.holders += 1
         return hold
 
-    def let_go(self, hold: Hold) -> None:
+    def release(self, hold: Hold) -> None:
         """End `hold` when the next operation begins. Any thread, any moment; twice does no harm."""
-        self._let_go.append(hold)
+        self._released.append(hold)
 
     def end(self, hold: Hold) -> bool:
         """End `hold` now. Returns False when it had ended before."""
@@ -57,9 +91,9 @@ class HoldRegistry:
         return True
 
     def next_ended(self) -> Hold | None:
-        """End the first hold that was let go and return it, or return None when there is none left."""
-        while self._let_go:
-            hold = self._let_go.popleft()
+        """End the first hold that was released and return it, or return None when there is none left."""
+        while self._released:
+            hold = self._released.popleft()
             if self.end(hold):
                 return hold
         return None

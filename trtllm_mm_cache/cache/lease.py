@@ -95,11 +95,11 @@ class Lease:
             return Lease(self._ledger, self._entry)
 
     def release(self) -> None:
-        """Let go. Idempotent; may be called anywhere, also from a finalizer."""
+        """End the lease. Idempotent; may be called anywhere, also from a finalizer."""
         if not self._released:
             self._released = True
             self._tensor = None
-            self._ledger.let_go(self._hold)
+            self._ledger.release(self._hold)
             # Another thread may have been inside `tensor` when the flag was set; now none can be.
             self._tensor = None
 

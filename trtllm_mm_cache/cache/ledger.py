@@ -1,7 +1,7 @@
-"""The books of the cache: which entries there are, who holds them, in what order they were used.
+"""The accounting of the cache: which entries there are, who holds them, in what order they were used.
 
-Everything here runs under `Ledger.guard`; `Lease`, `Reservation` and the manager are its only users.
-An operation begins with `begin`, so that what was let go since the last one counts as free.
+Everything here runs under `Ledger.guard`. An operation begins with `begin`, so that what was released since
+the last one counts as free.
 """
 
 from __future__ import annotations
@@ -9,18 +9,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trtllm_mm_cache.cache.ages import AgeCounter
 from trtllm_mm_cache.cache.arena.arena import Arena
-from trtllm_mm_cache.cache.arena.extents import Extent
 from trtllm_mm_cache.cache.entry import CachedEmbedding, EmbeddingMetadata, Entry, EntryState
 from trtllm_mm_cache.cache.eviction.base import EvictionPolicy
-from trtllm_mm_cache.cache.guard import Guard
-from trtllm_mm_cache.cache.holds import Hold, HoldRegistry
+from trtllm_mm_cache.cache.holds import Guard, Hold, HoldRegistry
+from trtllm_mm_cache.cache.statistics import AgeCounter
 from trtllm_mm_cache.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from trtllm_mm_cache.cache.move import Move
 
 _VISIBLE = EntryState.VISIBLE  # an enumeration's members are looked up slowly, and holding is a hot path
 
@@ -44,11 +45,13 @@ class Counters:
 
 
 class Ledger:
-    """Entries of one arena. `budget_bytes` bounds the sum of all extents' sizes, `policy` orders `visible`.
+    """Entries of one arena. `budget_bytes` bounds the sum of their sizes, `policy` orders `visible`.
 
-    An entry is in one of `visible`, `pending` (reserved or quarantined) and
-    `withdrawn` (invisible, still held); `leased` is the part of `visible` that somebody holds, and
-    `idle_bytes` the size of the rest of it. With `retain` False an entry that nobody holds is withdrawn.
+    An entry is in one of `visible`, `pending` (reserved or quarantined) and `withdrawn` (invisible, still
+    held); `leased` is the part of `visible` that has holders, and `idle_bytes` the size of the rest of it.
+    With `retain` False an entry is withdrawn with its last holder.
+
+    `movers` is held around a whole move, one at a time, and before `guard`; `moving` is the move under way.
     """
 
     def __init__(
@@ -61,6 +64,8 @@ class Ledger:
         clock: Callable[[], float],
     ) -> None:
         self.guard = Guard()
+        self.movers = Guard()
+        self.moving: Move | None = None
         self.arena = arena
         self.policy = policy
         self.budget_bytes = budget_bytes
@@ -76,19 +81,24 @@ class Ledger:
         self.eviction_ages = AgeCounter()
         self.holds = HoldRegistry()
         self._clock = clock
-        self._closing = False
+        self.closing = False
+
+    @property
+    def committed_bytes(self) -> int:
+        """Bytes of the budget that are taken: by entries, and by what is being made room for."""
+        used, move = self.arena.extents.used_bytes, self.moving
+        if move is None:
+            return used
+        return used - sum(extent.nbytes for extent in move.extents) + move.nbytes
 
     def begin(self) -> None:
-        """Account for what was let go or garbage-collected. Raises `IntegrityError` after `close`."""
-        if self._closing:
+        """Account for what was released or garbage-collected. Raises `IntegrityError` after `close`."""
+        if self.closing:
             raise IntegrityError("the cache is closed")
         self.settle_holds()
 
     def close(self) -> None:
-        """Retain nothing from now on; the region goes when nobody holds any of it."""
-        if self._closing:
-            return
-        self.settle_holds()
+        """Retain nothing from now on; the region goes with the last holder. Once, with holds settled."""
         for entry in self.pending:
             logger.warning(
                 "cache closed while %d bytes are still %s by %s",
@@ -96,7 +106,7 @@ class Ledger:
                 entry.state.value,
                 entry.owner,
             )
-        self._closing = True
+        self.closing = True
         self.retain = False
         for entry in list(self.visible.values()):
             self.withdraw(entry)
@@ -105,16 +115,16 @@ class Ledger:
     # -- holders ---------------------------------------------------------------------------------
 
     def hold(self, holder: Any, entry: Entry, *, by_reservation: bool = False) -> Hold:
-        """Pin `entry` for as long as `holder` is alive and has not let go."""
+        """Pin `entry` for as long as `holder` is alive and the hold is not released."""
         if entry.holders == 0 and entry.state is _VISIBLE:
             self.leased.add(entry)
             self.idle_bytes -= entry.extent.nbytes
         return self.holds.add(holder, entry, by_reservation=by_reservation)
 
-    def let_go(self, hold: Hold) -> None:
-        """End `hold`: at once, or, when another operation is under way, when the next one begins."""
-        self.holds.let_go(hold)
-        if not self.guard.mine:
+    def release(self, hold: Hold) -> None:
+        """End `hold`: at once, or, from a finalizer inside another operation, when the next one begins."""
+        self.holds.release(hold)
+        if not self.guard.owned:
             with self.guard:
                 self.settle_holds()
 
@@ -124,7 +134,7 @@ class Ledger:
             self.after_hold(hold.entry)
 
     def settle_holds(self) -> None:
-        """Account for everything that was let go or garbage-collected since the last operation."""
+        """Account for everything that was released or garbage-collected since the last operation."""
         while (hold := self.holds.next_ended()) is not None:
             if hold.by_reservation:
                 self._report_forgotten(hold.entry)
@@ -142,7 +152,7 @@ class Ledger:
         self.close_reservation(entry, "abandon")
 
     def after_hold(self, entry: Entry) -> None:
-        """Do what is due when nobody holds `entry` any more; nothing while somebody does."""
+        """Do what is due when `entry` has no holder any more; nothing while it has one."""
         if entry.holders:
             return
         if entry.state is _VISIBLE:
@@ -167,7 +177,7 @@ class Ledger:
         return entry
 
     def close_reservation(self, entry: Entry, event: str) -> None:
-        """End a reservation by `abandon` or `settle`; the extent is free when its holders have let go."""
+        """End a reservation by `abandon` or `settle`; the extent is free with its last holder's end."""
         entry.advance(event)
         self.pending.discard(entry)
         self.withdrawn.add(entry)
@@ -213,20 +223,20 @@ class Ledger:
         return entry
 
     def evict(self, entry: Entry) -> None:
-        """Withdraw an entry for want of room."""
+        """Withdraw an entry to make room."""
         self.counters.evictions += 1
         self.counters.evicted_bytes += entry.extent.nbytes
         self.eviction_ages.add(self._clock() - entry.committed_at)
         self.withdraw(entry, evicted=True)
 
     def drop(self, entry: Entry) -> None:
-        """Withdraw an entry because somebody wants it gone."""
+        """Withdraw an entry because a caller wants it gone."""
         self.counters.dropped += 1
         self.counters.dropped_bytes += entry.extent.nbytes
         self.withdraw(entry)
 
     def withdraw(self, entry: Entry, *, evicted: bool = False) -> None:
-        """Hide a visible entry; its bytes are free when nobody holds it."""
+        """Hide a visible entry; its bytes are free with its last holder's end."""
         entry.advance("withdraw")
         del self.visible[entry.key]
         self.policy.forget(entry, evicted=evicted)
@@ -238,14 +248,6 @@ class Ledger:
             self.idle_bytes -= entry.extent.nbytes
             self._free(entry)
 
-    def move(self, entry: Entry, extent: Extent) -> None:
-        """Copy an entry that nobody holds to `extent`, which is allocated for it."""
-        old = entry.extent
-        self.arena.copy(old, extent)
-        del self.at[old.offset]
-        self.at[extent.offset] = entry
-        entry.extent = extent
-
     def _free(self, entry: Entry) -> None:
         entry.advance("free")
         self.withdrawn.discard(entry)
@@ -255,7 +257,7 @@ class Ledger:
         self._close_when_empty()
 
     def _close_when_empty(self) -> None:
-        if self._closing and not (self.visible or self.pending or self.withdrawn):
+        if self.closing and not (self.visible or self.pending or self.withdrawn):
             self.arena.close()
 
     # -- what leaves the cache -------------------------------------------------------------------

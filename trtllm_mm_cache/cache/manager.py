@@ -1,35 +1,38 @@
 """The cache manager: embeddings by key, in one arena, evicted by a policy (least recently used first).
 
 Two faces on the same entries. The one that Dynamo users know (`get`, `set`, `set_with_delta`,
-`make_room_for`, `keys`, `stats`) copies a tensor in and gives views out. The other writes in place:
+`make_room_for`, `keys`, `stats`) copies a tensor in and hands views out. The other writes in place:
 `reserve` an extent, let NIXL READ into it, `commit` once it is checked, and hold a `Lease` while in use.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from trtllm_mm_cache.cache.arena.arena import ALIGNMENT, Arena
-from trtllm_mm_cache.cache.audit import check_ledger, take_statistics
 from trtllm_mm_cache.cache.entry import (
     CachedEmbedding,
     CacheMutation,
     CacheReservation,
+    EmbeddingMetadata,
     EntryState,
 )
 from trtllm_mm_cache.cache.eviction.base import EvictionPolicy
 from trtllm_mm_cache.cache.eviction.lru import LruPolicy
+from trtllm_mm_cache.cache.integrity import check_ledger
 from trtllm_mm_cache.cache.lease import Lease
 from trtllm_mm_cache.cache.ledger import Ledger
 from trtllm_mm_cache.cache.reservation import Reservation
-from trtllm_mm_cache.cache.room import make_room
+from trtllm_mm_cache.cache.room import Room
 from trtllm_mm_cache.cache.scope import Dropped, Selection
-from trtllm_mm_cache.cache.statistics import CacheStatistics
-from trtllm_mm_cache.cache.store import store_copy
-from trtllm_mm_cache.errors import ArenaFullError
+from trtllm_mm_cache.cache.statistics import CacheStatistics, take_statistics
+from trtllm_mm_cache.errors import ArenaFullError, IntegrityError
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +41,7 @@ __all__ = [
     "CacheReservation",
     "CacheStatistics",
     "CachedEmbedding",
+    "EmbeddingMetadata",
     "EntryState",
     "Lease",
     "MultimodalEmbeddingCacheManager",
@@ -52,38 +56,39 @@ _SMALL_PADDING_BYTES = 1024 * ALIGNMENT
 
 
 class MultimodalEmbeddingCacheManager:
-    """A byte-bounded cache of embeddings in shared memory. Thread-safe, never blocks on room.
+    """A byte-bounded cache of embeddings in shared memory. Thread-safe; no look-up waits while room is made.
 
     `capacity_bytes` bounds the sum of the tensors' bytes, held, reserved and quarantined ones included;
     all of it is committed when the constructor returns. With `capacity_bytes` 0 nothing is retained:
-    `set` refuses, and an entry that came in by `reserve` and `commit` goes when nobody holds it;
+    `set` refuses, and an entry that came in by `reserve` and `commit` goes with its last holder;
     `transfer_bytes` is the size of the arena for that and means nothing otherwise. `policy` says what is
-    evicted: least recently used entries first, or another from `policy.make_policy`, for this cache alone.
-    `clock` counts seconds; it only tells how old entries were when they were evicted.
+    evicted: least recently used entries first, or another from `make_policy`, for this cache alone.
+    `name` stands for it in the log; `clock` counts seconds, and only tells how old entries were when they
+    were evicted.
 
-    What somebody holds (a lease, a reservation, a tensor or anything derived from it without a copy)
-    is neither evicted nor rewritten; eviction passes over it. Raises `SharedMemoryError`.
+    What has a holder (a lease, a reservation, a tensor or anything derived from it without a copy) is
+    neither evicted nor rewritten; eviction passes over it. Raises `SharedMemoryError`.
     """
 
     def __init__(
         self,
         capacity_bytes: int,
         *,
-        transfer_bytes: int = 0,
         name: str = "cache",
+        transfer_bytes: int = 0,
         prefault: bool = True,
         policy: EvictionPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._capacity = capacity_bytes
         self.name = name
+        self._capacity = capacity_bytes
         budget = capacity_bytes if capacity_bytes > 0 else transfer_bytes
         padding = _SMALL_PADDING_BYTES if budget < _SMALL_CAPACITY_BYTES else 0
         # Without a transfer arena, capacity 0 is Dynamo's: it retains, but only tensors of 0 bytes.
         retain = capacity_bytes > 0 or transfer_bytes <= 0
         arena = Arena(budget + padding, prefault=prefault)
         self._ledger = Ledger(arena, policy or LruPolicy(), budget_bytes=budget, retain=retain, clock=clock)
-        logger.info("embedding cache: capacity %d bytes, arena %d bytes", capacity_bytes, budget + padding)
+        logger.info("%s: capacity %d bytes, arena %d bytes", name, capacity_bytes, budget + padding)
 
     @property
     def arena(self) -> Arena:
@@ -97,7 +102,7 @@ class MultimodalEmbeddingCacheManager:
 
     @property
     def retain(self) -> bool:
-        """Whether entries stay when nobody holds them."""
+        """Whether entries stay without a holder."""
         return self._ledger.retain
 
     # -- in place --------------------------------------------------------------------------------
@@ -120,20 +125,19 @@ class MultimodalEmbeddingCacheManager:
         return self.peek(key)
 
     def reserve(self, key: str, nbytes: int, *, owner: str, tag: bytes | None = None) -> Reservation:
-        """Return room for an entry of `nbytes` bytes, evicting what nobody holds; `owner` is for the log.
+        """Return room for an entry of `nbytes` bytes, evicting idle entries; `owner` is for the log.
 
         `tag` marks the entry as one of those that `drop_selected` can drop together.
 
-        An entry under the same key stays visible until the commit. Does not wait for room, but may copy
-        up to `nbytes` bytes (1 MiB at least) of other entries to make a hole. Raises at once
-        `EntryTooLargeError` when the cache is smaller than that, `ArenaFullError` when what is held
-        leaves no room.
+        An entry under the same key stays visible until the commit. Does not wait for holders, but may copy
+        up to `nbytes` bytes (1 MiB at least) of other entries to make a hole, or wait for another thread
+        that does: call it off the event loop. Raises at once `EntryTooLargeError` when the cache is smaller
+        than that, `ArenaFullError` when what is held leaves no room.
         """
         ledger = self._ledger
-        with ledger.guard:
-            ledger.begin()
-            make_room(ledger, nbytes)
-            return Reservation(ledger, ledger.open_reservation(key, nbytes, owner, tag))
+        return Room(ledger, nbytes).make(
+            lambda: Reservation(ledger, ledger.open_reservation(key, nbytes, owner, tag))
+        )
 
     def drop(self, key: str) -> bool:
         """Make the entry invisible; holders keep it. False when there was none. Counts no eviction."""
@@ -181,32 +185,56 @@ class MultimodalEmbeddingCacheManager:
     def set_with_delta(self, key: str, entry: CachedEmbedding) -> CacheMutation:
         """Store a copy of `entry` and say which keys came and went.
 
-        An entry under `key` is replaced, which is no eviction; then entries that nobody holds are evicted
-        in the policy's order until it fits. Not stored are tensors larger than the capacity, and, unlike
-        in Dynamo, tensors for which held entries leave no room: then nothing changes. Blocks for the
-        copy. Raises `AssertionError` for a tensor that is not contiguous, as Dynamo does.
+        An entry under `key` is replaced, which is no eviction; then idle entries are evicted in the policy's
+        order until it fits. Not stored are tensors larger than the capacity, and, unlike in Dynamo, tensors
+        for which held entries leave no room: then nothing changes, unless other threads leased what was
+        counted on while entries were moved; what was removed before is told. Blocks for the copy. Raises
+        `AssertionError` for a tensor that is not contiguous, as Dynamo does.
         """
-        return store_copy(self._ledger, key, entry, capacity_bytes=self._capacity)
+        ledger, tensor = self._ledger, entry.tensor.detach()
+        nbytes = _tensor_bytes(tensor)
+        if self._is_too_large(nbytes):
+            return CacheMutation(False, [], [])
+        room = Room(ledger, nbytes, instead_of=key)
+        try:
+            written = room.make(lambda: ledger.open_reservation(key, nbytes, "set"))
+        except ArenaFullError as error:
+            logger.warning("%s: not cached: %s", self.name, error.message)
+            return CacheMutation(False, [], room.removed)
+        try:
+            ledger.arena.write(written.extent, tensor)
+        except BaseException:
+            with ledger.guard:
+                ledger.close_reservation(written, "abandon")
+                ledger.after_hold(written)
+            raise
+        with ledger.guard:
+            written.dynamo_fields = tuple(entry[1:])
+            replaced = ledger.publish(written, tensor.dtype, tuple(tensor.shape), EmbeddingMetadata())
+            ledger.after_hold(written)
+        return CacheMutation(True, [] if room.replaced or replaced else [key], room.evicted)
 
     def make_room_for(self, key: str, size_bytes: int) -> CacheReservation:
         """Drop the entry under `key` and evict until an entry of `size_bytes` fits; reserve nothing.
 
-        Not admitted, with nothing changed: sizes above the capacity, and sizes for which held entries
-        leave no room. The dropped entry is neither an eviction nor among the removed keys.
+        Not admitted are sizes above the capacity, and sizes for which held entries leave no room; what
+        changes then is as in `set_with_delta`. When admitted, the dropped entry is neither an eviction nor
+        among the removed keys.
         """
-        if size_bytes > self._capacity:
-            logger.warning(
-                "embedding of %d bytes is larger than the cache of %d bytes", size_bytes, self._capacity
-            )
+        if self._is_too_large(size_bytes):
             return CacheReservation(False, [])
-        with self._ledger.guard:
-            self._ledger.begin()
-            try:
-                present = self._ledger.visible.get(key)
-                return CacheReservation(True, make_room(self._ledger, size_bytes, instead_of=present))
-            except ArenaFullError as error:
-                logger.warning("no room made: %s", error.message)
-                return CacheReservation(False, [])
+        room = Room(self._ledger, size_bytes, instead_of=key)
+        try:
+            room.make(lambda: None)
+        except ArenaFullError as error:
+            logger.warning("%s: no room made: %s", self.name, error.message)
+            return CacheReservation(False, room.removed)
+        return CacheReservation(True, room.evicted)
+
+    def _is_too_large(self, nbytes: int) -> bool:
+        if nbytes > self._capacity:
+            logger.warning("%s: not cached: %d bytes, more than the capacity", self.name, nbytes)
+        return nbytes > self._capacity
 
     def keys(self) -> list[str]:
         """Return the keys in the order of eviction, were none used any more: least recently used first."""
@@ -244,10 +272,34 @@ class MultimodalEmbeddingCacheManager:
             check_ledger(self._ledger)
 
     def close(self) -> None:
-        """Drop every entry and give the arena back, once its last holder lets go. Idempotent.
+        """Drop every entry and release the arena, once its last holder has ended. Idempotent.
 
-        Tensors handed out stay true, leases and reservations can still be ended. Look-ups and new
-        entries raise `IntegrityError` from now on.
+        Checks the accounting and logs what is still held: a worker that has drained holds nothing but the
+        extents of READs that have not settled. Tensors handed out stay valid, leases and reservations can
+        still be ended. Look-ups and new entries raise `IntegrityError` from now on.
         """
-        with self._ledger.guard:
-            self._ledger.close()
+        ledger = self._ledger
+        with ledger.guard:
+            if ledger.closing:
+                return
+            ledger.settle_holds()
+            try:
+                check_ledger(ledger)
+            except IntegrityError:
+                logger.exception("%s: closed, accounting inconsistent", self.name)
+            else:
+                held = take_statistics(ledger, self._capacity)
+                logger.info(
+                    "%s: closed, accounting consistent; bytes held: leased %d, reserved %d, quarantined %d",
+                    self.name,
+                    held.leased_bytes + held.withdrawn_bytes,
+                    held.reserved_bytes,
+                    held.quarantined_bytes,
+                )
+            ledger.close()
+
+
+def _tensor_bytes(tensor: torch.Tensor) -> int:
+    if not tensor.is_contiguous():
+        raise AssertionError("Tensor must be contiguous")
+    return tensor.element_size() * math.prod(tensor.shape)

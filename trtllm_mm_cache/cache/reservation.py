@@ -1,4 +1,4 @@
-"""A reservation: an extent that is being written and that nobody can see yet."""
+"""A reservation: an extent that is being written and that no look-up finds yet."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from trtllm_mm_cache.errors import EmbeddingMismatchError
 class Reservation:
     """Room for one entry. Ends by exactly one of `commit`, `abandon`, or `quarantine` then `settle`.
 
-    Quarantine is for a write that may still arrive: the extent is kept out of use until somebody knows
-    that it cannot arrive any more and calls `settle`. Time alone never frees it, nor does garbage
+    Quarantine is for a write that may still arrive: the extent is kept out of use until the caller
+    knows that it cannot arrive any more and calls `settle`. Time alone never frees it, nor does garbage
     collection. A reservation that is garbage-collected while open is logged with its owner and freed.
 
     Methods are thread-safe; each raises `IntegrityError` when the reservation is past that step.
@@ -109,12 +109,12 @@ class Reservation:
             )
 
     def abandon(self) -> None:
-        """Give the extent back."""
+        """Free the extent."""
         self._finish("abandon")
 
     def quarantine(self) -> None:
         """Keep the extent out of use until `settle`. May be called anywhere, also from a finalizer."""
-        if self._ledger.guard.mine:
+        if self._ledger.guard.owned:
             # A finalizer interrupted another operation of this thread. None of them is in the middle of
             # this entry's step, and a quarantine that fails would let the extent be used again.
             self._entry.advance("quarantine")
@@ -123,7 +123,7 @@ class Reservation:
             self._entry.advance("quarantine")
 
     def settle(self) -> None:
-        """Give a quarantined extent back: nothing can write to it any more."""
+        """Free a quarantined extent: nothing can write to it any more."""
         self._finish("settle")
 
     def _finish(self, event: str) -> None:

@@ -6,52 +6,133 @@
    most as many bytes as the new entry has (or 1 MiB, which takes 0.1 ms).
 3. If that is not possible, one more is evicted and 2 is tried again; when such evictions have freed as
    much as the new entry needs once more, entries in the way are evicted instead of moved.
+
+The copy of 2 runs without the guard: look-ups, releases and drops go on, and so does making room without a
+move. What is leased meanwhile stays where it is, and the room is looked for again. One thread moves at a
+time; another that needs a move, or that is refused only because entries are being moved, waits for its end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from trtllm_mm_cache.cache.arena.extents import Extent, aligned
-from trtllm_mm_cache.cache.arena.windows import cheapest_windows
+from trtllm_mm_cache.cache.arena.windows import Window, cheapest_windows
 from trtllm_mm_cache.cache.entry import Entry
 from trtllm_mm_cache.cache.ledger import Ledger
+from trtllm_mm_cache.cache.move import Move
 from trtllm_mm_cache.errors import ArenaFullError, EntryTooLargeError, IntegrityError
 
 _FREE_MOVE_BYTES = 1024 * 1024
 
+T = TypeVar("T")
 
-def make_room(ledger: Ledger, nbytes: int, *, instead_of: Entry | None = None) -> list[str]:
-    """Evict and move until an extent of `nbytes` can be allocated; return the evicted keys in order.
 
-    Drops `instead_of` first, which counts as no eviction. Apart from that only what nobody holds is
-    touched. Raises `EntryTooLargeError` or `ArenaFullError` with nothing changed.
+class Room:
+    """Room for one extent of `nbytes` bytes. For one use; takes the guard itself.
+
+    The entry under `instead_of` is dropped first, which counts as no eviction; else only idle entries are
+    touched. Afterwards, also after a refusal, `evicted` lists the evicted keys in order, and `replaced` tells
+    whether `instead_of` was dropped.
     """
-    _check_room(ledger, nbytes)
-    if instead_of is not None:
-        ledger.withdraw(instead_of)
-    evicted: list[str] = []
-    extents = ledger.arena.extents
-    while extents.used_bytes + nbytes > ledger.budget_bytes:
-        evicted.append(_evict_one(ledger))
-    before = ledger.counters.evicted_bytes
-    while extents.largest_hole_bytes < aligned(nbytes):
-        if _move_aside(ledger, nbytes):
-            continue
-        if ledger.counters.evicted_bytes - before >= nbytes and (keys := _evict_window(ledger, nbytes)):
-            evicted += keys
-            continue
-        evicted.append(_evict_one(ledger))
-    return evicted
+
+    def __init__(self, ledger: Ledger, nbytes: int, *, instead_of: str | None = None) -> None:
+        self._ledger = ledger
+        self._nbytes = nbytes
+        self._instead_of = instead_of
+        self._excess_bytes = 0
+        self.evicted: list[str] = []
+        self.replaced = False
+
+    @property
+    def removed(self) -> list[str]:
+        """All keys that went, where no other entry takes the place of the dropped one."""
+        dropped = [self._instead_of] if self.replaced and self._instead_of is not None else []
+        return dropped + self.evicted
+
+    def make(self, grant: Callable[[], T]) -> T:
+        """Evict and move until the extent can be allocated; return what `grant` returns under the guard.
+
+        Raises `EntryTooLargeError` or `ArenaFullError`: with nothing changed, unless other threads leased
+        what this one counted on while it copied.
+        """
+        ledger = self._ledger
+        with ledger.guard:
+            ledger.begin()
+            if self._make_without_moving():
+                return grant()
+        with ledger.movers:
+            move: Move | None = None
+            while True:
+                with ledger.guard:
+                    complete = move is None or move.end()
+                    ledger.begin()
+                    move = self._make_or_begin_move(may_move=complete)
+                    if move is None:
+                        return grant()
+                move.copy()
+
+    def _make_without_moving(self) -> bool:
+        """Whether there is room now; False where a move is needed, or the end of another thread's."""
+        try:
+            self._evict_until_bytes_fit()
+        except ArenaFullError:
+            if self._ledger.moving is None:
+                raise
+            return False
+        return self._has_hole()
+
+    def _make_or_begin_move(self, *, may_move: bool) -> Move | None:
+        """Return the move that makes the hole, or None once there is room."""
+        ledger, nbytes = self._ledger, self._nbytes
+        self._evict_until_bytes_fit()
+        while not self._has_hole():
+            if may_move and (move := _begin_move(ledger, nbytes)):
+                return move
+            may_move = True
+            if self._excess_bytes >= nbytes and (window := _cheapest_window(ledger, nbytes)):
+                entries = [ledger.at[extent.offset] for extent in window.extents]
+            else:
+                entries = [self._victim()]
+            for entry in entries:
+                self._excess_bytes += entry.extent.nbytes
+                self._evict(entry)
+        return None
+
+    def _evict_until_bytes_fit(self) -> None:
+        ledger = self._ledger
+        _check_room(ledger, self._nbytes)
+        if self._instead_of is not None and not self.replaced:
+            present = ledger.visible.get(self._instead_of)
+            if present is not None:
+                ledger.withdraw(present)
+                self.replaced = True
+        while ledger.committed_bytes + self._nbytes > ledger.budget_bytes:
+            self._evict(self._victim())
+
+    def _has_hole(self) -> bool:
+        return self._ledger.arena.extents.largest_hole_bytes >= aligned(self._nbytes)
+
+    def _victim(self) -> Entry:
+        entry = self._ledger.policy.victim()
+        if entry is None:
+            raise IntegrityError("nothing is left to evict although there was room to make")
+        return entry
+
+    def _evict(self, entry: Entry) -> None:
+        self._ledger.evict(entry)
+        self.evicted.append(entry.key)
 
 
 def _check_room(ledger: Ledger, nbytes: int) -> None:
-    """Raise unless everything that nobody holds, evicted, would leave a hole of `nbytes` bytes."""
+    """Raise unless the eviction of all idle entries would leave a hole of `nbytes` bytes."""
     if nbytes > ledger.budget_bytes:
         raise EntryTooLargeError(
             f"an embedding of {nbytes} bytes is larger than the whole cache of {ledger.budget_bytes} bytes: "
             "raise the cache capacity"
         )
-    extents = ledger.arena.extents
-    held_bytes = extents.used_bytes - ledger.idle_bytes
+    held_bytes = ledger.committed_bytes - ledger.idle_bytes
     if held_bytes + nbytes > ledger.budget_bytes or not _longest_run_takes(ledger, nbytes):
         raise ArenaFullError(
             f"no room for an embedding of {nbytes} bytes: {held_bytes} of {ledger.budget_bytes} bytes are "
@@ -62,57 +143,39 @@ def _check_room(ledger: Ledger, nbytes: int) -> None:
 def _longest_run_takes(ledger: Ledger, nbytes: int) -> bool:
     """Whether some run of bytes between two extents that must stay is long enough."""
     need, capacity = aligned(nbytes), ledger.arena.capacity_bytes
-    fixed = len(ledger.leased) + len(ledger.pending) + len(ledger.withdrawn)
+    moving = ledger.moving.extents if ledger.moving else ()
+    fixed = len(ledger.leased) + len(ledger.pending) + len(ledger.withdrawn) + len(moving)
     unpinned = ledger.arena.extents.free_bytes + ledger.idle_bytes
     # However badly they lie, the longest run is at least as long as the average one.
     if unpinned >= need * (fixed + 1) or ledger.arena.extents.largest_hole_bytes >= need:
         return True
-    held = [
-        entry.extent for entry in (*ledger.leased, *ledger.pending, *ledger.withdrawn) if entry.extent.nbytes
-    ]
+    held = [entry.extent for entry in (*ledger.leased, *ledger.pending, *ledger.withdrawn)]
     end = 0
-    for extent in sorted(held, key=lambda extent: extent.offset):
+    for extent in sorted((*held, *moving), key=lambda extent: extent.offset):
         if extent.offset - end >= need:
             return True
-        end = extent.offset + aligned(extent.nbytes)
+        end = max(end, extent.offset + aligned(extent.nbytes))
     return capacity - end >= need
 
 
-def _evict_one(ledger: Ledger) -> str:
-    entry = ledger.policy.victim()
-    if entry is None:
-        raise IntegrityError("nothing is left to evict although there was room to make")
-    ledger.evict(entry)
-    return entry.key
-
-
-def _move_aside(ledger: Ledger, nbytes: int) -> bool:
-    """Make a hole of `nbytes` bytes by moving entries; False, with nothing changed, where that fails."""
+def _begin_move(ledger: Ledger, nbytes: int) -> Move | None:
+    """Begin the cheapest move that makes a hole of `nbytes` bytes; None, with nothing changed, if none does."""
     extents = ledger.arena.extents
     if extents.free_bytes < aligned(nbytes):
-        return False
+        return None
     limit = max(nbytes, _FREE_MOVE_BYTES)
     for window in cheapest_windows(extents, nbytes, lambda extent: _is_idle(ledger, extent)):
         if window.nbytes > limit:
-            return False
-        places = extents.relocate(window.extents, window.start, window.end, nbytes)
-        if places is not None:
-            for old, new in zip(window.extents, places, strict=True):
-                ledger.move(ledger.at[old.offset], new)
-            ledger.counters.moves += len(places)
-            ledger.counters.moved_bytes += window.nbytes
-            return True
-    return False
+            return None
+        relocation = extents.relocate(window.extents, window.start, window.end, nbytes)
+        if relocation is not None:
+            return Move(ledger, relocation, nbytes)
+    return None
 
 
-def _evict_window(ledger: Ledger, nbytes: int) -> list[str]:
-    """Make a hole of `nbytes` bytes by evicting what is between some holes; none when all are blocked."""
-    for window in cheapest_windows(ledger.arena.extents, nbytes, lambda extent: _is_idle(ledger, extent)):
-        evicted = [ledger.at[extent.offset] for extent in window.extents]
-        for entry in evicted:
-            ledger.evict(entry)
-        return [entry.key for entry in evicted]
-    return []
+def _cheapest_window(ledger: Ledger, nbytes: int) -> Window | None:
+    windows = cheapest_windows(ledger.arena.extents, nbytes, lambda extent: _is_idle(ledger, extent))
+    return windows[0] if windows else None
 
 
 def _is_idle(ledger: Ledger, extent: Extent) -> bool:

@@ -20,7 +20,9 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from trtllm_mm_cache.cache.miniature import MiniatureCache
+from trtllm_mm_cache.cache.arena.extents import Extent
+from trtllm_mm_cache.cache.entry import Entry
+from trtllm_mm_cache.cache.eviction.base import make_policy
 from trtllm_mm_cache.cache.scope import Selection
 
 FACTORS = (0.5, 1.0, 2.0, 4.0)
@@ -161,3 +163,63 @@ class WhatIf:
         self._below = f"{1 << (64 - self._halvings):016x}"
         for cache in self._caches:
             cache.halve(self._below)
+
+
+class MiniatureCache:
+    """The keys that a cache of `capacity_bytes` under the policy named `policy` would have. Not thread-safe.
+
+    The policies are those of the real cache. Nothing is ever held here, and nothing is lost to
+    alignment or holes.
+    """
+
+    def __init__(self, policy: str, capacity_bytes: int) -> None:
+        self._capacity = capacity_bytes
+        self._policy = make_policy(policy, capacity_bytes)
+        self._entries: dict[str, Entry] = {}
+        self._nbytes = 0
+
+    @property
+    def tracked(self) -> int:
+        """Keys that are remembered, those of evicted entries included where the policy keeps them."""
+        return sum(queue.entries for queue in self._policy.queues())
+
+    def look_up(self, key: str) -> bool:
+        """Whether `key` is in; a hit is a use of it."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return False
+        self._policy.touch(entry)
+        return True
+
+    def admit(self, key: str, nbytes: int) -> None:
+        """Put an entry in, evicting others; nothing happens when it is in, or larger than the cache."""
+        if key in self._entries or nbytes > self._capacity:
+            return
+        self._make_room(nbytes)
+        entry = Entry(key, Extent(0, nbytes), "what-if")
+        self._entries[key] = entry
+        self._policy.admit(entry)
+        self._nbytes += nbytes
+
+    def drop(self, key: str) -> None:
+        """Take an entry out that the real cache was told to drop."""
+        entry = self._entries.get(key)
+        if entry is not None:
+            self._remove(entry, evicted=False)
+
+    def halve(self, below: str) -> None:
+        """Go on with half the capacity and without the entries whose keys do not sort before `below`."""
+        for entry in [entry for entry in self._policy.entries() if entry.key >= below]:
+            self._remove(entry, evicted=False)
+        self._capacity //= 2
+        self._policy.resize(self._capacity)
+        self._make_room(0)
+
+    def _make_room(self, nbytes: int) -> None:
+        while self._nbytes + nbytes > self._capacity and (victim := self._policy.victim()):
+            self._remove(victim, evicted=True)
+
+    def _remove(self, entry: Entry, *, evicted: bool) -> None:
+        del self._entries[entry.key]
+        self._policy.forget(entry, evicted=evicted)
+        self._nbytes -= entry.extent.nbytes

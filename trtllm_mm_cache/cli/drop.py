@@ -16,8 +16,7 @@ from trtllm_mm_cache.cache.scope import salt_tag
 from trtllm_mm_cache.errors import ConfigurationError, MmCacheError
 from trtllm_mm_cache.runtime.connect import connect
 from trtllm_mm_cache.runtime.control import DropReport, DropRequest
-from trtllm_mm_cache.runtime.control_client import ControlClient, Worker
-from trtllm_mm_cache.runtime.no_worker import no_worker_found
+from trtllm_mm_cache.runtime.control_client import ControlClient, Worker, no_worker_found
 from trtllm_mm_cache.settings import DropSettings
 
 _CALL_S = 10.0

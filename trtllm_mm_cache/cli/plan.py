@@ -54,11 +54,6 @@ class Plan:
         default = _default(EncodeSettings, "multimodal_embedding_cache_capacity_gb")
         return max(default, _round_up(images * aligned(self.shape.nbytes) / GB))
 
-    @property
-    def second_level_gb(self) -> float:
-        """An encode worker's arena that holds its share of the working set too."""
-        return max(self.encode_gb, _round_up(self.capacity_gb / self.settings.encode_workers))
-
     def text(self) -> str:
         """Return the plan for a reader."""
         settings, shape, transit = self.settings, self.shape, self.transfer_arena_mb
@@ -74,9 +69,10 @@ class Plan:
             f"  --multimodal-embedding-cache-capacity-gb {self.capacity_gb:g}",
             *([f"  --transfer-arena-mb {transit:g}"] if transit else []),
             f"  needs {shared / GB:.2f} GB of /dev/shm (in a container: --shm-size)",
-            f"Encode worker ({settings.encode_workers}):",
+            "Each encode worker:",
             f"  --multimodal-embedding-cache-capacity-gb {self.encode_gb:g}",
-            f"  or {self.second_level_gb:g}: then a restarted PD worker fills its cache without new encodes",
+            f"  or its share of {max(self.encode_gb, self.capacity_gb):g}: then a restarted PD worker fills "
+            "its cache without new encodes",
         ]
         return "\n".join(lines)
 
@@ -102,8 +98,8 @@ def make_plan(settings: PlanSettings) -> Plan:
     limits = ImageLimits()
     if width * height > limits.max_pixels:
         raise ConfigurationError(
-            f"--size {settings.size} is more than the {limits.max_image_megapixels:g} megapixels that workers "
-            "let in"
+            f"--size {settings.size} is more than the {limits.max_image_megapixels:g} megapixels "
+            "that workers let in"
         )
     model = settings.model_path
     if not model.is_dir():

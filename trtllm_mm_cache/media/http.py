@@ -73,13 +73,16 @@ class HttpFetcher:
         try:
             async with asyncio.timeout(seconds):
                 return await self._follow(url, scope)
-        except (TimeoutError, httpcore2.TimeoutException) as error:
-            raise MediaFetchError(f"the media server did not deliver within {seconds:g} seconds") from error
+        except (TimeoutError, httpcore2.TimeoutException):
+            # Raised below: asyncio's error leads to the task that had the deadline, and the task, when it
+            # ends with an error, to that. As a cause it would keep what has arrived until the collector runs.
+            pass
         except (httpcore2.NetworkError, httpcore2.ProtocolError, httpx2.HTTPError) as error:
             raise MediaFetchError("the media server's answer broke off or was not valid HTTP") from error
         finally:
             if forgettings != self._forgettings:
                 self._storage.clear()  # what this fetch brought was on its way then
+        raise MediaFetchError(f"the media server did not deliver within {seconds:g} seconds")
 
     def forget(self) -> int:
         """Forget every cached response, arriving ones included; return how many there were."""

@@ -109,11 +109,11 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
         Raises `MediaForbiddenError`, `MediaFetchError`, `httpcore2.ConnectTimeout`.
         """
         loop = asyncio.get_running_loop()
+        deadline = None if timeout is None else loop.time() + timeout
         failure: Exception | None = None
         try:
-            async with asyncio.timeout(timeout) as scope:
+            async with asyncio.timeout_at(deadline):
                 addresses = await self._permitted(host, port)
-                deadline = scope.when()
                 for position, address in enumerate(addresses):
                     # Each address gets its share of the time, so one that swallows packets leaves
                     # some for the next.
@@ -126,10 +126,11 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
                     except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                         failure = error
                 raise MediaFetchError("the media server cannot be reached") from failure
-        except TimeoutError as error:
-            raise httpcore2.ConnectTimeout from error
+        except TimeoutError:
+            pass  # raised below, without it as its context: see `HttpFetcher.fetch`
         finally:
             failure = None  # its traceback leads to this frame: a cycle that only the collector would end
+        raise httpcore2.ConnectTimeout
 
     async def connect_unix_socket(
         self,

@@ -70,8 +70,9 @@ class MediaSource:
             try:
                 async with asyncio.timeout(_FILE_TIMEOUT):
                     return await _run_in(self._readers, lambda: read_file_url(reference, folder, limit))
-            except TimeoutError as error:
-                raise MediaFetchError("the file could not be read in time") from error
+            except TimeoutError:
+                pass  # raised below, without it as its context: see `HttpFetcher.fetch`
+            raise MediaFetchError("the file could not be read in time")
         raise MediaReferenceError("the media reference is none of data:, http:, https: and file: URLs")
 
     def forget(self) -> int:

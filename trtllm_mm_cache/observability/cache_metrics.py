@@ -12,9 +12,9 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from trtllm_mm_cache.cache.ages import AGE_BOUNDS_S, AgeStatistics
 from trtllm_mm_cache.cache.flight import SingleFlight
 from trtllm_mm_cache.cache.manager import CacheStatistics, MultimodalEmbeddingCacheManager
+from trtllm_mm_cache.cache.statistics import AGE_BOUNDS_S, AgeStatistics
 from trtllm_mm_cache.cache.what_if import WhatIf
 from trtllm_mm_cache.observability.metrics import PREFIX, counter, gauge, samples
 

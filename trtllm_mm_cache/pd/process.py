@@ -67,7 +67,8 @@ async def _serve_model(
     generator = await asyncio.to_thread(engine.load_generator, Path(model_path), settings.extra_engine_args)
     client = await runtime.endpoint(endpoint_path(settings.encode_endpoint)).client()
     metrics = PdMetrics()
-    worker = make_worker(settings, memory, EncodeClient(client), generator, metrics)
+    resolver = make_resolver(settings, memory, EncodeClient(client), generator, metrics)
+    worker = PdWorker(generator, resolver, metrics, settings)
     exposition = Exposition(metrics.registry, {"dynamo_component": "pd", "model": settings.model_name})
     control = Control(worker.drop, exposition.render)
     try:
@@ -76,14 +77,14 @@ async def _serve_model(
         await worker.close()
 
 
-def make_worker(
+def make_resolver(
     settings: PdSettings,
     memory: PdMemory,
     encode_workers: EncodeWorkers,
     generator: Generator,
     metrics: PdMetrics,
-) -> PdWorker:
-    """Put the parts of a PD worker together; each registers its metrics in `metrics`."""
+) -> ItemResolver:
+    """Put the parts of the items' way together; each registers its metrics in `metrics`."""
     registry = metrics.registry
     registry.register(CacheCollector(memory.arenas))
     registry.register(memory.reader)
@@ -92,8 +93,7 @@ def make_worker(
     receiver = Receiver(memory.cache, memory.transit, memory.what_if, generator.check_embedding, registry)
     encoders = EncodeTier(encode_workers, memory.reader, generator.fingerprint, settings, registry)
     tiers = TierChain([encoders], receiver)
-    resolver = ItemResolver(memory.cache, memory.what_if, tiers, generator.fingerprint, settings, metrics)
-    return PdWorker(generator, resolver, metrics, settings)
+    return ItemResolver(memory.cache, memory.what_if, tiers, generator.fingerprint, settings, metrics)
 
 
 async def _serve_endpoints(

@@ -10,7 +10,7 @@ import signal
 from dynamo.runtime import DistributedRuntime
 
 from trtllm_mm_cache.errors import ConfigurationError
-from trtllm_mm_cache.settings import MB, RuntimeSettings
+from trtllm_mm_cache.settings import MB, DiscoverySettings
 
 __all__ = ["DistributedRuntime", "connect", "drain_on_signals", "endpoint_path"]
 
@@ -28,7 +28,7 @@ _LISTEN_ADDRESSES = (
 )
 
 
-def connect(settings: RuntimeSettings) -> DistributedRuntime:
+def connect(settings: DiscoverySettings) -> DistributedRuntime:
     """Join the deployment. Call once per process, from its event loop.
 
     Dynamo reads limits and addresses from the environment; what the operator set there stays. With

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.engines.conftest import ModelFactory
+from tests.engines.conftest import ModelFactory, stored
 from trtllm_mm_cache.cache.key import embedding_key
-from trtllm_mm_cache.cache.manager import CachedEmbedding, Lease, MultimodalEmbeddingCacheManager
+from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem
 from trtllm_mm_cache.engines.trtllm import (
     TrtllmEncoderArgs,
@@ -49,10 +49,7 @@ class TrtllmHalves:
         """Put an embedding into the cache under its content's key, as the workers do, and hold it."""
         content = encoded.tensor.numpy().tobytes()
         key = embedding_key(content, fingerprint=self.generator.fingerprint).hex
-        self.cache.set(key, CachedEmbedding(encoded.tensor, metadata=encoded.metadata))
-        lease = self.cache.lease(key)
-        assert lease is not None
-        return lease
+        return stored(self.cache, key, encoded)
 
     def carry(self, images: Sequence[Image.Image]) -> list[Lease]:
         return [self.lease(self.encode(image)) for image in images]

@@ -88,7 +88,7 @@ def test_hashes_are_the_keys_and_handles_are_new_for_each_request(qwen: TrtllmHa
     assert one.multimodal_embedding_handles == other.multimodal_embedding_handles
     assert one.mrope_position_ids_handle != other.mrope_position_ids_handle, "each has its own buffer"
     for prepared in (first, second):
-        qwen.generator._give_back(prepared)
+        qwen.generator._release(prepared)
 
 
 def test_positions_handed_over_are_hugging_faces(qwen: TrtllmHalves) -> None:
@@ -117,7 +117,7 @@ def test_positions_handed_over_are_hugging_faces(qwen: TrtllmHalves) -> None:
     ]
     assert torch.equal(handed[0], expected)
     assert handed[1].tolist() == delta.tolist()
-    qwen.generator._give_back(prepared)
+    qwen.generator._release(prepared)
 
 
 async def test_the_same_image_twice_and_requests_at_once(qwen: TrtllmHalves, halves_of: HalvesOf) -> None:

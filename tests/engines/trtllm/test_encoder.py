@@ -23,7 +23,7 @@ def test_features_and_grids_are_the_models_own(
     for image in pictures(3):
         encoded, expected = trtllm.encode(image), other.encode(EncodeItem(image))
         assert_bit_equal(encoded.tensor, expected.tensor)
-        assert encoded.metadata.get("image_grid_thw") == expected.metadata.get("image_grid_thw")
+        assert encoded.metadata.grid_thw == expected.metadata.grid_thw
 
 
 def test_a_batch_gives_each_image_its_own_result(trtllm: TrtllmHalves) -> None:

@@ -18,8 +18,12 @@ import pytest
 import torch
 from blake3 import blake3
 
+from tests.engines.conftest import stored
 from tests.engines.trtllm.conftest import PEER
-from trtllm_mm_cache.cache.manager import CachedEmbedding, Lease, MultimodalEmbeddingCacheManager
+from trtllm_mm_cache.cache.arena.handle import Handle
+from trtllm_mm_cache.cache.entry import EmbeddingMetadata
+from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
+from trtllm_mm_cache.engines.base import EncodedItem
 from trtllm_mm_cache.engines.trtllm.handles import PositionBufferPool, cpu_handle
 from trtllm_mm_cache.engines.trtllm.mrope import MropePositions
 
@@ -47,11 +51,12 @@ def cache() -> Iterator[MultimodalEmbeddingCacheManager]:
     manager.close()
 
 
-def stored(cache: MultimodalEmbeddingCacheManager, key: str, tensor: torch.Tensor) -> Lease:
-    cache.set(key, CachedEmbedding(tensor))
-    lease = cache.lease(key)
-    assert lease is not None
-    return lease
+def held(cache: MultimodalEmbeddingCacheManager, key: str, tensor: torch.Tensor) -> Lease:
+    return stored(cache, key, EncodedItem(tensor, EmbeddingMetadata()))
+
+
+def handle_of(lease: Lease, *, openers: int = 1) -> dict[str, Any]:
+    return cpu_handle(lease.handle(openers=openers))
 
 
 Open = Callable[..., list[str]]
@@ -95,7 +100,7 @@ def content(tensor: torch.Tensor) -> str:
 
 def references(lease: Lease) -> int:
     """The count that torch keeps in front of a shared storage's bytes."""
-    return ctypes.c_int.from_address(lease.shared_tensor.untyped_storage().data_ptr() - 64).value
+    return ctypes.c_int.from_address(lease.address - lease.offset - 64).value
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
@@ -104,12 +109,14 @@ def test_the_layout_is_what_torchs_own_reductions_give(
 ) -> None:
     from tensorrt_llm._torch.shared_tensor import SharedTensorContainer
 
-    stored(cache, "before", torch.zeros(7, 3))
+    held(cache, "before", torch.zeros(7, 3))
     for dtype in (torch.bfloat16, torch.float32):
-        lease = stored(cache, str(dtype), torch.randn(5, 8).to(dtype))
+        lease = held(cache, str(dtype), torch.randn(5, 8).to(dtype))
         assert lease.offset > 0
-        theirs = SharedTensorContainer.from_tensor(lease.shared_tensor).dump_to_dict()
-        assert cpu_handle(lease.shared_tensor) == theirs
+        start = lease.offset // dtype.itemsize
+        shared = torch.empty(0, dtype=dtype).set_(cache.arena.storage, start, lease.shape)
+        theirs = SharedTensorContainer.from_tensor(shared).dump_to_dict()
+        assert handle_of(lease) == theirs
         assert json.loads(json.dumps(theirs)) == theirs
         lease.release()
 
@@ -117,16 +124,16 @@ def test_the_layout_is_what_torchs_own_reductions_give(
 def test_another_process_opens_the_same_bytes_any_number_of_times(
     cache: MultimodalEmbeddingCacheManager, opened: Open
 ) -> None:
-    first = stored(cache, "first", torch.randn(11, 16).to(torch.bfloat16))
-    second = stored(cache, "second", torch.randn(3, 48))
+    first = held(cache, "first", torch.randn(11, 16).to(torch.bfloat16))
+    second = held(cache, "second", torch.randn(3, 48))
     order = [first, second, first, first, second]
-    handles = [cpu_handle(lease.shared_tensor) for lease in order]
+    handles = [handle_of(lease) for lease in order]
     before = references(first)
-    expected = [content(lease.embedding.tensor) for lease in order]
+    expected = [content(lease.tensor) for lease in order]
     assert opened(*handles) == expected
     assert references(first) == before - len(handles), "each opening takes one off"
     assert references(first) >= 1, "this process's own must stay, or the name goes"
-    assert opened(cpu_handle(first.shared_tensor)) == expected[:1], "the name is still there"
+    assert opened(handle_of(first)) == expected[:1], "the name is still there"
     for lease in (first, second):
         lease.release()
 
@@ -134,12 +141,12 @@ def test_another_process_opens_the_same_bytes_any_number_of_times(
 def test_each_process_that_may_open_a_handle_is_counted(
     cache: MultimodalEmbeddingCacheManager, opened: Open
 ) -> None:
-    lease = stored(cache, "key", torch.randn(4, 4))
+    lease = held(cache, "key", torch.randn(4, 4))
     before = references(lease)
-    handle = cpu_handle(lease.shared_tensor, openers=3)
+    handle = handle_of(lease, openers=3)
     assert references(lease) == before + 3
     for _ in range(3):
-        assert opened(handle) == [content(lease.embedding.tensor)]
+        assert opened(handle) == [content(lease.tensor)]
     assert references(lease) == before
     lease.release()
 
@@ -151,12 +158,12 @@ def test_a_handle_costs_the_same_at_every_size(cache: MultimodalEmbeddingCacheMa
         times = []
         for _ in range(200):
             started = time.perf_counter()
-            cpu_handle(lease.shared_tensor)
+            handle_of(lease)
             times.append(time.perf_counter() - started)
         return min(times)
 
-    small = stored(cache, "small", torch.zeros(64, 512, dtype=torch.bfloat16))
-    large = stored(cache, "large", torch.zeros(4096, 4160, dtype=torch.bfloat16))
+    small = held(cache, "small", torch.zeros(64, 512, dtype=torch.bfloat16))
+    large = held(cache, "large", torch.zeros(4096, 4160, dtype=torch.bfloat16))
     small_s, large_s = cost(small), cost(large)
     print(
         f"a handle: {small_s * 1e6:.1f} us at {small.nbytes} bytes, {large_s * 1e6:.1f} us at {large.nbytes}"
@@ -167,14 +174,14 @@ def test_a_handle_costs_the_same_at_every_size(cache: MultimodalEmbeddingCacheMa
         lease.release()
 
 
-def test_a_process_that_ends_leaves_no_file_though_nobody_opened_its_handles() -> None:
+def test_a_process_that_ends_leaves_no_file_though_its_handles_were_not_opened() -> None:
     code = (
         "import torch\n"
         "from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager\n"
         "from trtllm_mm_cache.engines.trtllm.handles import cpu_handle\n"
         "cache = MultimodalEmbeddingCacheManager(1 << 20)\n"
         "cache.set('key', CachedEmbedding(torch.zeros(4, 4)))\n"
-        "for _ in range(10): cpu_handle(cache.lease('key').shared_tensor)\n"
+        "for _ in range(10): cpu_handle(cache.lease('key').handle(openers=1))\n"
         "print(cache.arena.storage._share_filename_cpu_()[1].decode())\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -199,12 +206,12 @@ def test_positions_arrive_and_their_buffers_are_used_again(opened: Open) -> None
     for start in range(3):
         buffer = pool.take(positions(100, start))
         ids, delta = buffer.write(positions(100, start))
-        handles = [cpu_handle(ids), cpu_handle(delta)]
+        handles = [cpu_handle(Handle.of(tensor, openers=1)) for tensor in (ids, delta)]
         names |= {handle["storage_handle"] for handle in handles}
         assert opened(*handles) == [content(ids), content(delta)]
         assert (ids.dtype, ids.shape, ids[0, 0, 0].item()) == (torch.int64, (3, 1, 100), start)
         assert (delta.dtype, delta.tolist()) == (torch.int32, [[-100]])
-        pool.give_back(buffer)
+        pool.release(buffer)
     assert len(names) == 1, "one request at a time needs one buffer"
     together = [pool.take(positions(50)) for _ in range(2)]
     assert together[0].storage.data_ptr() != together[1].storage.data_ptr()

@@ -9,6 +9,7 @@ import torch
 
 from tests.engines.contract import chat_case, pictures
 from tests.engines.trtllm.conftest import TrtllmHalves
+from trtllm_mm_cache.cache.arena.handle import Handle
 from trtllm_mm_cache.engines.trtllm.handles import cpu_handle
 
 HASH = list(range(8))
@@ -96,7 +97,7 @@ async def test_positions_that_do_not_fit_fail_in_the_executor(
     from tensorrt_llm.llmapi import DisaggregatedParams
 
     kept = torch.zeros(3, 1, 5, dtype=torch.int64)
-    ids = None if missing else cpu_handle(kept)
+    ids = None if missing else cpu_handle(Handle.of(kept, openers=1))
     deltas = None if missing else handed["mrope_position_deltas_handle"]
     params = DisaggregatedParams(
         **handed | {"mrope_position_ids_handle": ids, "mrope_position_deltas_handle": deltas}

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.engines.conftest import stored
 from tests.engines.contract import (
     chat_case,
     picture,
@@ -16,7 +17,7 @@ from tests.engines.contract import (
 from tests.engines.decoding import read, until
 from tests.engines.trtllm.asking import GREEDY, answer_of, no_collector, request_of
 from tests.engines.trtllm.conftest import TrtllmHalves
-from trtllm_mm_cache.cache.manager import CachedEmbedding
+from trtllm_mm_cache.cache.entry import CachedEmbedding, EmbeddingMetadata
 from trtllm_mm_cache.errors import (
     EmbeddingMismatchError,
     GenerationError,
@@ -49,7 +50,7 @@ def lease_sized(halves: TrtllmHalves) -> object:
     return torch.zeros(halves.cache.capacity_bytes // 16, dtype=torch.uint8)
 
 
-async def test_an_answer_given_up_is_aborted_and_leaves_nothing(qwen: TrtllmHalves) -> None:
+async def test_a_cancelled_answer_is_aborted_and_leaves_nothing(qwen: TrtllmHalves) -> None:
     case = chat_case(qwen.model_dir, pictures(1))
     leases = qwen.carry(case.images)
     long = request_of(case, replace(GREEDY, max_tokens=3000))
@@ -94,7 +95,7 @@ async def test_embeddings_that_do_not_fit_are_named(qwen: TrtllmHalves, llava: T
     case = chat_case(qwen.model_dir, pictures(1))
     (foreign,) = llava.carry(pictures(1))
     encoded = qwen.encode(pictures(1)[0])
-    without_grid = qwen.lease(replace(encoded, tensor=encoded.tensor + 1, metadata={}))
+    without_grid = qwen.lease(replace(encoded, tensor=encoded.tensor + 1, metadata=EmbeddingMetadata()))
     other_rows = qwen.lease(replace(encoded, tensor=encoded.tensor[:-1] + 2))
     for lease, says in ((foreign, "takes"), (without_grid, "no grid"), (other_rows, "does not give")):
         with pytest.raises(EmbeddingMismatchError, match=says):
@@ -131,9 +132,7 @@ async def test_a_hash_that_stands_for_other_bytes_fails_the_request(qwen: Trtllm
     await answer_of(qwen, case, GREEDY, [lease])
     key = lease.key
     lease.release()
-    qwen.cache.set(key, CachedEmbedding(encoded.tensor + 1, metadata=encoded.metadata))
-    forged = qwen.cache.lease(key)
-    assert forged is not None
+    forged = stored(qwen.cache, key, replace(encoded, tensor=encoded.tensor + 1))
     with pytest.raises(GenerationError):
         await answer_of(qwen, case, GREEDY, [forged])
     forged.release()

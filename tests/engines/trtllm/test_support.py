@@ -113,3 +113,20 @@ def test_ranks_that_mpirun_did_not_start_are_named(
     monkeypatch.setenv("tllm_mpi_size", "2")
     with pytest.raises(ConfigurationError, match=r"started 2 ranks.*over 4 \(tensor_parallel_size 4 x"):
         TrtllmGenerator(model_of("qwen3_vl"), TrtllmLlmArgs(tensor_parallel_size=4))
+
+
+def test_what_stands_inside_a_mapping_the_engine_checks_itself(
+    peer: Any, model_of: ModelFactory, tmp_path: Path
+) -> None:
+    path = tmp_path / "pd.yaml"
+    path.write_text("kv_cache_config:\n  enable_blok_reuse: true\n")
+    with pytest.raises(ConfigurationError, match="enable_blok_reuse"):
+        load_generator(model_of("qwen3_vl"), path)
+
+
+@pytest.mark.parametrize(
+    ("given", "reuse"), [({}, True), ({"max_tokens": 9}, True), ({"enable_block_reuse": False}, False)]
+)
+def test_block_reuse_is_what_the_engine_will_do(given: dict[str, Any], reuse: bool) -> None:
+    assert TrtllmLlmArgs(kv_cache_config=given).enable_block_reuse is reuse
+    assert TrtllmLlmArgs().enable_block_reuse

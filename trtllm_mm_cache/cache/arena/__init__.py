@@ -1,1 +1,1 @@
-"""The cache core."""
+"""The bytes of a cache: one shared region, the extents in it, and how another process opens them."""

@@ -2,7 +2,7 @@
 
 An entry of the cache is a view into this region, so handing it to another process is a matter of a name
 and an offset, and NIXL registers the region once. The arena decides nothing: it grants extents where a
-hole is, and takes them back.
+hole is, and frees them.
 """
 
 from __future__ import annotations
@@ -83,13 +83,13 @@ class Arena:
         return self._map.allocate(nbytes)
 
     def free(self, extent: Extent) -> None:
-        """Give an extent back. O(log n). Raises `IntegrityError` when it is not allocated."""
+        """Free an extent. O(log n). Raises `IntegrityError` when it is not allocated."""
         self._map.free(extent)
 
     def bytes_view(self, extent: Extent) -> torch.Tensor:
         """Return the extent as a uint8 tensor `[nbytes]` on the shared storage, writable, not tracked.
 
-        It stays true only while the extent is allocated; whoever asks for it sees to that.
+        Valid only while the extent is allocated, which the caller sees to.
         """
         view = torch.empty(0, dtype=torch.uint8)
         return view.set_(self.storage, extent.offset, (extent.nbytes,), (1,))
@@ -136,7 +136,7 @@ class Arena:
         self._map.check_integrity()
 
     def close(self) -> None:
-        """Give the region back. Idempotent. The file goes when no view and no other process has it."""
+        """Release the region. Idempotent. The file goes when no view and no other process has it."""
         if self._storage is None:
             return
         if self._page_locked:
@@ -152,10 +152,7 @@ def _closed() -> IntegrityError:
 
 
 def _page_lock(address: int, nbytes: int) -> bool:
-    """Register the region with CUDA where there is CUDA. A refusal costs speed, nothing else.
-
-    The call as PyTorch documents it; it has not run yet, for want of a CUDA device in development.
-    """
+    """Register the region with CUDA where there is CUDA. A refusal costs speed, nothing else."""
     if not torch.cuda.is_available():
         return False
     status = torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)  # type: ignore[no-untyped-call]

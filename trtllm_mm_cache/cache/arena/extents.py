@@ -46,6 +46,15 @@ class ExtentStatistics:
     fragmentation: float
 
 
+@dataclass(frozen=True, slots=True)
+class Relocation:
+    """Extents, the new place allocated for each, and the holes between them that were allocated (claimed)."""
+
+    old: tuple[Extent, ...]
+    new: tuple[Extent, ...]
+    claims: tuple[Extent, ...]
+
+
 def aligned(nbytes: int) -> int:
     """Round up to a multiple of the alignment, the bytes an extent of `nbytes` takes from the region."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
@@ -85,28 +94,28 @@ class ExtentMap:
         del self._hole_starts[start], self._hole_ends[start + hole_size]
         if hole_size > size:
             self._add_hole(start + size, hole_size - size)
-        extent = Extent(start, nbytes)
-        self._extents[start] = extent
-        self._extent_ends[start + size] = extent
-        self._used += nbytes
-        self._taken += size
-        return extent
+        return self._add_extent(Extent(start, nbytes))
 
     def free(self, extent: Extent) -> None:
-        """Give `extent` back and join it with the holes beside it. `IntegrityError` if it is not taken."""
+        """Free `extent` and join it with the holes beside it. `IntegrityError` if it is not taken."""
         if extent.nbytes == 0:
             return
         if self._extents.get(extent.offset) != extent:
             raise IntegrityError(f"the extent at {extent.offset} of {extent.nbytes} bytes is not allocated")
-        self._remove_extent(extent)
-        self._give_back(extent.offset, extent.offset + aligned(extent.nbytes))
+        size = aligned(extent.nbytes)
+        del self._extents[extent.offset]
+        del self._extent_ends[extent.offset + size]
+        self._used -= extent.nbytes
+        self._taken -= size
+        self._join_hole(extent.offset, extent.offset + size)
 
-    def relocate(self, extents: Sequence[Extent], start: int, end: int, nbytes: int) -> list[Extent] | None:
-        """Move `extents`, which with holes fill `start` to `end` exactly, so that `nbytes` fit there.
+    def relocate(self, extents: Sequence[Extent], start: int, end: int, nbytes: int) -> Relocation | None:
+        """Begin to move `extents`, which with holes fill `start` to `end`, so that `nbytes` fit there.
 
-        Returns the new extents in the order of the old ones, none overlapping an old one, or None, with
-        nothing changed, when the holes elsewhere and what is left over here cannot take them. The caller
-        copies the bytes, before it allocates anything.
+        Allocates a place for each, none overlapping an old one, and the holes that will be part of the new
+        hole. Returns None, with nothing changed, when the holes elsewhere and what is left over here cannot
+        take them. The caller copies the bytes; then it frees each old extent, or, where one has to stay
+        after all, its place, and the claims.
         """
         window_holes = self._take_holes(start, end)
         inner_start, inner_end = _narrow(extents, start, end, aligned(nbytes))
@@ -126,10 +135,12 @@ class ExtentMap:
                     self._add_hole(hole_start, size)
                 return None
             places[old] = new
-        for old in extents:
-            self._remove_extent(old)
-        self._give_back(inner_start, inner_end)
-        return [places[old] for old in extents]
+        claims = []
+        for offset, size in window_holes:
+            first, last = max(offset, inner_start), min(offset + size, inner_end)
+            if first < last:
+                claims.append(self._add_extent(Extent(first, last - first)))
+        return Relocation(tuple(extents), tuple(places[old] for old in extents), tuple(claims))
 
     @property
     def used_bytes(self) -> int:
@@ -226,7 +237,7 @@ class ExtentMap:
             offset += size
         return taken
 
-    def _give_back(self, start: int, end: int) -> None:
+    def _join_hole(self, start: int, end: int) -> None:
         """Make `start` to `end` a hole, one with the holes beside it."""
         before = self._hole_ends.get(start)
         if before is not None:
@@ -236,12 +247,13 @@ class ExtentMap:
             end += self._remove_hole(end)
         self._add_hole(start, end - start)
 
-    def _remove_extent(self, extent: Extent) -> None:
+    def _add_extent(self, extent: Extent) -> Extent:
         size = aligned(extent.nbytes)
-        del self._extents[extent.offset]
-        del self._extent_ends[extent.offset + size]
-        self._used -= extent.nbytes
-        self._taken -= size
+        self._extents[extent.offset] = extent
+        self._extent_ends[extent.offset + size] = extent
+        self._used += extent.nbytes
+        self._taken += size
+        return extent
 
     def _add_hole(self, start: int, size: int) -> None:
         self._holes.add((size, start))

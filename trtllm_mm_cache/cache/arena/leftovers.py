@@ -3,7 +3,7 @@
 torch's helper process unlinks a region's file soon after the last process that has it is gone. It runs in a
 session of its own, so it survives whatever ends a process group; but not what kills everything of a service
 or a container at once. /dev/shm may outlive that (a service on the host, pods that share it), with gigabytes
-in files that nobody has open.
+in files that no process has open.
 
 So each process keeps a register in /dev/shm: a file with the names of its regions, which it holds locked.
 The kernel drops the lock with the process, however that ends, and across PID namespaces, where a process
@@ -52,7 +52,7 @@ class RegionRegister:
 
     def _create(self) -> int:
         path = SHARED_MEMORY_ROOT / f"{_PREFIX}{uuid.uuid4().hex}"
-        # Under another name until it is locked, so that nobody takes it for a dead process's.
+        # Under another name until it is locked, so that no start takes it for a dead process's.
         unlocked = path.with_name(f".{path.name}")
         descriptor = os.open(unlocked, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
         try:

@@ -1,1 +1,1 @@
-"""TODO."""
+"""In which order entries leave a cache when room is needed."""

@@ -1,7 +1,7 @@
 """Eviction policies: in which order entries leave when room is needed. One file a policy.
 
 The ledger tells its policy what becomes visible, is used and leaves, and asks it for the next victim. A
-policy sees sizes, uses and whether somebody holds an entry; it never touches bytes, extents or holders.
+policy sees sizes, uses and whether an entry has holders; it never touches bytes, extents or holders.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class EvictionPolicy(Protocol):
         ...
 
     def forget(self, entry: Entry, *, evicted: bool) -> None:
-        """`entry` leaves: `evicted` for want of room, else dropped or replaced."""
+        """`entry` leaves: `evicted` to make room, else dropped or replaced."""
         ...
 
     def victim(self) -> Entry | None:
-        """Return the entry that should leave next, or None when somebody holds every one.
+        """Return the entry that should leave next, or None when every one has holders.
 
         Entries with holders are passed over. Amortised O(1) beside the held entries it passes. May reorder
         its queues; the entry stays in them until `forget`.

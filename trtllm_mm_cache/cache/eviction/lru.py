@@ -11,7 +11,7 @@ from trtllm_mm_cache.errors import IntegrityError
 
 
 class LruPolicy:
-    """One queue, oldest use first. See `policy.EvictionPolicy`."""
+    """One queue, oldest use first. See `base.EvictionPolicy`."""
 
     name = "lru"
 
@@ -32,7 +32,7 @@ class LruPolicy:
         self._nbytes -= entry.extent.nbytes
 
     def victim(self) -> Entry | None:
-        """Return the least recently used entry that nobody holds."""
+        """Return the least recently used idle entry."""
         for entry in self._order:
             if not entry.holders:
                 return entry
@@ -52,6 +52,8 @@ class LruPolicy:
     def check_integrity(self, visible: Mapping[str, Entry]) -> None:
         """Raise `IntegrityError` unless the queue holds `visible` and nothing else."""
         if self._order.keys() != set(visible.values()):
-            raise IntegrityError("the books of the cache do not agree: the LRU queue and the look-ups differ")
+            raise IntegrityError(
+                "inconsistent accounting of the cache: the LRU queue and the look-ups differ"
+            )
         if self._nbytes != sum(entry.extent.nbytes for entry in self._order):
-            raise IntegrityError("the books of the cache do not agree: bytes in the LRU queue")
+            raise IntegrityError("inconsistent accounting of the cache: bytes in the LRU queue")

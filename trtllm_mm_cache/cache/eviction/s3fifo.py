@@ -52,13 +52,13 @@ class _Queue:
 
     def check_integrity(self) -> None:
         if self.nbytes != sum(entry.extent.nbytes for entry in self.uses):
-            raise IntegrityError("the books of the cache do not agree: bytes in an S3-FIFO queue")
+            raise IntegrityError("inconsistent accounting of the cache: bytes in an S3-FIFO queue")
         if not all(0 <= uses <= _MOST_USES for uses in self.uses.values()):
-            raise IntegrityError("the books of the cache do not agree: uses in an S3-FIFO queue")
+            raise IntegrityError("inconsistent accounting of the cache: uses in an S3-FIFO queue")
 
 
 class S3FifoPolicy:
-    """For a cache of `capacity_bytes`. See `policy.EvictionPolicy`."""
+    """For a cache of `capacity_bytes`. See `base.EvictionPolicy`."""
 
     name = "s3fifo"
 
@@ -128,13 +128,13 @@ class S3FifoPolicy:
         """Raise `IntegrityError` unless small and main share out `visible`, and ghosts are others and few."""
         small, main = self._small.uses.keys(), self._main.uses.keys()
         if small & main or small | main != set(visible.values()):
-            raise IntegrityError("the books of the cache do not agree: S3-FIFO queues and look-ups differ")
+            raise IntegrityError("inconsistent accounting of the cache: S3-FIFO queues and look-ups differ")
         self._small.check_integrity()
         self._main.check_integrity()
         if self._ghosts.keys() & visible.keys():
-            raise IntegrityError("the books of the cache do not agree: a visible entry has a ghost")
+            raise IntegrityError("inconsistent accounting of the cache: a visible entry has a ghost")
         if not sum(self._ghosts.values()) == self._ghost_bytes <= self._ghost_limit:
-            raise IntegrityError("the books of the cache do not agree: bytes of the ghosts")
+            raise IntegrityError("inconsistent accounting of the cache: bytes of the ghosts")
 
     def _victim_in_small(self) -> Entry | None:
         queue = self._small.uses

@@ -16,7 +16,7 @@ from trtllm_mm_cache.cli.top.scrape import OURS, Interval, Scrape
 from trtllm_mm_cache.cli.top.sources import Source, make_source
 from trtllm_mm_cache.cli.top.view import Frame, draw
 from trtllm_mm_cache.errors import MmCacheError
-from trtllm_mm_cache.runtime.no_worker import no_worker_found
+from trtllm_mm_cache.runtime.control_client import no_worker_found
 from trtllm_mm_cache.settings import TopSettings
 
 _PLAIN_WIDTH = 160

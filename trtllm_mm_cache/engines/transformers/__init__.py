@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from trtllm_mm_cache.engines.engine_args import load_engine_args
 from trtllm_mm_cache.engines.transformers.encoder import TransformersVisionEncoder
 from trtllm_mm_cache.engines.transformers.follower import follow as follow_rank_0
 from trtllm_mm_cache.engines.transformers.generator import TransformersGenerator
 from trtllm_mm_cache.engines.transformers.leader import ranks_of_job
+from trtllm_mm_cache.engines.transformers.preprocess import embedding_shape
 from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs, dtype_name
-from trtllm_mm_cache.engines.transformers.sizing import embedding_shape
-from trtllm_mm_cache.engines.yaml_file import load_engine_args
 
 __all__ = [
     "TransformersEngineArgs",

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from PIL import Image
 
+from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem
 from trtllm_mm_cache.engines.transformers.loading import (
     fingerprint_of,
     first_line,
+    load_processor,
     load_vision_half,
     read_config,
 )
 from trtllm_mm_cache.engines.transformers.preprocess import ImagePreprocessor, ProcessedImage
-from trtllm_mm_cache.engines.transformers.processor import load_processor
 from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs
 from trtllm_mm_cache.errors import ConfigurationError, EncodeFailedError, MmCacheError
 
@@ -30,8 +31,7 @@ logger = logging.getLogger(__name__)
 class TransformersVisionEncoder:
     """`VisionEncoder` over Hugging Face's own vision tower; the language model is never loaded.
 
-    An embedding's metadata has "placeholder", the text its placeholder expands to, and where the
-    architecture has grids "image_grid_thw", `[t, h, w]` in patches.
+    An embedding's metadata has its placeholder's text, and its grid where the architecture has grids.
 
     The last bits of a feature depend on what shares its batch, its thread count and its processor;
     a comparison to the last bit needs batches of one.
@@ -87,10 +87,7 @@ class TransformersVisionEncoder:
     def _result(self, image: ProcessedImage, tensor: torch.Tensor | None) -> EncodedItem | MmCacheError:
         if tensor is None:
             return EncodeFailedError("the vision tower failed on this image; see the encode worker's log")
-        metadata: dict[str, Any] = {"placeholder": image.placeholder}
-        if image.grid is not None:
-            metadata["image_grid_thw"] = image.grid
-        return EncodedItem(tensor, metadata)
+        return EncodedItem(tensor, EmbeddingMetadata(image.grid, image.placeholder))
 
     def _groups(self, batch: Sequence[ProcessedImage]) -> list[list[int]]:
         """Return indices of `batch` whose inputs can be concatenated along their first dimension."""

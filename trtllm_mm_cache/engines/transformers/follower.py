@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from trtllm_mm_cache.cache.arena.handle import OpenArenas
 from trtllm_mm_cache.engines.ranks import Place, place_in_job
 from trtllm_mm_cache.engines.transformers.features import FeatureLayout
 from trtllm_mm_cache.engines.transformers.loading import first_line, load_text_half, read_config
 from trtllm_mm_cache.engines.transformers.lockstep import (
+    Decision,
     FollowedEnd,
     FollowedToken,
-    Report,
-    SharedArenas,
-    Step,
+    RankReport,
     Work,
 )
 from trtllm_mm_cache.engines.transformers.peers import Peers
@@ -40,15 +40,15 @@ class Follower:
         self._model: Any = load_text_half(model_path, config, architecture, args, ranks=place.size)
         self._model.generation_config = GenerationConfig()
         self._layout = FeatureLayout.of(config, architecture, args.resolved_embedding_dtype())
-        self._arenas = SharedArenas()
+        self._arenas = OpenArenas()
 
     def compute(self, work: Work) -> None:
         """Run one request in step with rank 0."""
         inputs: dict[str, Any] = {name: torch.tensor(value) for name, value in work.numbers.items()}
-        if work.images:
-            tensors = [self._arenas.tensor(view) for view in work.images]
+        if work.embeddings:
+            tensors = [self._arenas.tensor(handle) for handle in work.embeddings]
             inputs["mm_encoder_outputs"] = {"image": self._layout.encoder_output(tensors)}
-        token = FollowedToken(self._receive_step)
+        token = FollowedToken(self._receive_decision)
         self._model.generate(
             **inputs,
             generation_config=work.limits.generation_config(),
@@ -56,9 +56,9 @@ class Follower:
             stopping_criteria=StoppingCriteriaList([FollowedEnd(token)]),
         )
 
-    def _receive_step(self) -> Step:
-        step: Step = self._peers.receive(COLLECTIVE_DEADLINE_S)
-        return step
+    def _receive_decision(self) -> Decision:
+        decision: Decision = self._peers.receive(COLLECTIVE_DEADLINE_S)
+        return decision
 
 
 def follow(args: TransformersEngineArgs) -> None:
@@ -77,7 +77,7 @@ def follow(args: TransformersEngineArgs) -> None:
             follower.compute(work)
         except Exception as error:  # noqa: BLE001 - it ends the process
             peers.fail(f"{type(error).__name__}: {first_line(error)}")
-        peers.send(Report())
+        peers.send(RankReport())
 
 
 def _load(place: Place, peers: Peers, model_path: Path, args: TransformersEngineArgs) -> Follower:
@@ -85,8 +85,8 @@ def _load(place: Place, peers: Peers, model_path: Path, args: TransformersEngine
     try:
         follower = Follower(place, peers, model_path, args)
     except ConfigurationError as error:
-        peers.send(Report(f"rank {place.rank}: {error}"))
+        peers.send(RankReport(f"rank {place.rank}: {error}"))
         peers.receive()
         sys.exit(2)
-    peers.send(Report())
+    peers.send(RankReport())
     return follower

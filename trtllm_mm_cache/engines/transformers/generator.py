@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,22 +13,27 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from trtllm_mm_cache.cache.manager import Lease
+from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.engines.base import (
     FinishReason,
     GenerationRequest,
     ItemDescription,
+    LeasedEmbedding,
     SamplingParams,
     TokenDelta,
 )
-from trtllm_mm_cache.engines.transformers.announced import EmbeddingCheck
 from trtllm_mm_cache.engines.transformers.architectures import MULTI_IMAGE, SINGLE_IMAGE
+from trtllm_mm_cache.engines.transformers.embedding_check import EmbeddingCheck
 from trtllm_mm_cache.engines.transformers.features import FeatureLayout
 from trtllm_mm_cache.engines.transformers.leader import Alone, Ranks
-from trtllm_mm_cache.engines.transformers.loading import fingerprint_of, load_text_half, read_config
+from trtllm_mm_cache.engines.transformers.loading import (
+    fingerprint_of,
+    load_processor,
+    load_text_half,
+    read_config,
+)
 from trtllm_mm_cache.engines.transformers.lockstep import Limits
 from trtllm_mm_cache.engines.transformers.prepare import PreparedRequest, RequestPreparer
-from trtllm_mm_cache.engines.transformers.processor import load_processor
 from trtllm_mm_cache.engines.transformers.prompt import PromptExpander
 from trtllm_mm_cache.engines.transformers.sampling import logits_processors
 from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs
@@ -67,10 +72,8 @@ class TransformersGenerator:
         text_config = config.get_text_config()
         layout = FeatureLayout.of(config, self._architecture, args.resolved_embedding_dtype())
         expander = PromptExpander(processor, config)
-        self._check = EmbeddingCheck(processor, config, self._architecture, layout, expander)
+        self._check = EmbeddingCheck(self._architecture, layout, expander)
         self._prepare = RequestPreparer(
-            processor=processor,
-            config=config,
             architecture=self._architecture,
             layout=layout,
             expander=expander,
@@ -98,13 +101,13 @@ class TransformersGenerator:
         return SINGLE_IMAGE if image_count == 1 else MULTI_IMAGE
 
     def check_embedding(
-        self, image: ItemDescription, shape: tuple[int, int], dtype: torch.dtype, metadata: Mapping[str, Any]
+        self, item: ItemDescription, shape: tuple[int, int], dtype: torch.dtype, metadata: EmbeddingMetadata
     ) -> None:
         """See `Generator.check_embedding`."""
-        self._check(image, shape, dtype, metadata)
+        self._check(item, shape, dtype, metadata)
 
     async def generate(
-        self, request: GenerationRequest, leases: Sequence[Lease]
+        self, request: GenerationRequest, leases: Sequence[LeasedEmbedding]
     ) -> AsyncGenerator[TokenDelta, None]:
         """Stream tokens; see `Generator.generate`.
 
@@ -133,7 +136,7 @@ class TransformersGenerator:
         finally:
             self._streams.discard(stream)
 
-    def prefill_logits(self, request: GenerationRequest, leases: Sequence[Lease]) -> torch.Tensor:
+    def prefill_logits(self, request: GenerationRequest, leases: Sequence[LeasedEmbedding]) -> torch.Tensor:
         """Return `[vocabulary]` float32 on the CPU: the logits of the first token after the prompt.
 
         For verification and evaluation: it is what `generate` starts from, bit for bit, and no key or
@@ -169,7 +172,7 @@ class TransformersGenerator:
             min_new_tokens=min(sampling.min_tokens, prepared.max_new_tokens),
             stop_token_ids=tuple(stop_token_ids),
         )
-        with self._ranks.computing(prepared.inputs, prepared.shared, limits):
+        with self._ranks.computing(prepared.inputs, prepared.handles, limits):
             self._model.generate(
                 **prepared.inputs,
                 generation_config=limits.generation_config(),
@@ -180,7 +183,7 @@ class TransformersGenerator:
 
     def _first_logits(self, prepared: PreparedRequest) -> torch.Tensor:
         limits = Limits(max_new_tokens=1)
-        with self._ranks.computing(prepared.inputs, prepared.shared, limits):
+        with self._ranks.computing(prepared.inputs, prepared.handles, limits):
             output = self._model.generate(
                 **prepared.inputs,
                 generation_config=limits.generation_config(output_logits=True, return_dict_in_generate=True),

@@ -9,14 +9,14 @@ from typing import Any, Protocol
 
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from trtllm_mm_cache.cache.manager import Lease
+from trtllm_mm_cache.cache.arena.handle import Handle
+from trtllm_mm_cache.engines.base import LeasedEmbedding
 from trtllm_mm_cache.engines.ranks import place_in_job
 from trtllm_mm_cache.engines.transformers.loading import first_line
 from trtllm_mm_cache.engines.transformers.lockstep import (
     AnnouncedEnd,
     Limits,
-    Report,
-    SharedView,
+    RankReport,
     Work,
 )
 from trtllm_mm_cache.engines.transformers.peers import Peers
@@ -35,12 +35,12 @@ class Ranks(Protocol):
         """How many ranks compute, rank 0 included."""
         ...
 
-    def share(self, leases: Sequence[Lease]) -> tuple[SharedView, ...]:
-        """Describe the embeddings of a request for the other ranks. Copies nothing."""
+    def share(self, leases: Sequence[LeasedEmbedding]) -> tuple[Handle, ...]:
+        """Return how the other ranks open the embeddings of a request. Copies nothing."""
         ...
 
     def computing(
-        self, inputs: Mapping[str, Any], images: Sequence[SharedView], limits: Limits
+        self, inputs: Mapping[str, Any], embeddings: Sequence[Handle], limits: Limits
     ) -> contextlib.AbstractContextManager[None]:
         """While the block runs `generate`, the other ranks do too; all are done when it ends."""
         ...
@@ -67,17 +67,17 @@ class Alone:
 
     size = 1
 
-    def share(self, leases: Sequence[Lease]) -> tuple[SharedView, ...]:
-        """Return nothing: nobody asks."""
+    def share(self, leases: Sequence[LeasedEmbedding]) -> tuple[Handle, ...]:
+        """Return nothing: there is no other rank."""
         del leases
         return ()
 
     @contextlib.contextmanager
     def computing(
-        self, inputs: Mapping[str, Any], images: Sequence[SharedView], limits: Limits
+        self, inputs: Mapping[str, Any], embeddings: Sequence[Handle], limits: Limits
     ) -> Iterator[None]:
         """Run the block."""
-        del inputs, images, limits
+        del inputs, embeddings, limits
         yield
 
     def criteria(self, *own: StoppingCriteria) -> StoppingCriteriaList:
@@ -102,16 +102,16 @@ class Leader:
         self._peers = Peers(0, meeting.connections)
         self.size = 1 + len(self._peers)
 
-    def share(self, leases: Sequence[Lease]) -> tuple[SharedView, ...]:
+    def share(self, leases: Sequence[LeasedEmbedding]) -> tuple[Handle, ...]:
         """See `Ranks.share`."""
-        return tuple(SharedView.of(lease) for lease in leases)
+        return tuple(lease.handle() for lease in leases)
 
     @contextlib.contextmanager
     def computing(
-        self, inputs: Mapping[str, Any], images: Sequence[SharedView], limits: Limits
+        self, inputs: Mapping[str, Any], embeddings: Sequence[Handle], limits: Limits
     ) -> Iterator[None]:
         """See `Ranks.computing`. An error in the block ends the worker: the ranks are out of step."""
-        self._peers.send(Work.of(inputs, images, limits))
+        self._peers.send(Work.of(inputs, embeddings, limits))
         try:
             yield
         except Exception as error:  # noqa: BLE001 - it ends the process
@@ -140,7 +140,7 @@ class Leader:
         if not self._peers.wait_gone(_CLOSING_DEADLINE_S):
             self._peers.lose(f"a rank did not end within {_CLOSING_DEADLINE_S:.0f} s")
 
-    def _gather(self, deadline_s: float) -> list[Report]:
+    def _gather(self, deadline_s: float) -> list[RankReport]:
         """Wait for one report of each other rank."""
         return [self._peers.receive(deadline_s) for _ in range(len(self._peers))]
 

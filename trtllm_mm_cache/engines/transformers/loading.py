@@ -1,4 +1,7 @@
-"""Load one half of a model: the vision half on the encode worker, the text half on the PD worker."""
+"""Load one half of a model, the vision half on the encode worker, the text half on the PD worker.
+
+Weights are read for the own half alone, and of the processor nothing that only videos need.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,13 @@ from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+    ProcessorMixin,
 )
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from trtllm_mm_cache.engines.fingerprint import model_fingerprint
@@ -29,6 +36,10 @@ from trtllm_mm_cache.engines.transformers.tensor_parallel import (
     parallel_arguments,
 )
 from trtllm_mm_cache.errors import ConfigurationError, IntegrityError
+
+_ATTENTION = "sdpa"
+"""torch's own kernels, which every served architecture has. The other one, eager, shows attention weights to
+those that look at a model from inside; a server has no use for it."""
 
 
 class AbsentModule(nn.Module):
@@ -75,6 +86,44 @@ def fingerprint_of(model_path: Path, args: TransformersEngineArgs) -> str:
         engine=f"transformers {transformers.__version__} computing in {compute}",
         embedding_dtype=dtype_name(args.resolved_embedding_dtype()),
     )
+
+
+class _WithoutVideo:
+    """Mixin: a processor class that takes None for its video processor.
+
+    Video processors need torchvision, and a processor that gets no video never calls its own.
+    """
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        if argument_name == "video_processor":
+            return None
+        return super().check_argument_for_proper_class(argument_name, argument)  # type: ignore[misc]
+
+
+def load_processor(model_path: Path, config: PreTrainedConfig) -> ProcessorMixin:
+    """Return the processor of the model's architecture: image processor (PIL backend) and tokenizer.
+
+    The PIL backend is asked for by name, since the torchvision one resizes differently: with it a
+    feature would depend on whether torchvision happens to be installed.
+    Raises `ConfigurationError` when files are missing or name another processor class.
+    """
+    processor_class = PROCESSOR_MAPPING[type(config)]
+    try:
+        image_processor = AutoImageProcessor.from_pretrained(model_path, backend="pil", local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
+        settings, _ = processor_class.get_processor_dict(model_path, local_files_only=True)
+        named = settings.get("processor_class", processor_class.__name__)
+        if named != processor_class.__name__:
+            raise ConfigurationError(
+                f"the model asks for {named}; of {config.model_type} models only those with "
+                f"{processor_class.__name__} are served"
+            )
+        without_video: Any = type(processor_class.__name__, (_WithoutVideo, processor_class), {})
+        parts = {"image_processor": image_processor, "tokenizer": tokenizer, "video_processor": None}
+        arguments = [parts[name] for name in processor_class.get_attributes()]
+        return without_video.from_args_and_dict(arguments, settings)
+    except (OSError, ValueError, AttributeError, ImportError) as error:
+        raise ConfigurationError(f"the model's processor cannot be loaded: {first_line(error)}") from error
 
 
 def load_vision_half(
@@ -145,7 +194,7 @@ def _load(
                 model_path,
                 config=config,
                 dtype=args.resolved_dtype(),
-                attn_implementation=args.attn_implementation,
+                attn_implementation=_ATTENTION,
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # else an error that does not name them; they are checked below

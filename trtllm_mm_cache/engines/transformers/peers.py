@@ -41,7 +41,8 @@ class Peers:
     def __init__(self, rank: int, connections: Mapping[int, Connection]) -> None:
         self._rank = rank
         self._connections = dict(connections)
-        self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        # No SimpleQueue: CPython's was seen to wait for ever with a timeout (see transfer/pump.py).
+        self._messages: queue.Queue[Any] = queue.Queue()
         self._ending = threading.Event()
         self._sending = threading.Lock()
         self._losing = threading.Lock()

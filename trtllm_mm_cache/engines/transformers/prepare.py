@@ -8,15 +8,13 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, ProcessorMixin
 
-from trtllm_mm_cache.cache.manager import Lease
-from trtllm_mm_cache.engines.base import GenerationRequest, SamplingParams
-from trtllm_mm_cache.engines.sampling_rules import check_sampling
-from trtllm_mm_cache.engines.transformers.announced import grid_of, placeholder_of
+from trtllm_mm_cache.cache.arena.handle import Handle
+from trtllm_mm_cache.engines.base import GenerationRequest, LeasedEmbedding, SamplingParams
+from trtllm_mm_cache.engines.checks import check_sampling, grid_of
 from trtllm_mm_cache.engines.transformers.architectures import Architecture
+from trtllm_mm_cache.engines.transformers.embedding_check import placeholder_of
 from trtllm_mm_cache.engines.transformers.features import FeatureLayout
-from trtllm_mm_cache.engines.transformers.lockstep import SharedView
 from trtllm_mm_cache.engines.transformers.prompt import PromptExpander
 from trtllm_mm_cache.errors import InvalidRequestError, PlaceholderMismatchError
 
@@ -25,11 +23,11 @@ from trtllm_mm_cache.errors import InvalidRequestError, PlaceholderMismatchError
 class PreparedRequest:
     """`inputs` go to `generate` as they are; `max_new_tokens` fits the context.
 
-    `shared` says where other ranks find the embeddings; empty where there are none.
+    `handles` say where other ranks find the embeddings; empty where there are no other ranks.
     """
 
     inputs: Mapping[str, Any]
-    shared: tuple[SharedView, ...]
+    handles: tuple[Handle, ...]
     prompt_tokens: int
     max_new_tokens: int
     sampling: SamplingParams
@@ -39,32 +37,29 @@ class PreparedRequest:
 class RequestPreparer:
     """Thread-safe. `context` is the longest prompt with its answer, in tokens.
 
-    `vocabulary` is the number of token ids that have an embedding. `share` describes the embeddings for
-    other ranks.
+    `vocabulary` is the number of token ids that have an embedding. `share` returns the embeddings' handles
+    for other ranks.
     """
 
-    processor: ProcessorMixin
-    config: PreTrainedConfig
     architecture: Architecture
     layout: FeatureLayout
     expander: PromptExpander
     context: int
     vocabulary: int
     device: torch.device
-    share: Callable[[Sequence[Lease]], tuple[SharedView, ...]]
+    share: Callable[[Sequence[LeasedEmbedding]], tuple[Handle, ...]]
 
-    def __call__(self, request: GenerationRequest, leases: Sequence[Lease]) -> PreparedRequest:
+    def __call__(self, request: GenerationRequest, leases: Sequence[LeasedEmbedding]) -> PreparedRequest:
         """Check and expand. The inputs hold views of the leases' embeddings, no copies.
 
         Raises `InvalidRequestError`, `PlaceholderMismatchError` or `EmbeddingMismatchError`.
         """
         check_sampling(request.sampling)
         self._check_token_ids(request.token_ids)
-        placeholders = [placeholder_of(lease.embedding.metadata, index) for index, lease in enumerate(leases)]
+        placeholders = [placeholder_of(lease.metadata, index) for index, lease in enumerate(leases)]
         token_ids = self.expander.expand(request.token_ids, request.prompt_text, placeholders)
         for index, (lease, placeholder) in enumerate(zip(leases, placeholders, strict=True)):
-            tensor = lease.embedding.tensor
-            self.layout.check(tensor.shape, tensor.dtype, self.expander.rows_of(placeholder), index)
+            self.layout.check(lease.shape, lease.dtype, self.expander.rows_of(placeholder), index)
         room = self.context - len(token_ids)
         if room < 1:
             raise InvalidRequestError(
@@ -86,16 +81,15 @@ class RequestPreparer:
         if not token_ids:
             raise InvalidRequestError("the prompt is empty")
         # The image token itself may lie outside: its embedding is never looked up.
-        allowed = {self.config.image_token_id}
+        allowed = {self.expander.config.image_token_id}
         outside = next((id for id in token_ids if not 0 <= id < self.vocabulary and id not in allowed), None)
         if outside is not None:
             raise InvalidRequestError(f"token id {outside} is outside the model's vocabulary")
 
     def _check_gaps(self, token_ids: list[int], images: int) -> None:
         """Raise when two images touch and the decoder, which numbers positions by runs, would see one."""
-        runs = sum(
-            is_image for is_image, _ in groupby(token == self.config.image_token_id for token in token_ids)
-        )
+        image_token_id = self.expander.config.image_token_id
+        runs = sum(is_image for is_image, _ in groupby(token == image_token_id for token in token_ids))
         if self.architecture.has_grid and runs != images:
             raise PlaceholderMismatchError(
                 "two images touch in the prompt; this model needs text between them"
@@ -106,20 +100,20 @@ class RequestPreparer:
         input_ids = torch.tensor([token_ids], device=self.device)
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         if self.architecture.type_ids_argument is not None:
-            types = self.processor.create_mm_token_type_ids([token_ids])
+            types = self.expander.processor.create_mm_token_type_ids([token_ids])
             inputs[self.architecture.type_ids_argument] = torch.tensor(types, device=self.device)
         return inputs
 
-    def _image_inputs(self, leases: Sequence[Lease]) -> dict[str, Any]:
+    def _image_inputs(self, leases: Sequence[LeasedEmbedding]) -> dict[str, Any]:
         if not leases:
             return {}
-        output = self.layout.encoder_output([lease.embedding.tensor for lease in leases])
+        output = self.layout.encoder_output([lease.tensor for lease in leases])
         inputs: dict[str, Any] = {"mm_encoder_outputs": {"image": output}}
         if self.architecture.has_grid:
-            merge_size = self.config.vision_config.spatial_merge_size
+            merge_size = self.expander.config.vision_config.spatial_merge_size
             inputs["image_grid_thw"] = torch.tensor(
                 [
-                    grid_of(lease.embedding.metadata, lease.embedding.tensor.shape[0], merge_size, index)
+                    grid_of(lease.metadata, lease.shape[0], merge_size, index)
                     for index, lease in enumerate(leases)
                 ],
                 device=self.device,

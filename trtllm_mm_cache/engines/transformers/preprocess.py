@@ -1,20 +1,32 @@
-"""One image to the vision tower's input, and to the text its placeholder becomes."""
+"""One image to the vision tower's input, the text its placeholder becomes, and its embedding's shape."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers import PreTrainedConfig, ProcessorMixin
 
-from trtllm_mm_cache.engines.base import EncodeItem
-from trtllm_mm_cache.engines.foreign_text import fit_for_client
-from trtllm_mm_cache.engines.transformers.architectures import MULTI_IMAGE, Architecture
+from trtllm_mm_cache.engines.base import EmbeddingShape, EncodeItem
+from trtllm_mm_cache.engines.checks import fit_for_client
+from trtllm_mm_cache.engines.transformers.architectures import (
+    MULTI_IMAGE,
+    SINGLE_IMAGE,
+    Architecture,
+    architecture_of,
+)
+from trtllm_mm_cache.engines.transformers.features import FeatureLayout
+from trtllm_mm_cache.engines.transformers.loading import load_config, load_processor
 from trtllm_mm_cache.engines.transformers.processor_kwargs import configured_bounds, image_kwargs
+from trtllm_mm_cache.engines.transformers.settings import torch_dtype
 from trtllm_mm_cache.errors import InvalidImageError
+
+_ENCODED_AS = {"qwen3_vl_moe": "qwen3_vl"}
+"""Architectures that TensorRT-LLM serves and this engine does not, by one of ours with the same encoder."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,7 @@ class ProcessedImage:
     inputs: Mapping[str, torch.Tensor]
     placeholder: str
     rows: int
-    grid: list[int] | None
+    grid: tuple[int, int, int] | None
 
 
 class ImagePreprocessor:
@@ -77,5 +89,34 @@ class ImagePreprocessor:
             for name, value in output.items()
             if isinstance(value, torch.Tensor)
         }
-        grid = inputs["image_grid_thw"][0].tolist() if self._architecture.has_grid else None
+        grid = None
+        if self._architecture.has_grid:
+            time, height, width = inputs["image_grid_thw"][0].tolist()
+            grid = (time, height, width)
         return ProcessedImage(inputs, placeholder, placeholder.count(self._image_token), grid)
+
+
+def embedding_shape(
+    model_path: Path,
+    size: tuple[int, int],
+    processor_kwargs: Mapping[str, Any],
+    *,
+    images_in_prompt: int,
+    dtype: str,
+) -> EmbeddingShape:
+    """Return the shape for one image of `size` (width, height in pixels), stored as `dtype`.
+
+    The model's own processor runs over a grey image and its placeholders are counted. Blocking: seconds
+    with the import of transformers. `images_in_prompt` matters to architectures that process an image
+    otherwise when it is not alone. Raises `ConfigurationError` for the model, `InvalidRequestError` for
+    the kwargs, `InvalidImageError` for a size that the processor refuses.
+    """
+    config = load_config(model_path)
+    architecture = architecture_of(_ENCODED_AS.get(config.model_type, config.model_type))
+    preprocess = ImagePreprocessor(load_processor(model_path, config), config, architecture)
+    variant = ""
+    if architecture.multi_image_variant:
+        variant = SINGLE_IMAGE if images_in_prompt == 1 else MULTI_IMAGE
+    processed = preprocess(EncodeItem(Image.new("RGB", size, "grey"), processor_kwargs, variant))
+    layout = FeatureLayout.of(config, architecture, torch_dtype(dtype))
+    return EmbeddingShape(processed.rows, layout.hidden * (1 + layout.levels), layout.dtype)

@@ -18,7 +18,8 @@ class PromptExpander:
     """Thread-safe: the tokenizer is used in one way only, which changes nothing in it."""
 
     def __init__(self, processor: ProcessorMixin, config: PreTrainedConfig) -> None:
-        self._processor = processor
+        self.processor = processor
+        self.config = config
         self._tokenizer = processor.tokenizer
         self._placeholder_id = self._tokenizer.convert_tokens_to_ids(processor.image_token)
         self._image_token_id = config.image_token_id
@@ -56,7 +57,7 @@ class PromptExpander:
         if found != images:
             raise PlaceholderMismatchError(
                 f"the prompt has {found} image placeholders for {images} images; the placeholder "
-                f"{self._processor.image_token} must not be part of a message's text"
+                f"{self.processor.image_token} must not be part of a message's text"
             )
         reserved = next((token for token in token_ids if token in self._reserved_ids), None)
         if reserved is not None:
@@ -71,7 +72,7 @@ class PromptExpander:
         if prompt_text is not None:
             for special in (False, True):
                 if self._encode(prompt_text, special) == token_ids:
-                    (expanded,), _ = self._processor.get_text_with_replacements(
+                    (expanded,), _ = self.processor.get_text_with_replacements(
                         [prompt_text], list(placeholders)
                     )
                     return self._encode(expanded, special)

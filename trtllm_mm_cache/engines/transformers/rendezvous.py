@@ -61,7 +61,7 @@ def meet_followers(place: Place, model_path: Path) -> Meeting:
     The process group exists afterwards. Raises `ConfigurationError` when the ranks cannot work together.
     """
     _check_devices(place)
-    folder = Path(tempfile.mkdtemp(prefix="ranks-"))  # mode 0700: nobody else's process can connect
+    folder = Path(tempfile.mkdtemp(prefix="ranks-"))  # mode 0700: no other user's process can connect
     try:
         with socket.socket(socket.AF_UNIX) as listener:
             _listen(listener, folder, place)

@@ -14,9 +14,7 @@ from transformers import (
 )
 
 from trtllm_mm_cache.engines.base import SamplingParams
-
-GREEDY_BELOW = 1e-5
-"""A lower temperature would overflow the logits; it means greedy."""
+from trtllm_mm_cache.engines.checks import GREEDY_BELOW
 
 
 class _Draw(LogitsProcessor):  # type: ignore[misc]

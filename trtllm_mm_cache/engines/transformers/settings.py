@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from trtllm_mm_cache.engines.engine_args import EngineArgs
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
 
-class TransformersEngineArgs(BaseModel):
-    """How to load and run the model. An unknown key is an error.
+class TransformersEngineArgs(EngineArgs):
+    """How to load and run the model.
 
     `dtype` and `embedding_dtype` decide an embedding's bytes and are part of the fingerprint: they
     must be the same on the encode and on the PD worker. The rest may differ.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where to compute. auto: cuda where there is one, else cpu."
@@ -42,9 +42,6 @@ class TransformersEngineArgs(BaseModel):
         default=None,
         ge=1,
         description="Longest prompt with its answer, in tokens. Default and upper bound: the model's own.",
-    )
-    attn_implementation: Literal["sdpa", "eager"] = Field(
-        default="sdpa", description="Attention kernel of both halves of the model."
     )
 
     def resolved_device(self) -> torch.device:

@@ -29,7 +29,7 @@ class TokenStream:
 
     @property
     def cancelled(self) -> bool:
-        """True once nobody reads any more."""
+        """True once the reader has left."""
         return self._cancelled.is_set()
 
     def cancel(self) -> None:
@@ -56,7 +56,7 @@ class TokenStream:
         """Wait for tokens; return all that are there, and the finish reason with the last.
 
         A token that ends the answer waits for the reason: a frontend that knows the end token leaves with it.
-        Raises what the thread raised, once its tokens are read. Work that was taken back before it
+        Raises what the thread raised, once its tokens are read. Work that was cancelled before it
         began has the reason "cancelled".
         """
         tokens: list[int] = []

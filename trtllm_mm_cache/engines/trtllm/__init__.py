@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+from trtllm_mm_cache.engines.engine_args import load_engine_args
 from trtllm_mm_cache.engines.trtllm.encoder import TrtllmVisionEncoder
 from trtllm_mm_cache.engines.trtllm.generator import TrtllmGenerator
 from trtllm_mm_cache.engines.trtllm.layout import embedding_dtype_name
 from trtllm_mm_cache.engines.trtllm.settings import TrtllmEncoderArgs, TrtllmLlmArgs
 from trtllm_mm_cache.engines.trtllm.support import architecture_of
-from trtllm_mm_cache.engines.yaml_file import load_engine_args
 from trtllm_mm_cache.errors import ConfigurationError
 
 __all__ = [

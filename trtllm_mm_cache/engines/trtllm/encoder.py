@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem
 from trtllm_mm_cache.engines.fingerprint import model_fingerprint
 from trtllm_mm_cache.engines.trtllm.layout import ModelLayout, embedding_dtype_name
@@ -36,7 +37,7 @@ class TrtllmVisionEncoder:
 
     An embedding's tensor is a view of the engine process's own memory (CUDA IPC on a GPU): the caller
     copies it once, straight to where it belongs, and drops it, upon which the engine frees it.
-    Its metadata has "image_grid_thw", `[1, h, w]` in patches, where the architecture has grids.
+    Its metadata has the grid, `[1, h, w]` in patches, where the architecture has grids.
     """
 
     def __init__(self, model_path: Path, args: TrtllmEncoderArgs) -> None:
@@ -127,9 +128,9 @@ class TrtllmVisionEncoder:
             )
         return EncodedItem(tensor, self._metadata(params, tensor.shape[0]))
 
-    def _metadata(self, params: Any, rows: int) -> dict[str, Any]:
+    def _metadata(self, params: Any, rows: int) -> EmbeddingMetadata:
         if not self._architecture.has_mrope:
-            return {}
+            return EmbeddingMetadata()
         handles = (
             getattr(params, "mrope_position_ids_handle", None),
             getattr(params, "mrope_position_deltas_handle", None),
@@ -141,7 +142,7 @@ class TrtllmVisionEncoder:
         grid = self._layout.grid_from_positions(position_ids, rows)
         if grid is None:
             raise ValueError(f"the engine's positions do not describe an image of {rows} rows")
-        return {"image_grid_thw": list(grid)}
+        return EmbeddingMetadata(grid)
 
     def _open(self, handle: Any) -> torch.Tensor:
         tensor: torch.Tensor = self._container.from_dict(handle).get_local_view()

@@ -5,16 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trtllm_mm_cache.cache.manager import Lease
-from trtllm_mm_cache.engines.base import FinishReason, GenerationRequest, ItemDescription, TokenDelta
+from trtllm_mm_cache.cache.entry import EmbeddingMetadata
+from trtllm_mm_cache.engines.base import (
+    FinishReason,
+    GenerationRequest,
+    ItemDescription,
+    LeasedEmbedding,
+    TokenDelta,
+)
+from trtllm_mm_cache.engines.checks import fit_for_client, grid_of
 from trtllm_mm_cache.engines.fingerprint import model_fingerprint
-from trtllm_mm_cache.engines.foreign_text import fit_for_client
 from trtllm_mm_cache.engines.trtllm.handles import PositionBufferPool
 from trtllm_mm_cache.engines.trtllm.layout import ModelLayout, embedding_dtype_name
 from trtllm_mm_cache.engines.trtllm.prepare import PreparedRequest, RequestPreparer
@@ -48,7 +55,6 @@ class TrtllmGenerator:
         check_ranks(args.tensor_parallel_size, args.pipeline_parallel_size)
         tensorrt_llm = import_tensorrt_llm()
         from tensorrt_llm.executor.utils import RequestError
-        from tensorrt_llm.llmapi import DisaggregatedParams
 
         self._refusals = (ValueError, NotImplementedError, RequestError)
         self._failures = (RuntimeError, ValueError, AssertionError, RequestError)
@@ -62,22 +68,21 @@ class TrtllmGenerator:
                 engine=f"tensorrt_llm {tensorrt_llm.__version__}",
                 embedding_dtype=embedding_dtype_name(config, args.dtype),
             )
-            layout = self._layout = ModelLayout.of(config)
+            layout = ModelLayout.of(config)
+            layout = replace(layout, context=min(layout.context, args.max_seq_len or layout.context))
+            self._layout = layout
             self._has_mrope = architecture.has_mrope
             self._prepare = RequestPreparer(
-                sampling_params=tensorrt_llm.SamplingParams,
-                disaggregated_params=DisaggregatedParams,
+                tensorrt_llm=tensorrt_llm,
                 architecture=architecture,
                 layout=layout,
                 reader=PromptReader(self._llm.input_processor.tokenizer, layout.placeholder_ids),
                 buffers=self._buffers,
-                context=min(layout.context, args.max_seq_len or layout.context),
                 openers=args.tensor_parallel_size * args.pipeline_parallel_size,
             )
-        reuse = args.kv_cache_config is None or args.kv_cache_config.enable_block_reuse
         logger.info(
             "embeddings reach the engine by handle, keyed by their content; KV block reuse is %s",
-            "on" if reuse else "off",
+            "on" if args.enable_block_reuse else "off",
         )
 
     def _checked_processor(self) -> Any:
@@ -100,21 +105,21 @@ class TrtllmGenerator:
         return ""
 
     def check_embedding(
-        self, image: ItemDescription, shape: tuple[int, int], dtype: torch.dtype, metadata: Mapping[str, Any]
+        self, item: ItemDescription, shape: tuple[int, int], dtype: torch.dtype, metadata: EmbeddingMetadata
     ) -> None:
-        """See `Generator.check_embedding`; how many rows an image's size comes to, the engine alone knows."""
-        del image
+        """See `Generator.check_embedding`; how many rows an item's size comes to, the engine alone knows."""
+        del item
         self._layout.check(shape, dtype)
         if self._has_mrope:
-            self._layout.grid_of(metadata, shape[0])
+            grid_of(metadata, shape[0], self._layout.merge_size)
 
     async def generate(
-        self, request: GenerationRequest, leases: Sequence[Lease]
+        self, request: GenerationRequest, leases: Sequence[LeasedEmbedding]
     ) -> AsyncGenerator[TokenDelta, None]:
         """Stream tokens; see `Generator.generate`.
 
         The leases are held by clones of this generator's own until the engine has finished with the
-        request, also when the answer is given up: closing the iterator aborts the request and waits for its
+        request, also when the answer is cancelled: closing the iterator aborts the request and waits for its
         end, at most 10 seconds; what then still runs keeps its leases in the background.
         Raises `GenerationError` when the engine fails.
         """
@@ -144,22 +149,24 @@ class TrtllmGenerator:
         await asyncio.gather(*self._ending, return_exceptions=True)
         self._buffers.close()
 
-    async def _prepared(self, request: GenerationRequest, leases: Sequence[Lease]) -> PreparedRequest:
+    async def _prepared(
+        self, request: GenerationRequest, leases: Sequence[LeasedEmbedding]
+    ) -> PreparedRequest:
         preparing = asyncio.get_running_loop().run_in_executor(None, self._prepare, request, leases)
         try:
             return await asyncio.shield(preparing)
         except asyncio.CancelledError:
             # The thread cannot be stopped; what it makes has no taker any more.
-            preparing.add_done_callback(self._give_back_unused)
+            preparing.add_done_callback(self._release_unused)
             raise
         finally:
             # An error's traceback leads to this frame, and the future to the error: a circle would keep the
             # views that the frames above hold, and with them the cache's entries.
             del preparing
 
-    def _give_back_unused(self, preparing: asyncio.Future[PreparedRequest]) -> None:
+    def _release_unused(self, preparing: asyncio.Future[PreparedRequest]) -> None:
         if not preparing.cancelled() and preparing.exception() is None:
-            self._give_back(preparing.result())
+            self._release(preparing.result())
 
     def _submit(self, prepared: PreparedRequest) -> Any:
         """Hand the request to the engine; from the event loop, where its result finds the loop it wakes.
@@ -184,9 +191,9 @@ class TrtllmGenerator:
             raise GenerationError("TensorRT-LLM failed on the request; see the log") from error
 
     async def _end(self, result: Any, prepared: PreparedRequest) -> None:
-        """Give back what the handles point into, once the engine does not read it any more."""
+        """Release what the handles point into, once the engine does not read it any more."""
         if result is None or result.finished:
-            self._give_back(prepared)
+            self._release(prepared)
             return
         result.abort()
         ending = asyncio.create_task(self._drain(result, prepared), name="aborted request")
@@ -206,13 +213,13 @@ class TrtllmGenerator:
         except self._failures as error:
             logger.info("an aborted request ended with %s", type(error).__name__, exc_info=error)
         finally:
-            self._give_back(prepared)
+            self._release(prepared)
 
-    def _give_back(self, prepared: PreparedRequest) -> None:
+    def _release(self, prepared: PreparedRequest) -> None:
         for lease in prepared.leases:
             lease.release()
         if prepared.positions is not None:
-            self._buffers.give_back(prepared.positions)
+            self._buffers.release(prepared.positions)
 
 
 def _finish_reason(reason: str | None) -> FinishReason:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,16 +60,6 @@ class ModelLayout:
                 f"the embedding is {dtype} {list(shape)}, this model takes [rows, {self.width}]",
                 item_index=item_index,
             )
-
-    def grid_of(self, metadata: Mapping[str, Any] | None, rows: int, item_index: int | None = None) -> Grid:
-        """Return an embedding's grid. Raises `EmbeddingMismatchError` unless it gives `rows` rows."""
-        grid = (metadata or {}).get("image_grid_thw")
-        if not (isinstance(grid, list) and len(grid) == 3 and all(isinstance(side, int) for side in grid)):
-            raise EmbeddingMismatchError("the embedding has no grid of patches", item_index=item_index)
-        time, height, width = grid
-        if time != 1 or merged_rows((time, height, width), self.merge_size) != rows:
-            raise EmbeddingMismatchError(f"the grid {grid} does not give {rows} rows", item_index=item_index)
-        return (time, height, width)
 
     def grid_from_positions(self, position_ids: torch.Tensor, rows: int) -> Grid | None:
         """Return the grid of the only image in a prompt of `marker, rows image tokens, marker`.

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trtllm_mm_cache.cache.arena.handle import Handle
 from trtllm_mm_cache.cache.key import EmbeddingKey
-from trtllm_mm_cache.cache.manager import Lease
-from trtllm_mm_cache.engines.base import GenerationRequest
+from trtllm_mm_cache.engines.base import GenerationRequest, LeasedEmbedding
+from trtllm_mm_cache.engines.checks import grid_of
 from trtllm_mm_cache.engines.trtllm.handles import PositionBuffer, PositionBufferPool, cpu_handle
 from trtllm_mm_cache.engines.trtllm.layout import ModelLayout
 from trtllm_mm_cache.engines.trtllm.mrope import mrope_positions
 from trtllm_mm_cache.engines.trtllm.prompt import PromptReader
 from trtllm_mm_cache.engines.trtllm.sampling import engine_sampling
-from trtllm_mm_cache.engines.trtllm.support import Architecture
+from trtllm_mm_cache.engines.trtllm.support import TrtllmArchitecture
 from trtllm_mm_cache.errors import InvalidRequestError, PlaceholderMismatchError
 
 REQUEST_TYPE = "context_and_generation"
@@ -25,33 +26,28 @@ REQUEST_TYPE = "context_and_generation"
 class PreparedRequest:
     """`arguments` go to `LLM.generate_async` as they are, once.
 
-    `leases` (clones) and `positions` are what the handles in it point into: they are to be given back when
-    the engine has finished with the request, and not before.
+    `leases` (clones) and `positions` are what the handles in it point into: they are to be released when the
+    engine has finished with the request, and not before.
     """
 
     arguments: dict[str, Any]
     prompt_tokens: int
-    leases: tuple[Lease, ...] = ()
+    leases: tuple[LeasedEmbedding, ...] = ()
     positions: PositionBuffer | None = None
 
 
 @dataclass(frozen=True)
 class RequestPreparer:
-    """Thread-safe. `sampling_params` and `disaggregated_params` are TensorRT-LLM's classes.
+    """Thread-safe. `tensorrt_llm` is the imported package, `openers` the number of engine processes."""
 
-    `context` is the longest prompt with its answer in tokens, `openers` the number of engine processes.
-    """
-
-    sampling_params: Callable[..., Any]
-    disaggregated_params: Callable[..., Any]
-    architecture: Architecture
+    tensorrt_llm: Any
+    architecture: TrtllmArchitecture
     layout: ModelLayout
     reader: PromptReader
     buffers: PositionBufferPool
-    context: int
     openers: int
 
-    def __call__(self, request: GenerationRequest, leases: Sequence[Lease]) -> PreparedRequest:
+    def __call__(self, request: GenerationRequest, leases: Sequence[LeasedEmbedding]) -> PreparedRequest:
         """Check the request and describe it to the engine. No byte of an embedding is copied.
 
         Raises `InvalidRequestError`, `PlaceholderMismatchError` or `EmbeddingMismatchError`.
@@ -69,9 +65,8 @@ class RequestPreparer:
         prompt = self.reader.read(request, len(leases))
         rows = 0
         for index, lease in enumerate(leases):
-            tensor = lease.embedding.tensor
-            self.layout.check(tensor.shape, tensor.dtype, index)
-            rows += tensor.shape[0]
+            self.layout.check(lease.shape, lease.dtype, index)
+            rows += lease.shape[0]
         prompt_tokens = len(prompt.token_ids) - len(leases) + rows
         arguments = self._arguments(request, {"prompt": prompt.text}, prompt_tokens)
         handed, positions = self._handles(prompt.token_ids, leases)
@@ -85,20 +80,22 @@ class RequestPreparer:
     def _arguments(
         self, request: GenerationRequest, inputs: dict[str, Any], prompt_tokens: int
     ) -> dict[str, Any]:
-        room = self.context - prompt_tokens
+        room = self.layout.context - prompt_tokens
         if room < 1:
             raise InvalidRequestError(
                 f"the prompt has {prompt_tokens} tokens with its images expanded; the context of "
-                f"{self.context} tokens has no room left for an answer"
+                f"{self.layout.context} tokens has no room left for an answer"
             )
         return {
             "inputs": inputs,
-            "sampling_params": self.sampling_params(**engine_sampling(request.sampling, room)),
+            "sampling_params": self.tensorrt_llm.SamplingParams(**engine_sampling(request.sampling, room)),
             "streaming": True,
             "cache_salt": request.cache_salt,
         }
 
-    def _handles(self, token_ids: list[int], leases: Sequence[Lease]) -> tuple[Any, PositionBuffer | None]:
+    def _handles(
+        self, token_ids: list[int], leases: Sequence[LeasedEmbedding]
+    ) -> tuple[Any, PositionBuffer | None]:
         """Return a new `DisaggregatedParams`, which serves one request only, and what it points into.
 
         The hashes are the embeddings' keys, so KV blocks are shared among equal contents and no others.
@@ -110,15 +107,15 @@ class RequestPreparer:
         positions: PositionBuffer | None = None
         if self.architecture.has_mrope:
             grids = [
-                self.layout.grid_of(lease.embedding.metadata, lease.embedding.tensor.shape[0], index)
+                grid_of(lease.metadata, lease.shape[0], self.layout.merge_size, index)
                 for index, lease in enumerate(leases)
             ]
             computed = mrope_positions(token_ids, self.layout.image_token_id, grids, self.layout.merge_size)
             positions = self.buffers.take(computed)
             position_ids, delta = positions.write(computed)
-            fields["mrope_position_ids_handle"] = cpu_handle(position_ids, openers=self.openers)
-            fields["mrope_position_deltas_handle"] = cpu_handle(delta, openers=self.openers)
+            fields["mrope_position_ids_handle"] = cpu_handle(Handle.of(position_ids, openers=self.openers))
+            fields["mrope_position_deltas_handle"] = cpu_handle(Handle.of(delta, openers=self.openers))
         fields["multimodal_embedding_handles"] = [
-            cpu_handle(lease.shared_tensor, openers=self.openers) for lease in leases
+            cpu_handle(lease.handle(openers=self.openers)) for lease in leases
         ]
-        return self.disaggregated_params(**fields), positions
+        return self.tensorrt_llm.llmapi.DisaggregatedParams(**fields), positions

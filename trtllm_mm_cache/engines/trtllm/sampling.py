@@ -10,11 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from trtllm_mm_cache.engines.base import SamplingParams
-from trtllm_mm_cache.engines.sampling_rules import check_sampling
+from trtllm_mm_cache.engines.checks import GREEDY_BELOW, check_sampling
 from trtllm_mm_cache.errors import InvalidRequestError
-
-GREEDY_BELOW = 1e-5
-"""A lower temperature would overflow the logits; it means greedy."""
 
 
 def engine_sampling(sampling: SamplingParams, room: int) -> dict[str, Any]:

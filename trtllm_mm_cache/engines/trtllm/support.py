@@ -13,12 +13,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from packaging.version import InvalidVersion, Version
 
 from trtllm_mm_cache.errors import ConfigurationError
 
@@ -30,7 +31,7 @@ LAST_RELEASE = "1.3"
 
 
 @dataclass(frozen=True)
-class Architecture:
+class TrtllmArchitecture:
     """How one image is encoded alone, and what its embedding brings into a prompt.
 
     `encoder_prompt` is the text around one image placeholder that the vision encoder is given.
@@ -46,14 +47,14 @@ class Architecture:
 
 _QWEN_PROMPT = "<|vision_start|><|image_pad|><|vision_end|>"
 
-_SUPPORTED: Mapping[str, Architecture] = {
+_SUPPORTED: Mapping[str, TrtllmArchitecture] = {
     architecture.model_type: architecture
     for architecture in (
         # LlavaNextInputProcessor takes one embedding handle a request and raises for more.
-        Architecture("llava_next", "<image>", max_images=1),
-        Architecture("qwen2_5_vl", _QWEN_PROMPT, has_mrope=True),
-        Architecture("qwen3_vl", _QWEN_PROMPT, has_mrope=True),
-        Architecture("qwen3_vl_moe", _QWEN_PROMPT, has_mrope=True),
+        TrtllmArchitecture("llava_next", "<image>", max_images=1),
+        TrtllmArchitecture("qwen2_5_vl", _QWEN_PROMPT, has_mrope=True),
+        TrtllmArchitecture("qwen3_vl", _QWEN_PROMPT, has_mrope=True),
+        TrtllmArchitecture("qwen3_vl_moe", _QWEN_PROMPT, has_mrope=True),
     )
 }
 
@@ -64,7 +65,7 @@ _REASONS: Mapping[str, str] = {
 }
 
 
-def architecture_of(model_path: Path) -> Architecture:
+def architecture_of(model_path: Path) -> TrtllmArchitecture:
     """Return the entry of the model in `model_path`.
 
     Raises `ConfigurationError` with the reason when the model's images cannot be encoded elsewhere.
@@ -131,8 +132,11 @@ def shut_down_on_failure(engine: Any) -> Iterator[None]:
 
 def is_known_release(version: str) -> bool:
     """Whether `version` lies between `FIRST_RELEASE` and the last of `LAST_RELEASE`."""
-    found, first = _release(version), _release(FIRST_RELEASE)
-    return found is not None and first is not None and first <= found and found[:2] <= first[:2]
+    try:
+        found = Version(version)
+    except InvalidVersion:
+        return False
+    return found >= Version(FIRST_RELEASE) and found.release[:2] <= Version(LAST_RELEASE).release[:2]
 
 
 def require_separate_worker() -> None:
@@ -145,15 +149,6 @@ def require_separate_worker() -> None:
             "TLLM_WORKER_USE_SINGLE_PROCESS=1 runs the vision tower in the encode worker's own process, "
             "which cannot open the handles that it exports: unset it"
         )
-
-
-def _release(version: str) -> tuple[int, int, int, int] | None:
-    """Return major, minor, patch and release candidate; a final release comes after its candidates."""
-    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?(?:rc(\d+))?", version)
-    if match is None:
-        return None
-    major, minor, patch, candidate = match.groups()
-    return int(major), int(minor), int(patch or 0), int(candidate) if candidate else 1_000_000
 
 
 def check_ranks(tensor_parallel_size: int, pipeline_parallel_size: int) -> None:

@@ -37,7 +37,7 @@ class VisionTower:
             "multimodal_embedding_handles": [self._export(image.tensor) for image in images],
             "multimodal_hashes": [self._hash(image.tensor) for image in images],
         }
-        grids = [image.metadata["image_grid_thw"] for image in images if "image_grid_thw" in image.metadata]
+        grids = [image.metadata.grid_thw for image in images if image.metadata.grid_thw is not None]
         if grids:
             ids, deltas = self._positions(request["token_ids"], images, grids)
             encoded["mrope_position_ids_handle"] = self._export(ids)
@@ -59,7 +59,7 @@ class VisionTower:
         return [int.from_bytes(digest[start : start + 4], "big", signed=True) for start in range(0, 32, 4)]
 
     def _positions(
-        self, token_ids: list[int], images: list[EncodedItem], grids: list[list[int]]
+        self, token_ids: list[int], images: list[EncodedItem], grids: list[tuple[int, int, int]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As the engine's own preprocessing: by Hugging Face's `get_rope_index` on the expanded prompt."""
         model = self._encoder._model

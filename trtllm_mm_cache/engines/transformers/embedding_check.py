@@ -7,15 +7,14 @@ processor; elsewhere the text is believed: the fingerprint says that both worker
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, ProcessorMixin
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.engines.base import ItemDescription
+from trtllm_mm_cache.engines.checks import grid_of
 from trtllm_mm_cache.engines.transformers.architectures import Architecture
 from trtllm_mm_cache.engines.transformers.features import FeatureLayout
 from trtllm_mm_cache.engines.transformers.processor_kwargs import configured_bounds, image_kwargs
@@ -23,58 +22,42 @@ from trtllm_mm_cache.engines.transformers.prompt import PromptExpander
 from trtllm_mm_cache.errors import EmbeddingMismatchError
 
 
-def placeholder_of(metadata: Mapping[str, Any] | None, item_index: int | None = None) -> str:
-    """Return the text that the image's placeholder expands to. Raises `EmbeddingMismatchError`."""
-    placeholder = (metadata or {}).get("placeholder")
-    if not isinstance(placeholder, str):
+def placeholder_of(metadata: EmbeddingMetadata, item_index: int | None = None) -> str:
+    """Return the text that the item's placeholder expands to. Raises `EmbeddingMismatchError`."""
+    if metadata.placeholder is None:
         raise EmbeddingMismatchError("the embedding has no placeholder text", item_index=item_index)
-    return placeholder
-
-
-def grid_of(
-    metadata: Mapping[str, Any] | None, rows: int, merge_size: int, item_index: int | None = None
-) -> list[int]:
-    """Return the grid `[t, h, w]` in patches that gives `rows` rows. Raises `EmbeddingMismatchError`."""
-    grid = (metadata or {}).get("image_grid_thw")
-    if not (isinstance(grid, list) and len(grid) == 3 and all(isinstance(n, int) for n in grid)):
-        raise EmbeddingMismatchError("the embedding has no grid of patches", item_index=item_index)
-    if grid[0] * grid[1] * grid[2] != rows * merge_size**2:
-        raise EmbeddingMismatchError(f"the grid {grid} does not give {rows} rows", item_index=item_index)
-    return grid
+    return metadata.placeholder
 
 
 @dataclass(frozen=True)
 class EmbeddingCheck:
     """`Generator.check_embedding`. Thread-safe; arithmetic only."""
 
-    processor: ProcessorMixin
-    config: PreTrainedConfig
     architecture: Architecture
     layout: FeatureLayout
     expander: PromptExpander
 
     def __call__(
-        self, image: ItemDescription, shape: tuple[int, int], dtype: torch.dtype, metadata: Mapping[str, Any]
+        self, item: ItemDescription, shape: tuple[int, int], dtype: torch.dtype, metadata: EmbeddingMetadata
     ) -> None:
         """Raise `EmbeddingMismatchError` if it cannot be."""
         self.layout.check(shape, dtype, self.expander.rows_of(placeholder_of(metadata)))
         if not self.architecture.has_grid:
             return
-        grid = grid_of(metadata, shape[0], self.config.vision_config.spatial_merge_size)
-        if tuple(grid) not in self._grids(image):
+        grid = grid_of(metadata, shape[0], self.expander.config.vision_config.spatial_merge_size)
+        if grid not in self._grids(item):
             raise EmbeddingMismatchError(
-                f"the grid {grid} is not that of an image of {image.width} x {image.height} pixels"
+                f"the grid {list(grid)} is not that of an image of {item.width} x {item.height} pixels"
             )
 
-    def _grids(self, image: ItemDescription) -> set[tuple[int, int, int]]:
+    def _grids(self, item: ItemDescription) -> set[tuple[int, int, int]]:
         """Return the grid that the image processor lays out, for either orientation of the stored image."""
-        processor = self.processor.image_processor
-        kwargs = image_kwargs(
-            image.processor_kwargs, self.architecture.request_kwargs, configured_bounds(self.processor)
-        )
+        bounds = configured_bounds(self.expander.processor)
+        processor = self.expander.processor.image_processor
+        kwargs = image_kwargs(item.processor_kwargs, self.architecture.request_kwargs, bounds)
         size = kwargs.get("size", processor.size)
         grids = set()
-        for stored in ((image.height, image.width), (image.width, image.height)):
+        for stored in ((item.height, item.width), (item.width, item.height)):
             height, width = smart_resize(
                 *stored,
                 factor=processor.patch_size * processor.merge_size,

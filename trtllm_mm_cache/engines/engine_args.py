@@ -1,4 +1,4 @@
-"""Reads the YAML file that `--extra-engine-args` names into an engine's own settings class."""
+"""An engine's own settings: what each schema is, and how `--extra-engine-args` names a YAML file of them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trtllm_mm_cache.errors import ConfigurationError
 
-EngineArgs = TypeVar("EngineArgs", bound=BaseModel)
+
+class EngineArgs(BaseModel):
+    """The keys of one worker's YAML file. Immutable; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def load_engine_args(path: Path | None, schema: type[EngineArgs]) -> EngineArgs:
+Schema = TypeVar("Schema", bound=EngineArgs)
+
+
+def load_engine_args(path: Path | None, schema: type[Schema]) -> Schema:
     """Read an engine's YAML file into `schema`; no file means the schema's defaults.
 
     Raises `ConfigurationError` that names the file and the key for an unknown key, a wrong type,
@@ -58,7 +65,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return values
 
 
-def _describe(problem: Any, schema: type[BaseModel]) -> str:
+def _describe(problem: Any, schema: type[EngineArgs]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = ", ".join(sorted(schema.model_fields))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -36,9 +38,8 @@ def test_other_rows_width_dtype_or_text_do_not(halves: Halves) -> None:
         {"shape": (rows, width + 1)},
         {"shape": (width, rows)},
         {"dtype": torch.float16},
-        {"metadata": {}},
-        {"metadata": {**encoded.metadata, "placeholder": 7}},
-        {"metadata": {**encoded.metadata, "placeholder": "no image token"}},
+        {"metadata": replace(encoded.metadata, placeholder=None)},
+        {"metadata": replace(encoded.metadata, placeholder="no image token")},
     ):
         with pytest.raises(EmbeddingMismatchError):
             announce(halves, image, encoded, **changes)
