@@ -9,7 +9,7 @@ usage: launch/disagg_e_pd.sh [PD WORKER OPTION]...
 Every argument goes to the PD workers, for example
   launch/disagg_e_pd.sh --multimodal-embedding-cache-capacity-gb 10
 (`trtllm-mm-cache pd --help` lists them). What must be equal everywhere counts everywhere: model, engine,
-endpoint of the encode workers, discovery, limits on images, logs. The rest is set by environment variables:
+endpoint of the encode workers, discovery, limits on images, transfer timeout, logs. The rest is set by environment variables:
 
   MODEL_PATH                    model directory or hub name   [the demo model, models/shapes-qwen2-vl; on
                                 a machine with TensorRT-LLM: llava-hf/llava-v1.6-mistral-7b-hf]
@@ -49,7 +49,7 @@ ready_timeout_s=900
 
 # --- 0 arguments that are not for the PD workers alone ------------------------------------------------
 
-log_flags=() image_flags=() name=
+log_flags=() worker_flags=() name=
 arguments=("$@")
 for i in "${!arguments[@]}"; do
     flag=${arguments[i]%%=*} value=${arguments[i]#*=}
@@ -62,7 +62,8 @@ for i in "${!arguments[@]}"; do
         --encode-endpoint) ENCODE_ENDPOINT=$value ;;
         --discovery-backend) DYN_DISCOVERY_BACKEND=$value ;;
         --log-level | --log-format) log_flags+=("$flag" "$value") ;;
-        --max-file-size-mb | --max-image-megapixels | --max-waiting-image-mb) image_flags+=("$flag" "$value") ;;
+        --max-file-size-mb | --max-image-megapixels | --max-waiting-image-mb | --transfer-timeout-s)
+            worker_flags+=("$flag" "$value") ;;
     esac
 done
 
@@ -205,7 +206,7 @@ start frontend "${worker[@]}" frontend "${log_flags[@]}"
 
 common=(--model-path "$model" --engine "$engine")
 read -ra encode_extra <<<"${ENCODE_EXTRA_ARGS:-}"
-encode=("${worker[@]}" encode "${common[@]}" --extra-engine-args "$encode_args" "${log_flags[@]}" "${image_flags[@]}" "${encode_extra[@]}")
+encode=("${worker[@]}" encode "${common[@]}" --extra-engine-args "$encode_args" "${log_flags[@]}" "${worker_flags[@]}" "${encode_extra[@]}")
 if [[ -n ${ENCODE_ENDPOINT:-} ]]; then encode+=(--endpoint "$ENCODE_ENDPOINT"); fi
 for ((i = 1; i <= ${ENCODE_WORKERS:-1}; i++)); do
     start "encode worker $i" env ${ENCODE_CUDA_VISIBLE_DEVICES:+"CUDA_VISIBLE_DEVICES=$ENCODE_CUDA_VISIBLE_DEVICES"} "${encode[@]}"

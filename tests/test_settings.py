@@ -1,4 +1,4 @@
-"""Engine configuration files: every one in the repository loads, and a mistake in one is named."""
+"""Settings: engine configuration files load and a mistake in one is named; what is derived from settings."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from trtllm_mm_cache.engines.transformers import TransformersEngineArgs
-from trtllm_mm_cache.engines.trtllm import TrtllmEncoderArgs, TrtllmLlmArgs
+from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs
+from trtllm_mm_cache.engines.trtllm.settings import TrtllmEncoderArgs, TrtllmLlmArgs
+from trtllm_mm_cache.engines.yaml_file import load_engine_args
 from trtllm_mm_cache.errors import ConfigurationError
-from trtllm_mm_cache.settings import EncodeSettings, PdSettings, load_engine_args
+from trtllm_mm_cache.settings import EncodeSettings, PdSettings
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(CONFIGS.glob("*/*.yaml"))
@@ -114,8 +115,3 @@ def test_only_given_keys_reach_the_engine(tmp_path: Path) -> None:
 def test_the_served_name_defaults_to_the_models() -> None:
     assert PdSettings(model_path="org/some-model").model_name == "some-model"
     assert PdSettings(model_path="org/some-model", served_model_name="shown").model_name == "shown"
-
-
-def test_capacity_is_off_by_default_as_upstream_documents() -> None:
-    assert PdSettings(model_path="m").multimodal_embedding_cache_capacity_gb == 0
-    assert EncodeSettings(model_path="m").multimodal_embedding_cache_capacity_gb > 0
