@@ -8,8 +8,9 @@ usage: launch/disagg_e_pd.sh [PD WORKER OPTION]...
 
 Every argument goes to the PD workers, for example
   launch/disagg_e_pd.sh --multimodal-embedding-cache-capacity-gb 10
-(`trtllm-mm-cache pd --help` lists them). What must be equal everywhere counts everywhere: model, engine,
-endpoint of the encode workers, discovery, limits on images, transfer timeout, logs. The rest is set by environment variables:
+(`trtllm-mm-cache pd --help` lists them). What must be equal on all processes counts for all: model, engine,
+endpoint of the encode workers, discovery, limits on images, transfer timeout, logs. The rest is set by
+environment variables:
 
   MODEL_PATH                    model directory or hub name   [the demo model, models/shapes-qwen2-vl; on
                                 a machine with TensorRT-LLM: llava-hf/llava-v1.6-mistral-7b-hf]

