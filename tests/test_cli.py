@@ -9,7 +9,6 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from trtllm_mm_cache.runtime.media_limits import image_limits
 
 from tests.e2e.stack import free_port
 from trtllm_mm_cache.cli.ask import AskError, ask_server

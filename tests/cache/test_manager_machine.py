@@ -50,7 +50,7 @@ class Held:
         if self.alias is not None:
             return self.alias
         assert self.lease is not None
-        return self.lease.embedding.tensor
+        return self.lease.tensor
 
     def let_go(self) -> None:
         self.alias = None
@@ -191,7 +191,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert (found is not None) == visible
         if found is None:
             return multiple()
-        content = self.written[key].reshape(found.embedding.tensor.shape)
+        content = self.written[key].reshape(found.tensor.shape)
         if alias == "lease":
             return self.keep(Held(content, lease=found))
         found.release()

@@ -126,11 +126,11 @@ def test_a_shape_that_is_not_the_size_is_refused(
 
 def test_a_commit_replaces_without_an_eviction(manager: MultimodalEmbeddingCacheManager) -> None:
     first = _commit(manager.reserve("a", 100, owner="test"))
-    first.embedding.tensor.fill_(1)
+    first.tensor.fill_(1)
     second = _commit(manager.reserve("a", 200, owner="test"))
-    second.embedding.tensor.fill_(2)
+    second.tensor.fill_(2)
     assert manager.keys() == ["a"]
-    assert first.embedding.tensor.eq(1).all()
+    assert first.tensor.eq(1).all()
     current = manager.lease("a")
     assert current is not None
     assert current.nbytes == 200
@@ -235,14 +235,14 @@ def test_an_abandoned_extent_is_not_used_while_its_view_lives(
 def test_drop_and_clear_hide_and_leave_holders_alone(manager: MultimodalEmbeddingCacheManager) -> None:
     leases = {key: _commit(manager.reserve(key, 100, owner="test")) for key in "abc"}
     for number, lease in enumerate(leases.values()):
-        lease.embedding.tensor.fill_(number)
+        lease.tensor.fill_(number)
     assert manager.drop("b")
     assert not manager.drop("b")
     assert manager.keys() == ["a", "c"]
     assert manager.clear() == 2
     assert manager.keys() == []
     manager.set("d", CachedEmbedding(torch.full((3000,), 9, dtype=torch.uint8)))
-    assert [lease.embedding.tensor.unique().item() for lease in leases.values()] == [0, 1, 2]
+    assert [lease.tensor.unique().item() for lease in leases.values()] == [0, 1, 2]
     assert manager.statistics().evictions == 0
 
 
@@ -263,7 +263,7 @@ def test_close_lets_holders_finish(manager: MultimodalEmbeddingCacheManager) -> 
             call()
     assert late.view.fill_(3).tolist() == [3] * 10
     late_lease = _commit(late)
-    assert lease.clone().embedding.tensor.numel() == 10
+    assert lease.clone().tensor.numel() == 10
     storage = manager.arena.storage
     del late, storage
     lease.release()

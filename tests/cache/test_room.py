@@ -28,7 +28,7 @@ def _fill(manager: MultimodalEmbeddingCacheManager, key: str, units: int) -> Lea
 
 
 def _is_true(lease: Lease) -> bool:
-    return bool(lease.embedding.tensor.eq(_mark(lease.key)).all())
+    return bool(lease.tensor.eq(_mark(lease.key)).all())
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_entries_move_aside_when_only_a_hole_is_missing(manager: MultimodalEmbed
 
 def test_what_is_held_does_not_move(manager: MultimodalEmbeddingCacheManager) -> None:
     leases = {number: _fill(manager, str(number), 1) for number in range(16)}
-    tensors = {number: lease.embedding.tensor for number, lease in leases.items() if number % 2}
+    tensors = {number: lease.tensor for number, lease in leases.items() if number % 2}
     addresses = {number: lease.address for number, lease in leases.items()}
     for number in range(0, 16, 2):
         leases[number].release()

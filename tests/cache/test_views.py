@@ -74,7 +74,7 @@ def test_an_alias_pins_the_bytes_and_its_end_frees_them(name: str, through: str)
     else:
         lease = manager.lease("a")
         assert lease is not None
-        tensor = lease.embedding.tensor
+        tensor = lease.tensor
         lease.release()
     alias = ALIASES[name](tensor)
     del tensor
