@@ -20,8 +20,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from benchmarks.measuring import MB, finish, interleave, median_ratio, say
 
+from benchmarks.measuring import MB, finish, interleave, median_ratio, say
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
 
 SIZES = {"1 MB": MB, "10 MB": 10 * MB, "34 MB": 34 * MB}

@@ -33,9 +33,9 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as torch_multiprocessing
-from benchmarks.measuring import MB, finish, median_ms, median_ratio, say
 from torch.multiprocessing.reductions import rebuild_storage_filename
 
+from benchmarks.measuring import MB, finish, median_ms, median_ratio, say
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.engines.trtllm.handles import cpu_handle
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import libcachesim
 import numpy as np
-from benchmarks.measuring import finish, median_us, say
 
+from benchmarks.measuring import finish, median_us, say
 from trtllm_mm_cache.cache.what_if import FACTORS, MiniatureCache, WhatIf
 
 OBJECTS = 100_000

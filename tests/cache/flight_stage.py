@@ -62,9 +62,7 @@ class Stage:
         return Share(self.owners, serial)
 
     def call(self, key: str = "key") -> asyncio.Task[tuple[Share, bool]]:
-        caller = asyncio.create_task(
-            self.flights.run(key, self.load)
-        )
+        caller = asyncio.create_task(self.flights.run(key, self.load))
         self.callers.append(caller)
         return caller
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.cache.traces import TRACES, Trace
-from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.eviction.base import make_policy
+from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
 
 CAPACITY = 8 * 1024**2  # some 900 entries, as many as a cache of 5 GB has
 LENGTH = 10_000

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.eviction.base import make_policy
+from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.errors import ConfigurationError
 
 UNIT = 64 * 1024
