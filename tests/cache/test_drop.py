@@ -1,4 +1,4 @@
-"""Dropping by key, by tag and everything: gone for look-ups at once, true for who holds it."""
+"""Dropping by key, by tag and everything: gone for look-ups at once, valid for its holders."""
 
 from __future__ import annotations
 

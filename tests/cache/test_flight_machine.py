@@ -137,7 +137,7 @@ class FlightMachine(RuleBasedStateMachine):
             self.take(caller)
         for load in self.loads:
             wanted = any(caller.key == load.key for caller in self.waiting)
-            assert load.ended or wanted, "a load flies although nobody waits"
+            assert load.ended or wanted, "a load flies although no caller waits"
         assert {caller.key for caller in self.waiting} == {load.key for load in self.loads if not load.ended}
         snapshot = self.flights
         assert snapshot.in_flight == len({caller.key for caller in self.waiting})
@@ -145,9 +145,9 @@ class FlightMachine(RuleBasedStateMachine):
         assert self.owners.alive == 0, "a share has no owner"
 
     def take(self, caller: Caller) -> None:
-        """Look at what a caller got, and give its share back."""
+        """Look at what a caller got, and discard its share."""
         if caller.task.cancelled():
-            assert caller.cancelled, "a caller that nobody cancelled was cancelled"
+            assert caller.cancelled, "a caller was cancelled by another's cancellation"
             self.outcomes["cancelled"] += 1
             return
         error = caller.task.exception()
