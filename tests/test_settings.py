@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from pydantic import BaseModel, ValidationError
-from trtllm_mm_cache.engines.yaml_file import load_engine_args
 
 from trtllm_mm_cache.engines.engine_args import load_engine_args
 from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs
