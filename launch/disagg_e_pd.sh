@@ -237,8 +237,14 @@ done
 
 # --- 4 ready ------------------------------------------------------------------------------------------
 
-# ready PATTERN FILE: has the process said so?
-ready() { grep -q "$1" "$2" 2>/dev/null; }
+# ready PORT: does the worker with that system port say that it serves? Its log need not, with --log-level WARNING.
+ready() {
+    "$python" - "http://127.0.0.1:$1/health" <<'PYTHON' 2>/dev/null
+import json, sys, urllib.request
+with urllib.request.urlopen(sys.argv[1], timeout=2) as answer:
+    sys.exit(json.load(answer)["status"] != "ready")
+PYTHON
+}
 
 lists_model() {
     "$python" - "http://127.0.0.1:$DYN_HTTP_PORT/v1/models" "$name" <<'PYTHON' 2>/dev/null
@@ -257,12 +263,8 @@ check_alive() {
 
 began=$SECONDS next_word=$((SECONDS + 5))
 for i in "${!pids[@]}"; do
-    case ${names[i]} in
-        encode*) pattern='encode worker ready' ;;
-        PD*) pattern='PD worker ready' ;;
-        *) continue ;;
-    esac
-    until ready "$pattern" "${logs[i]}"; do
+    if [[ ${names[i]} == frontend ]]; then continue; fi
+    until ready "${ports[i]}"; do
         check_alive
         ((SECONDS - began < ready_timeout_s)) || failed "${names[i]} was not ready after $ready_timeout_s s" "${logs[i]}"
         if ((SECONDS >= next_word)); then
