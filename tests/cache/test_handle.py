@@ -25,6 +25,7 @@ storage = rebuild_storage_filename(
 )
 raw = torch.empty(0, dtype=torch.uint8).set_(storage, handle.offset, (handle.nbytes,), (1,))
 print(raw.view(handle.dtype).view(handle.shape).sum().item())
+del raw, storage  # unmaps it, which the end of a process need not do
 """
 
 OURS = """
