@@ -33,6 +33,7 @@ _TUPLES = ("shape", "grid_thw")
 _Side = Annotated[int, Field(gt=0, lt=2**31)]
 
 SaltTag = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+ProcessorKwargs = Annotated[dict[str, Any], AfterValidator(check_processor_kwargs)]
 HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
