@@ -19,6 +19,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from trtllm_mm_cache.cache.arena.extents import Extent
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata, EntryState
 from trtllm_mm_cache.cache.eviction.base import make_policy
 from trtllm_mm_cache.cache.manager import (
@@ -94,6 +95,53 @@ class CacheMachine(RuleBasedStateMachine):
         self.alive: list[Held] = []
         self.reservations: list[Open] = []
         self.serial = 0
+        self.meanwhile: list[tuple[str, str]] = []
+        self.grabbed: list[Held] = []
+        self.dropped: set[str] = set()
+        self.raced = False
+        copy = self.manager.arena.copy
+
+        def copy_late(source: Extent, target: Extent) -> None:
+            self.act_meanwhile()
+            copy(source, target)
+
+        self.manager.arena.copy = copy_late  # type: ignore[method-assign]
+
+    def act_meanwhile(self) -> None:
+        """Do to the cache, while it copies, what other threads might."""
+        for action, key in self.meanwhile:
+            self.raced = True
+            if action == "drop":
+                if self.manager.drop(key):
+                    self.dropped.add(key)
+            elif (lease := self.manager.lease(key)) is not None:
+                tensor = lease.tensor
+                held = Held(self.written[key].reshape(tensor.shape), lease=lease)
+                if action == "release":
+                    del tensor
+                    held.release()
+                else:
+                    self.grabbed.append(self.keep(held))
+            self.manager.check_integrity()
+        self.meanwhile = []
+
+    @rule(
+        actions=st.lists(
+            st.tuples(st.sampled_from(["lease", "release", "drop"]), KEYS), min_size=1, max_size=4
+        )
+    )
+    def race(self, actions: list[tuple[str, str]]) -> None:
+        """Have this happen during the next copy; what was leased during an earlier one is released."""
+        for held in self.grabbed:
+            self.alive.remove(held)
+            held.release()
+        self.grabbed = []
+        self.meanwhile = actions
+
+    def before_room(self) -> list[str]:
+        """Return the keys, and forget what happened during earlier copies."""
+        self.dropped, self.raced = set(), False
+        return self.manager.keys()
 
     def teardown(self) -> None:
         if not hasattr(self, "manager"):
@@ -127,20 +175,20 @@ class CacheMachine(RuleBasedStateMachine):
     def reserve(self, key: str, size: tuple[int, int], tag: bytes | None) -> object:
         nbytes = self.nbytes(size)
         before = self.manager.statistics()
-        keys = self.manager.keys()
+        keys = self.before_room()
         try:
             reservation = self.manager.reserve(key, nbytes, owner="machine", tag=tag)
         except EntryTooLargeError:
             assert nbytes > self.budget
         except ArenaFullError:
             assert nbytes <= self.budget
-            assert self.manager.keys() == keys, "a refusal evicts nothing"
+            assert self.raced or self.manager.keys() == keys, "a refusal evicts nothing"
             idle = before.current_bytes - before.leased_bytes
             held = before.arena.used_bytes - idle
             pinned = (
                 before.leased_entries + before.withdrawn_entries + before.reservations + before.quarantined
             )
-            assert held + nbytes > self.budget or pinned, "refused although everything could be evicted"
+            assert held + nbytes > self.budget or pinned or self.grabbed, "refused although all was idle"
         else:
             content = self.content(nbytes)
             reservation.view.copy_(content)
@@ -230,24 +278,25 @@ class CacheMachine(RuleBasedStateMachine):
             self.set_one(key, self.content(self.nbytes(size)))
 
     def set_one(self, key: str, content: torch.Tensor) -> None:
-        keys = self.manager.keys()
+        keys = self.before_room()
         stored, added, removed = self.manager.set_with_delta(key, CachedEmbedding(content))
-        assert set(self.manager.keys()) == (set(keys) | set(added)) - set(removed)
+        left = set(keys) - self.dropped - set(removed)
+        assert set(self.manager.keys()) == (left | {key} if stored else left)
         if stored:
             self.written[key], self.tags[key] = content, None
             assert self.manager.keys()[-1] == key or not self.lru
             assert added == ([] if key in keys else [key])
         else:
-            assert self.manager.keys() == keys
+            assert self.raced or self.manager.keys() == keys
 
     @precondition(lambda self: not self.transfer)
     @rule(key=KEYS, size=SIZES)
     def make_room(self, key: str, size: tuple[int, int]) -> None:
-        keys = self.manager.keys()
+        keys = self.before_room()
         admitted, removed = self.manager.make_room_for(key, self.nbytes(size))
-        gone = {*removed, key} if admitted else set()
+        gone = {*removed, *self.dropped, *([key] if admitted else [])}
         left = [name for name in keys if name not in gone]
-        if self.lru:
+        if self.lru and not self.raced:
             assert self.manager.keys() == left
         assert set(self.manager.keys()) == set(left)
 

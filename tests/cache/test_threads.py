@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from trtllm_mm_cache.cache.arena.extents import Extent
 from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.errors import ArenaFullError
 
@@ -96,6 +98,17 @@ def _write_in_place(
     return tensor
 
 
+def _linger_in_copies(manager: MultimodalEmbeddingCacheManager) -> None:
+    """Let the other threads run in the middle of every move, as they would in one of many megabytes."""
+    copy = manager.arena.copy
+
+    def lingering(source: Extent, target: Extent) -> None:
+        copy(source, target)
+        time.sleep(0.0005)
+
+    manager.arena.copy = lingering  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize("transfer", [False, True])
 def test_threads(transfer: bool) -> None:
     capacity = 1024 * 1024  # no slack in the region: holes run short and entries move
@@ -104,6 +117,7 @@ def test_threads(transfer: bool) -> None:
         if transfer
         else MultimodalEmbeddingCacheManager(capacity)
     )
+    _linger_in_copies(manager)
     barrier = threading.Barrier(THREADS + 1)
     print(f"seeds {SEED} to {SEED + THREADS - 1}")
     with _frequent_switches(), ThreadPoolExecutor(THREADS) as pool:
