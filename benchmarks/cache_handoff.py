@@ -4,8 +4,8 @@
 
 Three ways in turn:
 
-    arena handle     `cpu_handle` of a view of the arena: what the TensorRT-LLM engine is given
-    arena view       the same view by torch's own reduction with the file-system strategy, as it is pickled
+    arena handle     `Lease.handle`: what every engine in another process is given, opened by torch alone
+    arena view       a view of the arena by torch's own reduction with the file-system strategy, pickled
     ordinary tensor  a fresh tensor by that reduction, which is what an engine does with a CPU tensor: torch
                      makes a shared file and copies the tensor into it
 
@@ -21,7 +21,7 @@ The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
-import base64
+import contextlib
 import pickle
 import time
 from collections.abc import Callable
@@ -36,8 +36,9 @@ import torch.multiprocessing as torch_multiprocessing
 from torch.multiprocessing.reductions import rebuild_storage_filename
 
 from benchmarks.measuring import MB, finish, median_ms, median_ratio, say
+from trtllm_mm_cache.cache.arena.handle import OpenArenas
+from trtllm_mm_cache.cache.arena.region import patiently
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
-from trtllm_mm_cache.engines.trtllm.handles import cpu_handle
 
 SIZES = {"1 MB": MB, "4 MB": 4 * MB, "10 MB": 10 * MB, "34 MB": 34 * MB}
 ENTRIES = 4
@@ -46,16 +47,23 @@ WIDTH = 3584
 
 
 def _by_handle(lease: Lease, _: torch.Tensor) -> bytes:
-    return pickle.dumps(cpu_handle(lease.shared_tensor))
+    return pickle.dumps(lease.handle(openers=1))
 
 
 def _by_reduction(lease: Lease, _: torch.Tensor) -> bytes:
-    return bytes(ForkingPickler.dumps(lease.shared_tensor))
+    return bytes(ForkingPickler.dumps(view_of(lease)))
 
 
 def _ordinary(_: Lease, tensor: torch.Tensor) -> bytes:
-    return bytes(ForkingPickler.dumps(tensor))
+    return bytes(patiently(lambda: ForkingPickler.dumps(tensor)))
 
+
+def view_of(lease: Lease) -> torch.Tensor:
+    """Return a tensor on the arena's shared storage itself, which torch's reduction does not copy."""
+    return ARENAS.tensor(lease.handle())
+
+
+ARENAS = OpenArenas()
 
 WAYS: dict[str, Callable[[Lease, torch.Tensor], bytes]] = {
     "arena handle": _by_handle,
@@ -68,38 +76,67 @@ def open_what_comes(connection: Connection) -> None:
     """Open every handle, answer with its first and last element, until an empty message."""
     torch_multiprocessing.set_sharing_strategy("file_system")
     while handle := connection.recv_bytes():
-        message = pickle.loads(handle)  # noqa: S301 - from our own parent
-        tensor = message if isinstance(message, torch.Tensor) else open_handle(message)
+        # torch's shared-memory helper may be too busy to answer within the second that it is given.
+        tensor = patiently(lambda handle=handle: open_message(handle))
         connection.send((tensor[0, 0].item(), tensor[-1, -1].item()))
-        del tensor, message
+        del tensor
 
 
-def open_handle(handle: dict[str, Any]) -> torch.Tensor:
-    """Open a `cpu_handle` with torch alone, as TensorRT-LLM's `SharedTensorContainer` does."""
+def open_message(message: bytes) -> torch.Tensor:
+    """Open what one of `WAYS` made, a `Handle` with torch alone as an engine's own code does."""
+    handle = pickle.loads(message)  # noqa: S301 - from our own parent
+    if isinstance(handle, torch.Tensor):
+        return handle
     storage = rebuild_storage_filename(
-        torch.UntypedStorage,
-        base64.b64decode(handle["manager_handle"]),
-        base64.b64decode(handle["storage_handle"]),
-        handle["storage_size"] * DTYPE.itemsize,
+        torch.UntypedStorage, handle.manager, handle.file, handle.storage_bytes
     )
-    shape, stride = handle["tensor_size"], handle["tensor_stride"]
-    return torch.empty(0, dtype=DTYPE).set_(storage, handle["tensor_storage_offset"], shape, stride)
+    raw = torch.empty(0, dtype=torch.uint8).set_(storage, handle.offset, (handle.nbytes,), (1,))
+    return raw.view(handle.dtype).view(handle.shape)
+
+
+class OtherProcess:
+    """The process that opens; a context manager. Its death is an error here, at once."""
+
+    def __init__(self) -> None:
+        context = get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self.process = context.Process(target=open_what_comes, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()  # kept open here, the pipe would not end with the other process
+
+    def open(self, handle: bytes) -> tuple[float, float]:
+        """Have `handle` opened; return the first and last element that the other process saw."""
+        try:
+            self._connection.send_bytes(handle)
+            first, last = self._connection.recv()
+        except (EOFError, OSError):
+            self.process.join(10)
+            raise SystemExit(f"the other process ended with {self.process.exitcode}") from None
+        return first, last
+
+    def __enter__(self) -> OtherProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.send_bytes(b"")
+        self.process.join(10)
+        self._connection.close()
 
 
 def hand_off(
-    connection: Connection, make: Callable[[], bytes], ends: tuple[float, float]
+    other: OtherProcess, make: Callable[[], bytes], ends: tuple[float, float]
 ) -> tuple[float, float]:
     """Return the seconds for making and for opening; checks that the other process saw `ends`."""
     began = time.perf_counter()
     handle = make()
     made = time.perf_counter()
-    connection.send_bytes(handle)
-    if connection.recv() != ends:
+    if other.open(handle) != ends:
         raise SystemExit("the other process saw other bytes")
     return made - began, time.perf_counter() - made
 
 
-def measure(connection: Connection, nbytes: int, repeats: int) -> dict[str, Any]:
+def measure(other: OtherProcess, nbytes: int, repeats: int) -> dict[str, Any]:
     """Hand off views of `ENTRIES` entries and fresh ordinary tensors of the same bytes in turn."""
     rows = nbytes // (DTYPE.itemsize * WIDTH)
     nbytes = rows * WIDTH * DTYPE.itemsize
@@ -113,10 +150,10 @@ def measure(connection: Connection, nbytes: int, repeats: int) -> dict[str, Any]
     opened: dict[str, list[float]] = {way: [] for way in WAYS}
     for number in range(repeats + 1):
         lease = leases[number % ENTRIES]
-        ordinary = lease.embedding.tensor.clone()
+        ordinary = lease.tensor.clone()
         ends = (ordinary[0, 0].item(), ordinary[-1, -1].item())
         for way, make in WAYS.items():
-            making, opening = hand_off(connection, partial(make, lease, ordinary), ends)
+            making, opening = hand_off(other, partial(make, lease, ordinary), ends)
             if number:
                 made[way].append(making)
                 opened[way].append(opening)
@@ -144,15 +181,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch_multiprocessing.set_sharing_strategy("file_system")
-    ours, theirs = get_context("spawn").Pipe()
-    other = get_context("spawn").Process(target=open_what_comes, args=(theirs,), daemon=True)
-    other.start()
     sizes = {}
-    for name, nbytes in SIZES.items():
-        sizes[name] = measure(ours, nbytes, arguments.repeats)
-        say(f"{name:>6}: {sizes[name]}")
-    ours.send_bytes(b"")
-    other.join(10)
+    with OtherProcess() as other:
+        for name, nbytes in SIZES.items():
+            sizes[name] = measure(other, nbytes, arguments.repeats)
+            say(f"{name:>6}: {sizes[name]}")
     finish("cache_handoff", {"repeats": arguments.repeats, "sizes": sizes})
 
 

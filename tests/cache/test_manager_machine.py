@@ -51,7 +51,9 @@ class Held:
         if self.alias is not None:
             return self.alias
         assert self.lease is not None
-        return self.lease.tensor
+        tensor = self.lease.tensor
+        assert not tensor.nbytes or tensor.data_ptr() == self.lease.address, "a leased entry moved"
+        return tensor
 
     def release(self) -> None:
         self.alias = None
@@ -95,21 +97,22 @@ class CacheMachine(RuleBasedStateMachine):
         self.alive: list[Held] = []
         self.reservations: list[Open] = []
         self.serial = 0
-        self.meanwhile: list[tuple[str, str]] = []
+        self.meanwhile: list[tuple[str, str | None]] = []
         self.grabbed: list[Held] = []
         self.dropped: set[str] = set()
         self.raced = False
         copy = self.manager.arena.copy
 
         def copy_late(source: Extent, target: Extent) -> None:
-            self.act_meanwhile()
+            self.act_meanwhile(self.manager._ledger.at[source.offset].key)
             copy(source, target)
 
         self.manager.arena.copy = copy_late  # type: ignore[method-assign]
 
-    def act_meanwhile(self) -> None:
-        """Do to the cache, while it copies, what other threads might."""
-        for action, key in self.meanwhile:
+    def act_meanwhile(self, copied: str) -> None:
+        """Do to the cache, while it copies the entry of `copied`, what other threads might."""
+        actions, self.meanwhile = self.meanwhile, []
+        for action, key in [(action, key or copied) for action, key in actions]:
             self.raced = True
             if action == "drop":
                 if self.manager.drop(key):
@@ -123,14 +126,13 @@ class CacheMachine(RuleBasedStateMachine):
                 else:
                     self.grabbed.append(self.keep(held))
             self.manager.check_integrity()
-        self.meanwhile = []
 
     @rule(
         actions=st.lists(
-            st.tuples(st.sampled_from(["lease", "release", "drop"]), KEYS), min_size=1, max_size=4
+            st.tuples(st.sampled_from(["lease", "release", "drop"]), st.none() | KEYS), min_size=1, max_size=4
         )
     )
-    def race(self, actions: list[tuple[str, str]]) -> None:
+    def race(self, actions: list[tuple[str, str | None]]) -> None:
         """Have this happen during the next copy; what was leased during an earlier one is released."""
         for held in self.grabbed:
             self.alive.remove(held)

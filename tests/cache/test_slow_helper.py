@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.cache_handoff import DTYPE, WIDTH, OtherProcess
 from trtllm_mm_cache.cache.arena.arena import Arena
 from trtllm_mm_cache.cache.arena.region import open_shared_storage
+from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.errors import SharedMemoryError
 
 LATE_S = 2.5
@@ -90,3 +93,16 @@ def test_an_arena_that_is_gone_is_an_error_of_ours() -> None:
     with pytest.raises(SharedMemoryError, match="could not be mapped"):
         open_shared_storage(manager, b"/torch_of_no_one", nbytes)
     arena.close()
+
+
+def test_the_hand_off_waits_for_a_late_helper_and_not_for_a_dead_process() -> None:
+    manager = MultimodalEmbeddingCacheManager(1 << 16)
+    reservation = manager.reserve("a", 8 * WIDTH * DTYPE.itemsize, owner="test")
+    reservation.view.view(DTYPE).fill_(3)
+    with reservation.commit(dtype=DTYPE, shape=(8, WIDTH)) as lease, OtherProcess() as other:
+        handle = pickle.dumps(lease.handle(openers=1))
+        seen: list[tuple[float, float]] = []
+        while_it_stands_still(helper_of(manager.arena.storage)[3], lambda: seen.append(other.open(handle)))
+        assert seen == [(3.0, 3.0)]
+        with pytest.raises(SystemExit, match="the other process ended with 1"):
+            other.open(b"no handle")

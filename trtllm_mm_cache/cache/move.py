@@ -11,7 +11,6 @@ what room is being made for, so that no other thread takes that part of the budg
 from __future__ import annotations
 
 from trtllm_mm_cache.cache.arena.extents import Extent, Relocation
-from trtllm_mm_cache.cache.entry import EntryState
 from trtllm_mm_cache.cache.ledger import Ledger
 
 
@@ -49,7 +48,7 @@ class Move:
             raise
 
     def end(self) -> bool:
-        """Switch the entries that are still visible and have no other holder; return whether all were.
+        """Switch the entries that have no other holder; return whether all were switched.
 
         The places of the others are freed, and so is what the move had claimed.
         """
@@ -63,7 +62,7 @@ class Move:
             ledger.arena.free(extent)
         for entry, place in zip(self._entries, self._places, strict=True):
             vacated = place
-            if copied and entry.state is EntryState.VISIBLE and entry.holders == 1:
+            if copied and entry.holders == 1:
                 vacated, entry.extent = entry.extent, place
                 del ledger.at[vacated.offset]
                 ledger.at[place.offset] = entry
