@@ -27,7 +27,8 @@ EXIT_LOST = 1
 _LOST = "lost"
 """Message: the sender ends, and has said why."""
 
-_NOTICE_S = 1.0
+# gloo's connection to a dead rank can end well before ours: its files are closed one by one.
+_NOTICE_S = 3.0
 _FAREWELL_S = 0.2
 _PARENT_PERIOD_S = 1.0
 
