@@ -1,12 +1,12 @@
-"""From a picture's data: URL to its key, beside hashing the URL's text.
+"""From an image's data: URL to its key, beside hashing the URL's text.
 
     python -m benchmarks.cache_key [--repeats 201]
 
-The picture is a JPEG of 284 KiB. In turn, medians in microseconds:
+The image is a JPEG of 284 KiB. In turn, medians in microseconds:
 
-    key        decode the base64 and hash the picture's bytes: what the PD worker does
+    key        decode the base64 and hash the image's bytes: what the PD worker does
     hash       hash those bytes alone
-    URL text   BLAKE3 over the URL's text, which would be no key: two spellings of a picture would differ
+    URL text   BLAKE3 over the URL's text, which would be no key: two spellings of an image would differ
 
 The last line is one JSON object.
 """
@@ -36,7 +36,7 @@ def jpeg() -> bytes:
     Image.fromarray(noise).save(buffer, "JPEG", quality=90)
     body = buffer.getvalue()
     if len(body) > JPEG_BYTES:
-        raise SystemExit(f"the picture has {len(body)} bytes, more than {JPEG_BYTES}")
+        raise SystemExit(f"the image has {len(body)} bytes, more than {JPEG_BYTES}")
     return body + bytes(JPEG_BYTES - len(body))
 
 

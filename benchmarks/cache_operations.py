@@ -32,11 +32,13 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.measuring import finish, median_us, say
+from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.cache.eviction.base import make_policy
 from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
 
 NBYTES = 2048
-ENTRY = CachedEmbedding(torch.zeros(2, NBYTES // 4, dtype=torch.float16), metadata={"rows": 2})
+ENTRY = CachedEmbedding(torch.zeros(2, NBYTES // 4, dtype=torch.float16), [[1, 2, 2]])
+METADATA = EmbeddingMetadata(grid_thw=(1, 2, 2))
 COUNTS = (1_000, 100_000)
 CALLS = 100
 
@@ -78,7 +80,7 @@ class Ours:
 
     def _reserve_and_commit(self, key: str) -> None:
         reservation = self.manager.reserve(key, NBYTES, owner="benchmark")
-        reservation.commit(dtype=torch.float16, shape=(2, NBYTES // 4), metadata={"rows": 2}).release()
+        reservation.commit(dtype=torch.float16, shape=(2, NBYTES // 4), metadata=METADATA).release()
 
 
 class Floor:

@@ -2,12 +2,12 @@
 
     python -m benchmarks.cache_utilization [--requests 12000]
 
-Zipf traffic (exponent 0.8, six times as many pictures as fit) through `get` and `set`. Sizes and capacity
+Zipf traffic (exponent 0.8, six times as many items as fit) through `get` and `set`. Sizes and capacity
 are a 1/64 of real ones (160 MB stand for 10 GB), so that the arena behaves as a large one and the run fits
 any machine:
 
     one model     five sizes, 1.3 to 39 MB: Qwen2.5-VL-7B at common resolutions
-    dynamic       0.2 to 50 MB, log-uniform: a dynamic-resolution model, every picture another size
+    dynamic       0.2 to 50 MB, log-uniform: a dynamic-resolution model, every item another size
     two models    half of each of 4.7 MB sharp and 0.2 to 50 MB
 
 Reported for each: utilisation when the first eviction happens and its mean over the second half; over that

@@ -2,9 +2,9 @@
 
     python -m benchmarks.cache_what_if [--length 200000] [--seeds 2]
 
-Traffic over 100,000 pictures of 1 to 32 KiB (log-uniform; embeddings are some 300 times larger), a cache of
+Traffic over 100,000 images of 1 to 32 KiB (log-uniform; embeddings are some 300 times larger), a cache of
 100 MiB. Each trace runs through the curve and through caches of 0.5, 1, 2 and 4 times the capacity that see
-every request: libCacheSim's LRU, and the books of our own S3-FIFO. The error is in points of hit ratio, over
+every request: libCacheSim's LRU, and our own S3-FIFO without bytes. The error is in points of hit ratio, over
 the look-ups that the curve covers. Costs are medians of microseconds a call.
 
 The last line is one JSON object.
@@ -22,10 +22,9 @@ from typing import Any
 
 import libcachesim
 import numpy as np
-from trtllm_mm_cache.cache.miniature import MiniatureCache
 
 from benchmarks.measuring import finish, median_us, say
-from trtllm_mm_cache.cache.what_if import FACTORS, WhatIf
+from trtllm_mm_cache.cache.what_if import FACTORS, MiniatureCache, WhatIf
 
 OBJECTS = 100_000
 CAPACITY = 100 * 1024**2
@@ -68,14 +67,14 @@ def exact(policy: str, capacity: int) -> Callable[[int, int], bool]:
             return bool(cache.get(request))
 
         return ask_libcachesim
-    books = MiniatureCache(policy, capacity)
+    miniature = MiniatureCache(policy, capacity)
 
-    def ask_books(item: int, size: int) -> bool:
-        hit = books.look_up(str(item))
-        books.admit(str(item), size)
+    def ask_miniature(item: int, size: int) -> bool:
+        hit = miniature.look_up(str(item))
+        miniature.admit(str(item), size)
         return hit
 
-    return ask_books
+    return ask_miniature
 
 
 def compare(policy: str, trace: Trace) -> dict[str, Any]:

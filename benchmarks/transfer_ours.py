@@ -1,4 +1,4 @@
-"""This project's two ends of `transfer.py`: the real encode worker and the PD worker's real loader.
+"""This project's two ends of `transfer.py`: the real encode worker and the PD worker's real chain of tiers.
 
 Only the model is left out: the "vision tower" hands over a tensor that it has ready.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -16,20 +16,26 @@ from typing import Any
 
 import torch
 from dynamo.runtime import Context
-from trtllm_mm_cache.runtime.passages import Passage
-from trtllm_mm_cache.tiers.loader import EmbeddingLoader
-from trtllm_mm_cache.tiers.missing_image import MissingItem
+from prometheus_client import CollectorRegistry
 
 from benchmarks.dataset import picture
 from benchmarks.transfer_ends import ARENA_BYTES, Receiver, Sender, Times, ask
+from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.cache.key import EmbeddingKey
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
-from trtllm_mm_cache.encode.server import EncodeWorker
+from trtllm_mm_cache.cache.scope import Scope
+from trtllm_mm_cache.encode.metrics import EncodeMetrics
+from trtllm_mm_cache.encode.pipeline import EncodePipeline
+from trtllm_mm_cache.encode.server import EncodeServer
 from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem, ItemDescription
 from trtllm_mm_cache.errors import MmCacheError
+from trtllm_mm_cache.runtime.drops import DropWatch
 from trtllm_mm_cache.runtime.messages import EncodeReady, EncodeRequest, parse_answer
-from trtllm_mm_cache.settings import EncodeSettings
-from trtllm_mm_cache.tiers.breaker import CircuitBreakers
+from trtllm_mm_cache.settings import EncodeSettings, PdSettings
+from trtllm_mm_cache.tiers.base import MissingItem
+from trtllm_mm_cache.tiers.chain import TierChain
+from trtllm_mm_cache.tiers.encode_remote import EncodeTier
+from trtllm_mm_cache.tiers.receive import Receiver as ItemReceiver
 from trtllm_mm_cache.transfer import Exporter, Reader, TransferAgent
 
 FINGERPRINT = "ab" * 32
@@ -56,7 +62,7 @@ class ReadyTower:
         """Hand over a part of what is there, of another tensor each time."""
         self._ready.reverse()
         results: list[EncodedItem | MmCacheError] = [
-            EncodedItem(self._ready[0][:rows], {"image_grid_thw": [1, rows, 4]}) for rows in batch
+            EncodedItem(self._ready[0][:rows], EmbeddingMetadata(grid_thw=(1, rows, 4))) for rows in batch
         ]
         self.ended_at = time.perf_counter()
         return results
@@ -69,12 +75,12 @@ class ReadyTower:
 class OurSender(Sender):
     """The encode worker. Seconds: from the end of the tower to the reply."""
 
-    worker: EncodeWorker
+    server: EncodeServer
     tower: ReadyTower
 
     async def reply(self, request: Any) -> tuple[Any, float]:
         """Answer an `EncodeRequest`."""
-        replies = [reply async for reply in self.worker.handle(request, Context("benchmark"))]
+        replies = [reply async for reply in self.server.handle(request, Context("benchmark"))]
         return replies[0], time.perf_counter() - self.tower.ended_at
 
 
@@ -83,29 +89,30 @@ async def our_sender() -> AsyncIterator[Sender]:
     """Make an encode worker."""
     manager, agent = await _arena_and_agent()
     tower = ReadyTower()
-    settings = EncodeSettings(model_path="none", max_batch_wait_ms=0)
-    worker = EncodeWorker(tower, manager, Exporter(agent, lease_timeout_s=30), agent.metadata, settings)
+    registry = CollectorRegistry()
+    pipeline = EncodePipeline(tower, manager, EncodeSettings(model_path="none"), registry)
+    exporter = Exporter(agent, lease_timeout_s=30)
     try:
-        yield OurSender(worker, tower)
+        yield OurSender(EncodeServer(pipeline, exporter, agent.metadata, EncodeMetrics(registry)), tower)
     finally:
-        await worker.close()
+        await pipeline.close()
         await agent.close(deadline_s=1)
         manager.close()
 
 
 class _EncodeWorkerOverThere:
-    """The `EncodeWorkers` of the loader; notes when the reply is here."""
+    """The tier's `EncodeWorkers`; notes when the reply is here."""
+
+    instances = [1]  # noqa: RUF012
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self.replied_at = self.send_s = 0.0
 
-    def rank(self, key: EmbeddingKey) -> list[int]:
-        """Return the one instance."""
-        return [1]
-
-    async def encode(self, instance: int, request: EncodeRequest) -> EncodeReady:
-        """Ask it."""
+    async def encode(
+        self, instance: int, request: EncodeRequest, unwanted: Callable[[EncodeReady], None]
+    ) -> EncodeReady:
+        """Ask the one instance."""
         reply, self.send_s = await ask(self._connection, request.model_dump())
         self.replied_at = time.perf_counter()
         return parse_answer(reply)
@@ -116,19 +123,17 @@ class _EncodeWorkerOverThere:
 
 @dataclass
 class OurReceiver(Receiver):
-    """The loader of the PD worker. Seconds: from the reply to a lease on the committed entry."""
+    """The tiers of the PD worker. Seconds: from the reply to a lease on the committed entry."""
 
-    loader: EmbeddingLoader
+    tiers: TierChain
     peer: _EncodeWorkerOverThere
     media: bytes
 
     async def receive(self, nbytes: int) -> Times:
         """Load an embedding of `nbytes` bytes under a key that is new."""
         description = ItemDescription(0, 0, {"nbytes": nbytes})
-        image = MissingItem(
-            EmbeddingKey(secrets.token_bytes(32)), self.media, description, True, Passage(None)
-        )
-        lease = await self.loader.load(image)
+        key = EmbeddingKey(secrets.token_bytes(32))
+        lease = await self.tiers.load(MissingItem(key, self.media, description, Scope(), DropWatch(None)))
         there_at = time.perf_counter()
         if lease.nbytes != nbytes:
             raise RuntimeError(f"{lease.nbytes} bytes came instead of {nbytes}")
@@ -139,25 +144,18 @@ class OurReceiver(Receiver):
 
 @asynccontextmanager
 async def our_receiver(connection: Connection) -> AsyncIterator[Receiver]:
-    """Make a PD worker's cache and the loader that fills it."""
+    """Make a PD worker's cache and the tiers that fill it."""
     manager, agent = await _arena_and_agent()
     peer = _EncodeWorkerOverThere(connection)
-    loader = EmbeddingLoader(
-        cache=manager,
-        transit=manager,
-        encoders=peer,
-        breakers=CircuitBreakers(failures=3, retry_s=1),
-        reader=Reader(agent),
-        fingerprint=FINGERPRINT,
-        check=lambda *_: None,  # no model, so nothing that rows could disagree with
-        reject_non_finite=True,
-        encode_timeout_s=60,
-        transfer_timeout_s=30,
-    )
+    registry = CollectorRegistry()
+    # No model, so nothing that rows could disagree with.
+    receiver = ItemReceiver(manager, manager, None, lambda *_: None, registry)
+    settings = PdSettings(model_path="none", transfer_timeout_s=30)
+    tiers = TierChain([EncodeTier(peer, Reader(agent), FINGERPRINT, settings, registry)], receiver)
     try:
-        yield OurReceiver(loader, peer, picture(1, 32))
+        yield OurReceiver(tiers, peer, picture(1, 32))
     finally:
-        await loader.close()
+        await tiers.close()
         await agent.close(deadline_s=1)
         manager.close()
 

@@ -8,8 +8,9 @@ usage: launch/disagg_e_pd.sh [PD WORKER OPTION]...
 
 Every argument goes to the PD workers, for example
   launch/disagg_e_pd.sh --multimodal-embedding-cache-capacity-gb 10
-(`trtllm-mm-cache pd --help` lists them). What must be equal everywhere counts everywhere: model, engine,
-endpoint of the encode workers, discovery, limits on images, logs. The rest is set by environment variables:
+(`trtllm-mm-cache pd --help` lists them). What must be equal on all processes counts for all: model, engine,
+endpoint of the encode workers, discovery, limits on images, transfer timeout, logs. The rest is set by
+environment variables:
 
   MODEL_PATH                    model directory or hub name   [the demo model, models/shapes-qwen2-vl; on
                                 a machine with TensorRT-LLM: llava-hf/llava-v1.6-mistral-7b-hf]
@@ -49,7 +50,7 @@ ready_timeout_s=900
 
 # --- 0 arguments that are not for the PD workers alone ------------------------------------------------
 
-log_flags=() image_flags=() name=
+log_flags=() worker_flags=() name=
 arguments=("$@")
 for i in "${!arguments[@]}"; do
     flag=${arguments[i]%%=*} value=${arguments[i]#*=}
@@ -62,7 +63,8 @@ for i in "${!arguments[@]}"; do
         --encode-endpoint) ENCODE_ENDPOINT=$value ;;
         --discovery-backend) DYN_DISCOVERY_BACKEND=$value ;;
         --log-level | --log-format) log_flags+=("$flag" "$value") ;;
-        --max-file-size-mb | --max-image-megapixels | --max-waiting-image-mb) image_flags+=("$flag" "$value") ;;
+        --max-file-size-mb | --max-image-megapixels | --max-waiting-image-mb | --transfer-timeout-s)
+            worker_flags+=("$flag" "$value") ;;
     esac
 done
 
@@ -205,7 +207,7 @@ start frontend "${worker[@]}" frontend "${log_flags[@]}"
 
 common=(--model-path "$model" --engine "$engine")
 read -ra encode_extra <<<"${ENCODE_EXTRA_ARGS:-}"
-encode=("${worker[@]}" encode "${common[@]}" --extra-engine-args "$encode_args" "${log_flags[@]}" "${image_flags[@]}" "${encode_extra[@]}")
+encode=("${worker[@]}" encode "${common[@]}" --extra-engine-args "$encode_args" "${log_flags[@]}" "${worker_flags[@]}" "${encode_extra[@]}")
 if [[ -n ${ENCODE_ENDPOINT:-} ]]; then encode+=(--endpoint "$ENCODE_ENDPOINT"); fi
 for ((i = 1; i <= ${ENCODE_WORKERS:-1}; i++)); do
     start "encode worker $i" env ${ENCODE_CUDA_VISIBLE_DEVICES:+"CUDA_VISIBLE_DEVICES=$ENCODE_CUDA_VISIBLE_DEVICES"} "${encode[@]}"
@@ -235,8 +237,14 @@ done
 
 # --- 4 ready ------------------------------------------------------------------------------------------
 
-# ready PATTERN FILE: has the process said so?
-ready() { grep -q "$1" "$2" 2>/dev/null; }
+# ready PORT: does the worker with that system port say that it serves? Its log need not, with --log-level WARNING.
+ready() {
+    "$python" - "http://127.0.0.1:$1/health" <<'PYTHON' 2>/dev/null
+import json, sys, urllib.request
+with urllib.request.urlopen(sys.argv[1], timeout=2) as answer:
+    sys.exit(json.load(answer)["status"] != "ready")
+PYTHON
+}
 
 lists_model() {
     "$python" - "http://127.0.0.1:$DYN_HTTP_PORT/v1/models" "$name" <<'PYTHON' 2>/dev/null
@@ -255,12 +263,8 @@ check_alive() {
 
 began=$SECONDS next_word=$((SECONDS + 5))
 for i in "${!pids[@]}"; do
-    case ${names[i]} in
-        encode*) pattern='encode worker ready' ;;
-        PD*) pattern='PD worker ready' ;;
-        *) continue ;;
-    esac
-    until ready "$pattern" "${logs[i]}"; do
+    if [[ ${names[i]} == frontend ]]; then continue; fi
+    until ready "${ports[i]}"; do
         check_alive
         ((SECONDS - began < ready_timeout_s)) || failed "${names[i]} was not ready after $ready_timeout_s s" "${logs[i]}"
         if ((SECONDS >= next_word)); then

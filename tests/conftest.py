@@ -1,4 +1,4 @@
-"""For every test, whatever it is about: torch has one thread, and afterwards every cache's books agree."""
+"""For every test: torch has one thread, and afterwards every cache's accounting is consistent."""
 
 from __future__ import annotations
 

@@ -168,13 +168,9 @@ def _key_table(*files: tuple[str, type[BaseModel]]) -> str:
     return _table(["key", *(["file"] if len(files) > 1 else []), "type", "default", "meaning"], rows)
 
 
-def _key_rows(schema: type[BaseModel], above: str = "") -> Iterator[tuple[str, ...]]:
+def _key_rows(schema: type[BaseModel]) -> Iterator[tuple[str, ...]]:
     for name, field in schema.model_fields.items():
-        inner = next((part for part in get_args(field.annotation) if _is_mapping(part)), None)
-        kind = "mapping" if inner else _type(field)
-        yield f"`{above}{name}`", kind, _default(field), field.description or ""
-        if inner:
-            yield from _key_rows(inner, f"{above}{name}.")
+        yield f"`{name}`", _type(field), _default(field), field.description or ""
 
 
 def _fixed() -> str:
@@ -223,8 +219,8 @@ def _type_name(annotation: Any) -> str:
         return ", ".join(f"`{choice}`" for choice in parts)
     if get_origin(annotation) is tuple:
         return f"{_type_name(parts[0])}; repeatable"
-    if get_origin(annotation) is list:
-        return f"list of {_type_name(parts[0])}"
+    if get_origin(annotation) is dict:
+        return "mapping"
     return _type_name(parts[0]) if parts else TYPES[annotation]  # an optional value: X | None
 
 
@@ -239,10 +235,6 @@ def _default(field: FieldInfo) -> str:
     if isinstance(default, frozenset):
         return ", ".join(sorted(default))
     return f"{default:g}" if isinstance(default, int | float) else f"`{default}`"
-
-
-def _is_mapping(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def main() -> None:

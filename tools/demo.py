@@ -1,6 +1,6 @@
-"""Start the whole stack with the demo model, ask it about three drawn pictures, print what happened, stop.
+"""Start the whole stack with the demo model, ask it about three drawn images, print what happened, stop.
 
-`make demo` runs it. A miss is a question whose picture the PD worker had to have encoded, a hit one
+`make demo` runs it. A miss is a question whose image the PD worker had to have encoded, a hit one
 whose embedding it already kept; both are read off the PD worker's own metrics.
 """
 
@@ -34,21 +34,21 @@ START_TIMEOUT_S = 180
 STOP_TIMEOUT_S = 30
 CACHE = "dynamo_component_embedding_cache_"
 GRIDS = ((2, 2), (2, 3), (3, 3))
-"""Rows and columns of the three pictures."""
+"""Rows and columns of the three images."""
 PLAN = (
     *((("A",), "describe"), (("A",), "count")),
     *((("B",), "neighbour"), (("B",), "colour")),
     *((("C",), "number"), (("C",), "place")),
     *((("A", "B"), "which picture"), (("B", "C"), "in one picture")),
 )
-"""Which pictures are asked about, and what kind of question."""
+"""Which images are asked about, and what kind of question."""
 
 
 @dataclass(frozen=True)
 class Row:
     """One question that was asked, and what came back."""
 
-    pictures: str
+    images: str
     question: Question
     answer: str
     cache: str
@@ -79,8 +79,8 @@ class Stack:
             if sample.name.startswith(CACHE)
         }
 
-    def ask(self, pictures: Sequence[str], scenes: Sequence[Scene], question: Question) -> Row:
-        """Send one question about `scenes`; `pictures` are their letters."""
+    def ask(self, images: Sequence[str], scenes: Sequence[Scene], question: Question) -> Row:
+        """Send one question about `scenes`; `images` are their letters."""
         before = self.cache()
         content = [{"type": "image_url", "image_url": {"url": _data_url(scene)}} for scene in scenes]
         content.append({"type": "text", "text": question.text})
@@ -100,7 +100,7 @@ class Stack:
         after = self.cache()
         hits, misses = (int(after[name] - before[name]) for name in ("hits_total", "misses_total"))
         cache = " + ".join(["hit"] * hits + ["miss"] * misses)
-        return Row("+".join(pictures), question, "".join(parts), cache, first_token_ms)
+        return Row("+".join(images), question, "".join(parts), cache, first_token_ms)
 
 
 def _data_url(scene: Scene) -> str:
@@ -174,7 +174,7 @@ def draw_cards(rng: random.Random) -> tuple[dict[str, Scene], list[Question]]:
 
 
 def ask_everything(stack: Stack, rng: random.Random, folder: Path) -> Iterator[Row]:
-    """Draw three pictures into `folder`, and yield the answers to `PLAN`."""
+    """Draw three images into `folder`, and yield the answers to `PLAN`."""
     scenes, questions = draw_cards(rng)
     for letter, scene in scenes.items():
         draw(scene).save(folder / f"{letter}.png")
@@ -186,23 +186,23 @@ def main() -> None:
     """Parse the command line and run the demo."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL, metavar="DIR")
-    parser.add_argument("--seed", type=int, default=7, help="of the pictures (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=7, help="of the images (default: %(default)s)")
     arguments = parser.parse_args()
     run_dir = ROOT / ".run" / time.strftime("demo-%Y%m%d-%H%M%S")
     print("starting a frontend, an encode worker and a PD worker ...", flush=True)
     with running_stack(run_dir, arguments.model) as stack:
         layout = "{:<8} {:<64} {:<61} {:<7} {:<9} {:>11}"
-        print(layout.format("picture", "question", "answer", "verdict", "cache", "first token"))
+        print(layout.format("image", "question", "answer", "verdict", "cache", "first token"))
         for row in ask_everything(stack, random.Random(arguments.seed), run_dir):
             time_ms = f"{row.first_token_ms:.0f} ms"
             print(
-                layout.format(row.pictures, row.question.text, row.answer, row.verdict, row.cache, time_ms),
+                layout.format(row.images, row.question.text, row.answer, row.verdict, row.cache, time_ms),
                 flush=True,
             )
         print("\nthe PD worker's cache:")
         for name, value in sorted(stack.cache().items()):
             print(f"  {name:<24} {value:g}")
-        print(f"\npictures and logs: {run_dir.relative_to(ROOT)}; stopping ...", flush=True)
+        print(f"\nimages and logs: {run_dir.relative_to(ROOT)}; stopping ...", flush=True)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ async def stage() -> AsyncIterator[Stage]:
     await turns()
     stage.callers.clear()
     gc.collect(1)  # a future complains when it is collected
-    statistics = stage.flights
-    assert (statistics.in_flight, statistics.waiters) == (0, 0)
+    assert (stage.flights.in_flight, stage.flights.waiters) == (0, 0)
     assert stage.owners.alive == 0, "a share has no owner"
     assert complaints == []

@@ -6,7 +6,7 @@ from typing import Any
 
 
 class DynamoModel:
-    """Keys and sizes, oldest first. No bytes, no holders: nobody keeps a tensor."""
+    """Keys and sizes, oldest first. No bytes, no holders: no one keeps a tensor."""
 
     def __init__(self, capacity_bytes: int) -> None:
         self.capacity = capacity_bytes

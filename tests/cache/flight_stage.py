@@ -38,7 +38,9 @@ class Owners:
 class Stage:
     """A flight whose load waits at a gate, and the callers that wait for it."""
 
-    flights: SingleFlight[Share] = field(default_factory=SingleFlight)
+    flights: SingleFlight[Share] = field(
+        default_factory=lambda: SingleFlight(share=Share.share, discard=Share.discard)
+    )
     owners: Owners = field(default_factory=Owners)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     failure: BaseException | None = None
@@ -60,14 +62,12 @@ class Stage:
         return Share(self.owners, serial)
 
     def call(self, key: str = "key") -> asyncio.Task[tuple[Share, bool]]:
-        caller = asyncio.create_task(
-            self.flights.run(key, self.load, share=Share.share, discard=Share.discard)
-        )
+        caller = asyncio.create_task(self.flights.run(key, self.load))
         self.callers.append(caller)
         return caller
 
     async def outcomes(self) -> list[str]:
-        """Wait for every caller, at most 5 seconds; name what each got; give its share back."""
+        """Wait for every caller, at most 5 seconds; name what each got; discard its share."""
         await asyncio.wait(self.callers, timeout=5)
         names = []
         for caller in self.callers:

@@ -2,7 +2,7 @@
 
     python -m tests.cache.stress --seconds 600
 
-Whatever is written is one number, repeated, that no other writing has; it is also in the entry's metadata.
+Whatever is written is one number, repeated, that no other writing has; it is also in the entry's grid.
 So every view tells which writing it must show, however long it is kept and whatever happened to its key.
 Prints what was done and how the process's own memory went, as one JSON object; `make soak` runs it.
 """
@@ -23,10 +23,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.cache.eviction.base import make_policy
 from trtllm_mm_cache.cache.manager import CachedEmbedding, Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.errors import ArenaFullError
@@ -85,7 +85,7 @@ class Worker:
         self._actions = [action for action, weight in weights.items() for _ in range(weight)]
 
     def run(self, deadline: float) -> None:
-        """Work until `deadline` on the monotonic clock, then let go of everything."""
+        """Work until `deadline` on the monotonic clock, then release everything."""
         while time.monotonic() < deadline:
             key = str(min(self._source.randrange(KEYS), self._source.randrange(KEYS)))
             self.operations[self._source.choice(self._actions)(key)] += 1
@@ -103,47 +103,48 @@ class Worker:
             raise AssertionError(f"a view of writing {serial} shows other bytes")
         self.compared += 1
 
-    def keep(self, embedding: CachedEmbedding) -> None:
-        assert embedding.metadata is not None
-        tensor = embedding.tensor
+    def keep(self, tensor: torch.Tensor, serial: int) -> None:
         if self._source.random() < 0.5:
             tensor = tensor[:, 1::3]
-        self._kept.append((tensor, embedding.metadata["serial"]))
+        self._kept.append((tensor, serial))
 
-    def content(self) -> tuple[torch.Tensor, dict[str, Any]]:
+    def content(self) -> tuple[torch.Tensor, int]:
         serial = next(self._serials)
         rows = round(2 ** self._source.uniform(6, 14))  # 4 KiB to 1 MiB
-        return torch.full((rows, 8), serial, dtype=torch.int64), {"serial": serial}
+        return torch.full((rows, 8), serial, dtype=torch.int64), serial
 
     def get(self, key: str) -> str:
         embedding = self._manager.get(key)
         if embedding is None:
             return "get: miss"
-        self.keep(embedding)
+        assert embedding.image_grid_thw is not None
+        self.keep(embedding.tensor, embedding.image_grid_thw[0][0])
         return "get: hit"
 
     def lease(self, key: str) -> str:
         lease = self._manager.lease(key)
         if lease is None:
             return "lease: miss"
-        self.keep(lease.embedding)
+        tensor, grid = lease.tensor, lease.metadata.grid_thw
+        self.keep(tensor, grid[0] if grid else int(tensor[0, 0]))
         self._leases.append(lease.clone() if self._source.random() < 0.3 else lease)
         return "lease: hit"
 
     def set(self, key: str) -> str:
-        tensor, metadata = self.content()
-        stored, added, _ = self._manager.set_with_delta(key, CachedEmbedding(tensor, metadata=metadata))
+        tensor, serial = self.content()
+        stored, added, _ = self._manager.set_with_delta(key, CachedEmbedding(tensor, [[serial, 1, 1]]))
         return "set: stored" if added else "set: replaced" if stored else "set: no room"
 
     def commit(self, key: str) -> str:
-        tensor, metadata = self.content()
+        tensor, serial = self.content()
         try:
             reservation = self._manager.reserve(key, tensor.nbytes, owner="stress")
         except ArenaFullError:
             return "commit: no room"
         reservation.write(tensor)
+        metadata = EmbeddingMetadata(grid_thw=(serial, 1, 1))
         lease = reservation.commit(dtype=tensor.dtype, shape=tuple(tensor.shape), metadata=metadata)
-        self.keep(lease.embedding)
+        self.keep(lease.tensor, serial)
         return "commit"
 
     def abandon(self, key: str) -> str:
@@ -176,7 +177,7 @@ class Worker:
 
 
 def run_stress(policy: str, *, seconds: float, threads: int, seed: int) -> Report:
-    """Stress a new cache under `policy`, checking its books all the while.
+    """Stress a new cache under `policy`, checking its accounting all the while.
 
     Raises what a thread raised, `IntegrityError`, and `AssertionError` for anything left over at the end.
     """

@@ -68,29 +68,46 @@ class ExtentMachine(RuleBasedStateMachine):
             return
         if self.owners[extent.offset // ALIGNMENT] != extent:
             return  # it was moved
-        self.map.free(extent)
-        self.release(extent)
+        self.free_one(extent)
         with pytest.raises(IntegrityError):
             self.map.free(extent)
 
-    @rule(target=extents, nbytes=st.integers(1, CAPACITY), pinned=st.sets(st.integers(0, CELLS - 1)))
-    def relocate(self, nbytes: int, pinned: set[int]) -> object:
+    def free_one(self, extent: Extent) -> None:
+        self.map.free(extent)
+        self.release(extent)
+
+    @rule(
+        target=extents,
+        nbytes=st.integers(1, CAPACITY),
+        pinned=st.sets(st.integers(0, CELLS - 1)),
+        staying=st.just(set()) | st.sets(st.integers(0, 4)),
+    )
+    def relocate(self, nbytes: int, pinned: set[int], staying: set[int]) -> object:
         def movable(extent: Extent) -> bool:
             return extent.offset // ALIGNMENT not in pinned
 
         for window in cheapest_windows(self.map, nbytes, movable):
             assert window.end - window.start >= nbytes
             assert all(movable(extent) for extent in window.extents)
-            places = self.map.relocate(window.extents, window.start, window.end, nbytes)
-            if places is None:
+            before = self.map.statistics()
+            moving = self.map.relocate(window.extents, window.start, window.end, nbytes)
+            if moving is None:
+                assert self.map.statistics() == before
                 continue
-            for old, new in zip(window.extents, places, strict=True):
+            assert moving.old == window.extents
+            for extent in (*moving.new, *moving.claims):
+                self.claim(extent)  # while the old ones still have their places: bytes are copied
+            self.agrees_with_the_model()
+            kept = []
+            for number, (old, new) in enumerate(zip(moving.old, moving.new, strict=True)):
                 assert new.nbytes == old.nbytes
-                self.claim(new)  # while the old ones still have their places: bytes are copied
-            for old in window.extents:
-                self.release(old)
-            assert self.map.largest_hole_bytes >= aligned(nbytes)
-            return multiple(*places)
+                stays = number in staying
+                kept.append(old if stays else new)
+                self.free_one(new if stays else old)
+            for extent in moving.claims:
+                self.free_one(extent)
+            assert self.map.largest_hole_bytes >= aligned(nbytes) or staying
+            return multiple(*kept)
         return multiple()
 
     @invariant()

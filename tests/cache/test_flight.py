@@ -9,6 +9,7 @@ import weakref
 import pytest
 
 from tests.cache.flight_stage import Share, Stage, turns
+from trtllm_mm_cache.cache.flight import SingleFlight
 from trtllm_mm_cache.errors import EncodeFailedError
 
 
@@ -16,8 +17,9 @@ async def test_one_load_and_everyone_gets_a_share(stage: Stage) -> None:
     for _ in range(16):
         stage.call()
     await turns()
-    statistics = stage.flights
-    assert (statistics.in_flight, statistics.waiters, statistics.started, statistics.joined) == (1, 16, 1, 15)
+    flights = stage.flights
+    assert (flights.in_flight, flights.waiters, flights.started, flights.joined) == (1, 16, 1, 15)
+    assert "key" in flights
     stage.gate.set()
     assert await stage.outcomes() == ["led 1"] + ["joined 1"] * 15
     assert (stage.loads, stage.owners.made) == (1, 17)
@@ -64,7 +66,7 @@ async def test_a_failure_with_many_waiters_has_a_short_traceback_each(stage: Sta
 
     async def caller() -> None:
         try:
-            await stage.flights.run("key", stage.load, share=Share.share, discard=Share.discard)
+            await stage.flights.run("key", stage.load)
         except EncodeFailedError as error:
             trace, depth = error.__traceback__, 0
             while trace is not None:
@@ -89,7 +91,7 @@ async def test_a_handled_failure_keeps_nothing_alive(stage: Stage) -> None:
         canary = Canary()
         reference = weakref.ref(canary)
         with pytest.raises(EncodeFailedError):
-            await stage.flights.run("key", failing, share=Share.share, discard=Share.discard)
+            await stage.flights.run("key", failing)
         return reference
 
     async def failing() -> Share:
@@ -111,14 +113,11 @@ async def test_a_share_that_cannot_be_made_is_an_error_for_its_waiter_alone(stag
             raise EncodeFailedError("no share")
         return share.share()
 
+    stage.flights = SingleFlight(share=refuse_the_second, discard=Share.discard)
     for _ in range(3):
-        stage.callers.append(
-            asyncio.create_task(
-                stage.flights.run("key", stage.load, share=refuse_the_second, discard=Share.discard)
-            )
-        )
+        stage.call()
     await turns()
     stage.gate.set()
     outcomes = await stage.outcomes()
-    assert sorted(outcomes)[:1] == ["EncodeFailedError"]
     assert outcomes.count("EncodeFailedError") == 1
+    assert len(outcomes) == 3

@@ -64,7 +64,7 @@ def _land(stage: Stage) -> None:
 
 
 CASES = [
-    Case("nobody leaves", _land, ("led 1", "joined 1", "joined 1"), ("returned",)),
+    Case("no one leaves", _land, ("led 1", "joined 1", "joined 1"), ("returned",)),
     Case("the leader leaves", _all(_cancel(0), _land), ("cancelled", "joined 1", "joined 1"), ("returned",)),
     Case("a follower leaves", _all(_cancel(1), _land), ("led 1", "cancelled", "joined 1"), ("returned",)),
     Case(
@@ -72,7 +72,7 @@ CASES = [
     ),
     Case("everyone leaves", _cancel(0, 1, 2), ("cancelled",) * 3, ("cancelled",)),
     Case(
-        "everyone leaves, someone comes",
+        "everyone leaves, another comes",
         _cancel(0, 1, 2),
         ("cancelled", "cancelled", "cancelled", "led 2"),
         ("cancelled", "returned"),
@@ -158,7 +158,7 @@ async def test_a_timeout_around_one_waiter_does_not_touch_the_others(stage: Stag
     await turns()
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
-            await stage.flights.run("key", stage.load, share=Share.share, discard=Share.discard)
+            await stage.flights.run("key", stage.load)
     stage.gate.set()
     assert await stage.outcomes() == ["led 1"]
 
@@ -174,7 +174,7 @@ async def test_a_load_that_ignores_its_cancellation_has_its_value_discarded(stag
                 continue
         return Share(stage.owners, 0)
 
-    caller = asyncio.create_task(stage.flights.run("key", stubborn, share=Share.share, discard=Share.discard))
+    caller = asyncio.create_task(stage.flights.run("key", stubborn))
     await turns()
     caller.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -195,7 +195,7 @@ async def test_a_cancelled_load_that_fails_is_logged(stage: Stage, caplog: pytes
         finally:
             raise EncodeFailedError("while cleaning up")
 
-    caller = asyncio.create_task(stage.flights.run("key", messy, share=Share.share, discard=Share.discard))
+    caller = asyncio.create_task(stage.flights.run("key", messy))
     await turns()
     caller.cancel()
     await turns()
@@ -213,7 +213,7 @@ async def test_close_ends_loads_and_tells_the_waiters(stage: Stage) -> None:
     assert started.done()
     assert fresh.done()
     with pytest.raises(LoadAbortedError, match="shutting down"):
-        await stage.flights.run("key", stage.load, share=Share.share, discard=Share.discard)
+        await stage.flights.run("key", stage.load)
     assert stage.flights.cancelled == 2
 
 
@@ -228,7 +228,7 @@ async def test_close_does_not_wait_for_ever(stage: Stage, caplog: pytest.LogCapt
                 continue
         return Share(stage.owners, 0)
 
-    caller = asyncio.create_task(stage.flights.run("key", stubborn, share=Share.share, discard=Share.discard))
+    caller = asyncio.create_task(stage.flights.run("key", stubborn))
     await turns()
     with caplog.at_level(logging.ERROR):
         await stage.flights.close(timeout_s=0.01)

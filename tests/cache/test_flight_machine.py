@@ -1,6 +1,6 @@
 """Random life of single flight, one turn of the event loop at a time, against a model of its invariant.
 
-One load a key at a time; a waiter that is cancelled disturbs nobody; the last one leaving cancels the load;
+One load a key at a time; a waiter that is cancelled disturbs no other; the last one leaving cancels the load;
 an outcome reaches exactly those who waited for it; every share has one owner in the end.
 """
 
@@ -53,7 +53,7 @@ class FlightMachine(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         self.complaints: list[str] = []
         self.loop.set_exception_handler(lambda _, context: self.complaints.append(str(context)))
-        self.flights: SingleFlight[Share] = SingleFlight()
+        self.flights: SingleFlight[Share] = SingleFlight(share=Share.share, discard=Share.discard)
         self.owners = Owners()
         self.loads: list[Load] = []
         self.waiting: list[Caller] = []
@@ -78,11 +78,11 @@ class FlightMachine(RuleBasedStateMachine):
         return Share(self.owners, load.serial)
 
     def flying(self, key: str) -> Load | None:
-        """The load of `key` that somebody waits for; a cancelled one still cleaning up is none."""
+        """The load of `key` that a caller waits for; a cancelled one still cleaning up is none."""
         return next((load for load in self.loads if load.key == key and not load.ended), None)
 
     async def call(self, key: str) -> tuple[Share, bool]:
-        return await self.flights.run(key, lambda: self.load(key), share=Share.share, discard=Share.discard)
+        return await self.flights.run(key, lambda: self.load(key))
 
     @rule(key=KEYS, count=st.integers(1, 4), after=st.integers(0, 4))
     def come(self, key: str, count: int, after: int) -> None:
@@ -137,7 +137,7 @@ class FlightMachine(RuleBasedStateMachine):
             self.take(caller)
         for load in self.loads:
             wanted = any(caller.key == load.key for caller in self.waiting)
-            assert load.ended or wanted, "a load flies although nobody waits"
+            assert load.ended or wanted, "a load flies although no caller waits"
         assert {caller.key for caller in self.waiting} == {load.key for load in self.loads if not load.ended}
         snapshot = self.flights
         assert snapshot.in_flight == len({caller.key for caller in self.waiting})
@@ -145,9 +145,9 @@ class FlightMachine(RuleBasedStateMachine):
         assert self.owners.alive == 0, "a share has no owner"
 
     def take(self, caller: Caller) -> None:
-        """Look at what a caller got, and give its share back."""
+        """Look at what a caller got, and discard its share."""
         if caller.task.cancelled():
-            assert caller.cancelled, "a caller that nobody cancelled was cancelled"
+            assert caller.cancelled, "a caller was cancelled by another's cancellation"
             self.outcomes["cancelled"] += 1
             return
         error = caller.task.exception()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from trtllm_mm_cache.cache import leftovers
+from trtllm_mm_cache.cache.arena import leftovers
 from trtllm_mm_cache.cache.arena.arena import Arena
 from trtllm_mm_cache.cache.arena.leftovers import SHARED_MEMORY_ROOT, remove_leftovers
 
@@ -24,7 +24,7 @@ PREFIX = f"trtllm_mm_cache_test_{os.getpid()}."
 
 OWNER = f"""
 import sys
-from trtllm_mm_cache.cache import leftovers
+from trtllm_mm_cache.cache.arena import leftovers
 leftovers._PREFIX = {PREFIX!r}
 from trtllm_mm_cache.cache.arena.arena import Arena
 from trtllm_mm_cache.cache.arena.region import _path
@@ -108,7 +108,7 @@ def test_the_next_start_removes_what_a_killed_process_left_and_nothing_else(
         os.kill(owner.helper, signal.SIGKILL)
         owner.process.kill()
         owner.process.wait(timeout=10)
-        assert owner.left() == [True, True], "nobody is there to remove them"
+        assert owner.left() == [True, True], "no process is there to remove them"
         with monkeypatch.context() as patch:
             patch.setattr(leftovers.os, "geteuid", lambda: os.getuid() + 1)
             assert remove_leftovers() == 0, "another user's"

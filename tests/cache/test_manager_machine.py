@@ -1,4 +1,4 @@
-"""Random life of a cache, every byte compared with what was written and the books checked after each step."""
+"""Random life of a cache: every byte is compared, and the accounting checked, after each step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from trtllm_mm_cache.cache.entry import EntryState
+from trtllm_mm_cache.cache.entry import EmbeddingMetadata, EntryState
 from trtllm_mm_cache.cache.eviction.base import make_policy
 from trtllm_mm_cache.cache.manager import (
     CachedEmbedding,
@@ -50,9 +50,9 @@ class Held:
         if self.alias is not None:
             return self.alias
         assert self.lease is not None
-        return self.lease.embedding.tensor
+        return self.lease.tensor
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         self.alias = None
         if self.lease is not None:
             self.lease.release()
@@ -101,7 +101,7 @@ class CacheMachine(RuleBasedStateMachine):
         for opened in self.reservations:
             opened.reservation.settle() if opened.quarantined else opened.reservation.abandon()
         for holder in self.alive:
-            holder.let_go()
+            holder.release()
         snapshot = self.manager.statistics()
         assert snapshot.leased_entries == snapshot.withdrawn_entries == 0
         assert snapshot.reservations == snapshot.quarantined == snapshot.forgotten == 0
@@ -160,7 +160,7 @@ class CacheMachine(RuleBasedStateMachine):
             opened.reservation.commit(dtype=torch.uint8, shape=(nbytes + 1,))
         keys = self.manager.keys()
         lease = opened.reservation.commit(
-            dtype=torch.uint8, shape=(1, nbytes), metadata={"n": nbytes}, retain=retain
+            dtype=torch.uint8, shape=(1, nbytes), metadata=EmbeddingMetadata(checksum=nbytes), retain=retain
         )
         self.reservations.remove(opened)
         if retain:
@@ -191,7 +191,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert (found is not None) == visible
         if found is None:
             return multiple()
-        content = self.written[key].reshape(found.embedding.tensor.shape)
+        content = self.written[key].reshape(found.tensor.shape)
         if alias == "lease":
             return self.keep(Held(content, lease=found))
         found.release()
@@ -216,10 +216,10 @@ class CacheMachine(RuleBasedStateMachine):
         return self.keep(Held(original.content, lease=original.lease.clone()))
 
     @rule(holder=consumes(held))
-    def let_go(self, holder: Held) -> None:
+    def release(self, holder: Held) -> None:
         if holder in self.alive:
             self.alive.remove(holder)
-        holder.let_go()
+        holder.release()
 
     # -- the other face
 
@@ -266,7 +266,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.manager.keys() == [key for key in keys if key not in gone]
 
     @invariant()
-    def everything_is_true(self) -> None:
+    def everything_holds(self) -> None:
         if not hasattr(self, "manager"):
             return
         self.manager.check_integrity()

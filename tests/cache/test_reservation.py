@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 import pytest
 import torch
 
-from trtllm_mm_cache.cache.entry import TRANSITIONS, EntryState
+from trtllm_mm_cache.cache.entry import TRANSITIONS, EmbeddingMetadata, EntryState
 from trtllm_mm_cache.cache.manager import (
     CachedEmbedding,
     Lease,
@@ -66,7 +66,7 @@ def test_every_step_from_every_state(
     if (state, step) in TRANSITIONS:
         kept.append(STEPS[step](reservation))
         following = TRANSITIONS[state, step]
-        # withdrawn and held by nobody is free at once; what was passed on is held by its lease
+        # withdrawn without a holder is free at once; what was passed on is held by its lease
         freed = following is EntryState.WITHDRAWN and step != "pass"
         assert reservation.state is (EntryState.FREED if freed else following)
     else:
@@ -78,28 +78,30 @@ def test_every_step_from_every_state(
         reservation.settle()
 
 
-def test_commit_shows_the_entry_and_gives_a_lease(manager: MultimodalEmbeddingCacheManager) -> None:
+def test_commit_shows_the_entry_and_returns_a_lease(manager: MultimodalEmbeddingCacheManager) -> None:
     reservation = manager.reserve("a", 24, owner="test")
     assert not manager.peek("a")
     assert manager.get("a") is None
     assert (reservation.key, reservation.nbytes, reservation.owner) == ("a", 24, "test")
     assert reservation.address == manager.arena.base_address + reservation.offset
     reservation.view.copy_(torch.arange(24, dtype=torch.uint8))
-    metadata = {"image_grid_thw": [[1, 2, 3]], "placeholder": "<image>"}
+    metadata = EmbeddingMetadata(grid_thw=(1, 2, 3), placeholder="<image>", encode_seconds=0.5, checksum=7)
     with reservation.commit(dtype=torch.int16, shape=(3, 4), metadata=metadata) as lease:
-        metadata["placeholder"] = "changed later"
         assert (lease.key, lease.nbytes) == ("a", 24)
         assert (lease.address, lease.offset) == (reservation.address, reservation.offset)
-        embedding = lease.embedding
-        assert embedding is lease.embedding
-        assert embedding.tensor.data_ptr() == lease.address
-        assert embedding.tensor.shape == (3, 4)
-        assert bytes(embedding.tensor.view(torch.uint8).flatten().tolist()) == bytes(range(24))
-        assert embedding.image_grid_thw == [[1, 2, 3]]
-        assert embedding.metadata == {"image_grid_thw": [[1, 2, 3]], "placeholder": "<image>"}
+        tensor = lease.tensor
+        assert tensor is lease.tensor
+        assert tensor.data_ptr() == lease.address
+        assert tensor.shape == lease.shape == (3, 4)
+        assert tensor.dtype == lease.dtype == torch.int16
+        assert bytes(tensor.view(torch.uint8).flatten().tolist()) == bytes(range(24))
+        assert lease.metadata == metadata
         assert manager.statistics().leased_bytes == 24
+    shown = manager.get("a")
+    assert shown is not None
+    assert shown[1:] == ([[1, 2, 3]], None, None, None)
     assert lease.released
-    for use in (lease.clone, lambda: lease.embedding):
+    for use in (lease.clone, lease.handle, lambda: lease.tensor):
         with pytest.raises(IntegrityError, match="released"):
             use()
 
@@ -126,11 +128,11 @@ def test_a_shape_that_is_not_the_size_is_refused(
 
 def test_a_commit_replaces_without_an_eviction(manager: MultimodalEmbeddingCacheManager) -> None:
     first = _commit(manager.reserve("a", 100, owner="test"))
-    first.embedding.tensor.fill_(1)
+    first.tensor.fill_(1)
     second = _commit(manager.reserve("a", 200, owner="test"))
-    second.embedding.tensor.fill_(2)
+    second.tensor.fill_(2)
     assert manager.keys() == ["a"]
-    assert first.embedding.tensor.eq(1).all()
+    assert first.tensor.eq(1).all()
     current = manager.lease("a")
     assert current is not None
     assert current.nbytes == 200
@@ -232,17 +234,17 @@ def test_an_abandoned_extent_is_not_used_while_its_view_lives(
     manager.reserve("b", CAPACITY, owner="test").abandon()
 
 
-def test_drop_and_clear_hide_and_leave_holders_alone(manager: MultimodalEmbeddingCacheManager) -> None:
+def test_drop_and_clear_hide_and_touch_no_holder(manager: MultimodalEmbeddingCacheManager) -> None:
     leases = {key: _commit(manager.reserve(key, 100, owner="test")) for key in "abc"}
     for number, lease in enumerate(leases.values()):
-        lease.embedding.tensor.fill_(number)
+        lease.tensor.fill_(number)
     assert manager.drop("b")
     assert not manager.drop("b")
     assert manager.keys() == ["a", "c"]
     assert manager.clear() == 2
     assert manager.keys() == []
     manager.set("d", CachedEmbedding(torch.full((3000,), 9, dtype=torch.uint8)))
-    assert [lease.embedding.tensor.unique().item() for lease in leases.values()] == [0, 1, 2]
+    assert [lease.tensor.unique().item() for lease in leases.values()] == [0, 1, 2]
     assert manager.statistics().evictions == 0
 
 
@@ -263,7 +265,7 @@ def test_close_lets_holders_finish(manager: MultimodalEmbeddingCacheManager) -> 
             call()
     assert late.view.fill_(3).tolist() == [3] * 10
     late_lease = _commit(late)
-    assert lease.clone().embedding.tensor.numel() == 10
+    assert lease.clone().tensor.numel() == 10
     storage = manager.arena.storage
     del late, storage
     lease.release()
@@ -274,7 +276,7 @@ def test_close_lets_holders_finish(manager: MultimodalEmbeddingCacheManager) -> 
         _ = manager.arena.storage
 
 
-def test_capacity_zero_keeps_an_entry_as_long_as_somebody_holds_it() -> None:
+def test_capacity_zero_keeps_an_entry_as_long_as_it_has_a_holder() -> None:
     manager = MultimodalEmbeddingCacheManager(0, transfer_bytes=CAPACITY)
     assert not manager.retain
     assert manager.capacity_bytes == 0

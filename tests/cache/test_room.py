@@ -27,8 +27,8 @@ def _fill(manager: MultimodalEmbeddingCacheManager, key: str, units: int) -> Lea
     return reservation.commit(dtype=torch.uint8, shape=(units * UNIT,))
 
 
-def _is_true(lease: Lease) -> bool:
-    return bool(lease.embedding.tensor.eq(_mark(lease.key)).all())
+def _is_intact(lease: Lease) -> bool:
+    return bool(lease.tensor.eq(_mark(lease.key)).all())
 
 
 @pytest.fixture
@@ -54,12 +54,12 @@ def test_entries_move_aside_when_only_a_hole_is_missing(manager: MultimodalEmbed
     assert snapshot.moved_bytes == snapshot.moves * UNIT
     for key in manager.keys():
         with manager.lease(key) or pytest.fail(key) as lease:
-            assert _is_true(lease), key
+            assert _is_intact(lease), key
 
 
 def test_what_is_held_does_not_move(manager: MultimodalEmbeddingCacheManager) -> None:
     leases = {number: _fill(manager, str(number), 1) for number in range(16)}
-    tensors = {number: lease.embedding.tensor for number, lease in leases.items() if number % 2}
+    tensors = {number: lease.tensor for number, lease in leases.items() if number % 2}
     addresses = {number: lease.address for number, lease in leases.items()}
     for number in range(0, 16, 2):
         leases[number].release()
@@ -73,7 +73,7 @@ def test_what_is_held_does_not_move(manager: MultimodalEmbeddingCacheManager) ->
     del tensors[7]
     _fill(manager, "new", 3).release()
     assert all(leases[number].address == addresses[number] for number in tensors)
-    assert all(_is_true(leases[number]) for number in tensors)
+    assert all(_is_intact(leases[number]) for number in tensors)
 
 
 def test_excess_eviction_is_bounded_when_moving_is_impossible() -> None:

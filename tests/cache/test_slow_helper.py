@@ -88,5 +88,5 @@ def test_an_arena_that_is_gone_is_an_error_of_ours() -> None:
     arena = Arena(1 << 12)
     manager, _, nbytes, _ = helper_of(arena.storage)
     with pytest.raises(SharedMemoryError, match="could not be mapped"):
-        open_shared_storage(manager, b"/torch_of_nobody", nbytes)
+        open_shared_storage(manager, b"/torch_of_no_one", nbytes)
     arena.close()

@@ -56,7 +56,7 @@ def _work(manager: MultimodalEmbeddingCacheManager, seed: int, barrier: threadin
                 with manager.lease(str(key)) or manager.lease("absent") or _nothing() as lease:
                     if lease is not None:
                         with lease.clone() as clone:
-                            assert clone.embedding.tensor.eq(key).all()
+                            assert clone.tensor.eq(key).all()
                         seen += 1
             case _:
                 manager.drop(str(key))
@@ -90,7 +90,7 @@ def _write_in_place(
         return None
     # Half of the leases are released, half are dropped.
     lease = reservation.commit(dtype=torch.int64, shape=(nbytes // 8,))
-    tensor = lease.embedding.tensor
+    tensor = lease.tensor
     if end == 2:
         lease.release()
     return tensor

@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.cache.traces import REUSE_TRACES, Trace
-from trtllm_mm_cache.cache.miniature import MiniatureCache
 from trtllm_mm_cache.cache.scope import Selection
-from trtllm_mm_cache.cache.what_if import FACTORS, WhatIf
+from trtllm_mm_cache.cache.what_if import FACTORS, MiniatureCache, WhatIf
 
 CAPACITY = 4 * 1024**2  # some 450 entries
 LENGTH = 24_000

@@ -31,13 +31,13 @@ def _ranks(source: random.Random, count: int, alpha: float) -> Iterator[int]:
 
 
 def zipf(seed: int, length: int) -> Trace:
-    """The same pictures are popular all the time."""
+    """The same items are popular all the time."""
     source = random.Random(seed)
     return _sized(source, _ranks(source, 4000, 0.9), length)
 
 
 def scan_polluted(seed: int, length: int) -> Trace:
-    """As `zipf`, but every 500 requests somebody goes through 300 pictures that nobody asks for again."""
+    """As `zipf`, but every 500 requests a client goes through 300 items that are never asked for again."""
     source = random.Random(seed)
 
     def objects() -> Iterator[int]:
@@ -58,13 +58,13 @@ def shifting(seed: int, length: int) -> Trace:
 
 
 def uniform(seed: int, length: int) -> Trace:
-    """Every picture is as likely as every other."""
+    """Every item is as likely as every other."""
     source = random.Random(seed)
     return _sized(source, (source.randrange(4000) for _ in itertools.count()), length)
 
 
 def conversations(seed: int, length: int) -> Trace:
-    """200 chats at a time, each of 8 turns, each turn with the last 5 of the chat's 12 pictures."""
+    """200 chats at a time, each of 8 turns, each turn with the last 5 of the chat's 12 items."""
     source = random.Random(seed)
 
     def objects() -> Iterator[int]:

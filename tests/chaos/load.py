@@ -56,7 +56,7 @@ class Load:
     def probe(self, kind: str) -> None:
         """Ask once more, beside the clients, for what a `kind` of worker serves. Returns at once.
 
-        For an encode worker that is a picture nobody has cached, for a PD worker text, which needs no other.
+        For an encode worker that is an image that is not cached, for a PD worker text, which needs no other.
         """
         question = random.choice(self._pictures) if kind == "encode" else self._questions[0]
         self._threads.submit(self._ask, question, str(uuid.uuid4()), streamed=False)

@@ -58,7 +58,7 @@ def _ending(worker: Service) -> str:
     status = worker.ended()
     if status:
         return f"ended with status {status}"
-    lines = [line for line in worker.log.read_text().splitlines() if "the books" in line]
+    lines = [line for line in worker.log.read_text().splitlines() if ": closed, accounting" in line]
     agree = [line for line in lines if line.endswith("leased 0, reserved 0, quarantined 0")]
     return IN_ORDER if lines and lines == agree else f"its log says at the end: {lines}"
 
@@ -117,5 +117,5 @@ class Report:
         rows += [(f"ended unasked: {who}", str(count)) for who, count in sorted(self.record.aborts.items())]
         rows.append(("leases, extents, exports, READs, requests left", str(self.left_over or 0)))
         agree = sum(said == IN_ORDER for said in self.endings.values())
-        rows.append(("workers whose books agreed at the end", f"{agree} of {len(self.endings)}"))
+        rows.append(("workers whose accounting was consistent at the end", f"{agree} of {len(self.endings)}"))
         return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

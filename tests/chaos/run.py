@@ -4,7 +4,7 @@
 
 One frontend, two PD workers and three encode workers with small caches. Prints its seed and, at the end, a
 table; fails when an answer was wrong, a request failed in a way that docs/failure-modes.md does not list, a
-lease or extent was lost, or the books of a cache do not agree. `make chaos` runs it.
+lease or extent was lost, or the accounting of a cache is inconsistent. `make chaos` runs it.
 """
 
 from __future__ import annotations

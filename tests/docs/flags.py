@@ -18,7 +18,7 @@ ROLES = ("frontend", "encode", "pd", "ask", "drop", "top", "plan")
 def role_flags(role: str) -> frozenset[str]:
     """Return the flags that `trtllm-mm-cache ROLE --help` names."""
     text = subprocess.run(
-        [sys.executable, "-m", "trtllm_mm_cache.cli.main", role, "--help"],
+        [sys.executable, "-m", "trtllm_mm_cache.cli", role, "--help"],
         cwd=ROOT,
         env={**os.environ, "COLUMNS": "200"},
         capture_output=True,

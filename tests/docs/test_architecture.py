@@ -1,4 +1,4 @@
-"""The walk of docs/architecture.md: eight steps, one file each. test_links.py looks whether the files are there."""
+"""The walk of docs/architecture.md: eight steps, one file each, and its tree of folders."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def test_a_plan_needs_no_weights_and_its_cache_holds_the_working_set(
     model_of: ModelFactory, halves_of: Callable[[str], Halves], tmp_path: Path
 ) -> None:
     model = without_weights(model_of("qwen2_vl"), tmp_path / "model")
-    settings = PlanSettings(model=model, images=40, size="120x80")
+    settings = PlanSettings(model_path=model, images=40, size="120x80")
     plan = make_plan(settings)
     embedding = halves_of("qwen2_vl").encode(EncodeItem(picture(1, 120, 80))).tensor
     manager = MultimodalEmbeddingCacheManager(int(plan.capacity_gb * GB))
@@ -85,9 +85,9 @@ def test_the_dtype_is_the_engines(model_of: ModelFactory, tmp_path: Path) -> Non
     args = tmp_path / "encode.yaml"
     args.write_text("embedding_dtype: bfloat16\n")
     model = without_weights(model_of("qwen2_5_vl"), tmp_path / "model", dtype="bfloat16")
-    full = make_plan(PlanSettings(model=model, images=1, size="120x80"))
-    stored = make_plan(PlanSettings(model=model, images=1, size="120x80", extra_engine_args=args))
-    trtllm = make_plan(PlanSettings(model=model, images=1, size="120x80", engine="trtllm"))
+    full = make_plan(PlanSettings(model_path=model, images=1, size="120x80"))
+    stored = make_plan(PlanSettings(model_path=model, images=1, size="120x80", extra_engine_args=args))
+    trtllm = make_plan(PlanSettings(model_path=model, images=1, size="120x80", engine="trtllm"))
     assert full.shape.nbytes == 2 * stored.shape.nbytes == 2 * trtllm.shape.nbytes
 
 
@@ -97,17 +97,17 @@ def test_the_mixture_of_experts_is_sized_as_the_dense_model(model_of: ModelFacto
     config = (experts / "config.json").read_text().replace("qwen3_vl", "qwen3_vl_moe")
     (experts / "config.json").write_text(config)
     plans = [
-        make_plan(PlanSettings(model=model, images=1, size="90x120", engine="trtllm"))
+        make_plan(PlanSettings(model_path=model, images=1, size="90x120", engine="trtllm"))
         for model in (dense, experts)
     ]
     assert plans[0].shape == plans[1].shape
 
 
 def test_the_command_says_the_flag(model_of: ModelFactory) -> None:
-    arguments = ["--model", str(model_of("qwen2_vl")), "--images", "1000", "--size", "1024x768"]
+    arguments = ["--model-path", str(model_of("qwen2_vl")), "--images", "1000", "--size", "1024x768"]
     done = CliRunner().invoke(cli, ["plan", *arguments])
     assert done.exit_code == 0, done.output
-    plan = make_plan(PlanSettings(model=model_of("qwen2_vl"), images=1000, size="1024x768"))
+    plan = make_plan(PlanSettings(model_path=model_of("qwen2_vl"), images=1000, size="1024x768"))
     assert f"--multimodal-embedding-cache-capacity-gb {plan.capacity_gb:g}\n" in done.output
     assert f"{plan.shape.nbytes:,} bytes" in done.output
     fewer = CliRunner().invoke(cli, ["plan", *arguments, "--hit", "0.5"])
@@ -117,7 +117,7 @@ def test_the_command_says_the_flag(model_of: ModelFactory) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model": Path("/none")}, "not a directory"),
+        ({"model_path": Path("/none")}, "not a directory"),
         ({"size": "99999x99999"}, "megapixels"),
         ({"processor_kwargs": "{"}, "not JSON"),
         ({"processor_kwargs": "[1]"}, "must be a JSON object"),
@@ -128,7 +128,7 @@ def test_the_command_says_the_flag(model_of: ModelFactory) -> None:
 )
 def test_what_cannot_be_served_is_named(changes: dict[str, Any], says: str, model_of: ModelFactory) -> None:
     settings = PlanSettings.model_validate(
-        {"model": model_of("qwen2_vl"), "images": 1, "size": "64x64", **changes}
+        {"model_path": model_of("qwen2_vl"), "images": 1, "size": "64x64", **changes}
     )
     with pytest.raises(ConfigurationError, match=says):
         make_plan(settings)

@@ -118,7 +118,8 @@ async def test_close_ends_running_and_waiting_answers(small: Halves) -> None:
         await generator.close()
         answers: list[Answer] = await together(readers)
         assert [answer.finish_reason for answer in answers] == ["cancelled"] * 3
-        assert answers[1].tokens == answers[2].tokens == []
+        # Which one runs is decided by the threads that prepare them.
+        assert sum(bool(answer.tokens) for answer in answers) == 1
         assert computed.value < LONG
     with pytest.raises(IntegrityError, match="closed"):
         await read(generator.generate(request, []))

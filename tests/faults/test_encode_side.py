@@ -83,7 +83,7 @@ def test_an_encode_worker_that_never_answers_meets_the_deadline_and_misses_alone
         wait_until(
             lambda: deployment.pd_metric("trtllm_mm_cache_flights_in_progress") == 1, 10, "no flight began"
         )
-        assert deployment.ask(cached) == cached.answer, "a hit waits for nobody"
+        assert deployment.ask(cached) == cached.answer, "a hit waits for no worker"
         assert deployment.say("Hello")
         with pytest.raises(openai.InternalServerError) as refused:
             waiting.result(ENCODE_TIMEOUT_S + 20)

@@ -27,7 +27,7 @@ _rng = random.Random(1)
 
 
 def answered(deployment: Deployment) -> bool:
-    """Ask about a picture that nobody has seen; return whether there was an answer."""
+    """Ask about a new image; return whether there was an answer."""
     try:
         return bool(deployment.ask(draw(random_scene(_rng)), QUESTION))
     except openai.InternalServerError:

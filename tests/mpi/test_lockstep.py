@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import threading
+from multiprocessing import Pipe
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCa
 from trtllm_mm_cache.engines.ranks import Place, place_in_job
 from trtllm_mm_cache.engines.registry import load_engine
 from trtllm_mm_cache.engines.transformers.lockstep import Limits, Work
+from trtllm_mm_cache.engines.transformers.peers import Peers
 from trtllm_mm_cache.engines.transformers.tensor_parallel import check_divisible
 from trtllm_mm_cache.errors import ConfigurationError
 
@@ -50,6 +55,37 @@ def test_a_request_for_other_ranks_holds_no_embedding() -> None:
     assert work.embeddings[0].shape == (4096, 2048)
     lease.release()
     cache.close()
+
+
+class CountedPeers(Peers):
+    """Takes note of a peer that says nothing, instead of ending the process."""
+
+    silences = 0
+
+    def lose(self, what: str) -> NoReturn:
+        self.silences += 1
+        raise TimeoutError(what)
+
+
+def test_a_wait_for_a_peer_ends_at_its_deadline() -> None:
+    """Again and again: `queue.SimpleQueue` waits for ever if its lock is free and the deadline soon over."""
+    ours, theirs = Pipe()
+    peers = CountedPeers(1, {0: ours})
+
+    def wait_often() -> None:
+        for number in range(40_000):
+            theirs.send(number)
+            assert peers.receive(10) == number
+            with contextlib.suppress(TimeoutError):
+                peers.receive(1e-6)
+
+    waiting = threading.Thread(target=wait_often, daemon=True)
+    waiting.start()
+    waiting.join(60)
+    assert peers.silences == 40_000, "a wait did not end"
+    peers.announce_end()
+    theirs.close()
+    assert peers.wait_gone(10)
 
 
 def test_a_model_without_a_plan_is_refused(tmp_path: Path) -> None:

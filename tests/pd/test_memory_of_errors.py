@@ -67,7 +67,7 @@ async def fail(worker: PdWorker, *references: str) -> None:
 
 
 async def down_to(nbytes: int) -> None:
-    """Wait until a thread that is about to let go of its last variable has done so; without the collector."""
+    """Wait for a thread that is about to drop its last variable; the collector does not run."""
     try:
         async with asyncio.timeout(10):
             while tracemalloc.get_traced_memory()[0] > nbytes:

@@ -1,7 +1,7 @@
 """Tenants by `cache_salt`: nothing that a request shows tells whether another tenant's image is cached.
 
 Each test asks twice, from a tenant that has never seen a picture: once where another tenant has it (in the
-cache, in a flight, in the HTTP cache), once where nobody has. Everything countable must be the same.
+cache, in a flight, in the HTTP cache), once where none has. Everything countable must be the same.
 """
 
 from __future__ import annotations

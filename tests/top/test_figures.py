@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from trtllm_mm_cache.observability.cache_readings import arena_readings, cache_readings
-from trtllm_mm_cache.observability.exposition import Exposition
 
 from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cli.top.figures import cache_figures
-from trtllm_mm_cache.cli.top.scrape import Scrape, Span, quantile
+from trtllm_mm_cache.cli.top.scrape import Interval, Scrape, quantile
+from trtllm_mm_cache.observability.cache_metrics import CacheCollector
+from trtllm_mm_cache.observability.metrics import Exposition
 from trtllm_mm_cache.pd.metrics import PdMetrics
 
 TTFT = "trtllm_mm_cache_time_to_first_token_seconds"
@@ -23,12 +23,8 @@ class Pd:
     def __init__(self) -> None:
         self.cache = MultimodalEmbeddingCacheManager(4096)
         self.metrics = PdMetrics()
-        labels = {"dynamo_component": "pd", "model": "m"}
-        self.exposition = Exposition(self._read, labels, self.metrics.registry)
-
-    def _read(self) -> list[object]:
-        stats = self.cache.statistics()
-        return [*cache_readings(stats), *arena_readings({"cache": stats})]
+        self.metrics.registry.register(CacheCollector({"cache": self.cache}))
+        self.exposition = Exposition(self.metrics.registry, {"dynamo_component": "pd", "model": "m"})
 
     def look_up(self, key: str) -> None:
         hit = self.cache.get(key) is not None
@@ -49,7 +45,7 @@ def test_ratios_rates_and_latencies_are_those_of_the_span() -> None:
     before = pd.scrape(10.0)
     for key in "hhhi":
         pd.look_up(key)
-    figures = cache_figures([Span(pd.scrape(12.0), before)])
+    figures = cache_figures([Interval(pd.scrape(12.0), before)])
     assert figures.hit_ratio == figures.byte_hit_ratio == 0.75
     assert figures.hit_ratio_since_start == 3 / 12
     assert figures.requests_per_s == 2
@@ -66,7 +62,7 @@ def test_ratios_rates_and_latencies_are_those_of_the_span() -> None:
 
 def test_without_traffic_there_is_no_ratio() -> None:
     scrape = Pd().scrape(0.0)
-    figures = cache_figures([Span(scrape, scrape)])
+    figures = cache_figures([Interval(scrape, scrape)])
     assert figures.hit_ratio is figures.byte_hit_ratio is figures.requests_per_s is None
 
 
@@ -76,9 +72,9 @@ def test_a_restarted_worker_counts_from_zero() -> None:
         old.look_up("a")
     for _ in range(2):
         new.look_up("a")
-    span = Span(new.scrape(2.0), old.scrape(1.0))
-    assert span.gained("dynamo_component_embedding_cache_hits_total") == 1
-    assert span.gained("trtllm_mm_cache_requests_total") == 2
+    interval = Interval(new.scrape(2.0), old.scrape(1.0))
+    assert interval.gained("dynamo_component_embedding_cache_hits_total") == 1
+    assert interval.gained("trtllm_mm_cache_requests_total") == 2
 
 
 def test_workers_are_added_up() -> None:
@@ -86,7 +82,7 @@ def test_workers_are_added_up() -> None:
     for key in "aa":
         one.look_up(key)
     other.look_up("a")
-    figures = cache_figures([Span(one.scrape(1.0)), Span(other.scrape(1.0))])
+    figures = cache_figures([Interval(one.scrape(1.0)), Interval(other.scrape(1.0))])
     assert figures.hit_ratio == pytest.approx(1 / 3)
     assert figures.entries == 2
 
@@ -100,6 +96,6 @@ def test_quantiles_are_prometheuss(seconds: list[float], share: float, expected:
     pd = Pd()
     for each in seconds:
         pd.metrics.first_token.labels("hit").observe(each)
-    found = quantile([Span(pd.scrape(0.0))], share, TTFT, kind="hit")
+    found = quantile([Interval(pd.scrape(0.0))], share, TTFT, kind="hit")
     assert found == (None if expected is None else pytest.approx(expected))
     assert found is None or math.isfinite(found)

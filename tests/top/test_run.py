@@ -85,10 +85,10 @@ def test_as_many_frames_as_asked_for(port: Port, capsys: pytest.CaptureFixture[s
 def test_a_worker_that_is_away_is_named_and_the_others_are_shown(
     port: Port, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    nobody = f"127.0.0.1:{free_port()}"
-    run_top(settings(nobody, port.address))
+    nowhere = f"127.0.0.1:{free_port()}"
+    run_top(settings(nowhere, port.address))
     output = capsys.readouterr().out
-    assert f"away: {nobody}: ConnectError" in output
+    assert f"away: {nowhere}: ConnectError" in output
     assert "PD workers 1" in output
 
 

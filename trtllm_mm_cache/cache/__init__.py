@@ -1,8 +1,8 @@
 """The cache core: keys, the arena, the manager with its leases and reservations, single flight.
 
-Pure: no sockets, no engine, no event loop but in `flight`. `key` says what an embedding is, `arena` owns the bytes,
-`manager` decides what stays in them, `eviction` in which order they go, `flight` makes sure each is
-produced once at a time.
+Pure: no sockets, no engine, no event loop but in `flight`. `key` says what an embedding is, `arena` owns
+the bytes, `manager` decides what stays in them, `eviction` in which order they go, `flight` makes sure that
+each is produced once at a time.
 
 To use it elsewhere, take this folder and `errors.py`, which is all of this project that it imports
 (import-linter holds it to that); besides it wants torch, NumPy, sortedcontainers and blake3::

@@ -33,7 +33,8 @@ class CachedEmbedding(NamedTuple):
 
     `tensor` is `[rows, width]`; what `get` returns is a view into the arena on the CPU that stays valid as
     long as the tensor, or anything derived from it without a copy, is alive. The other fields are kept as
-    they were given; of an entry that was committed with `EmbeddingMetadata`, `image_grid_thw` is its grid.
+    they were given; of an entry that was committed with `EmbeddingMetadata`, `image_grid_thw` is its grid as
+    the only row.
     """
 
     tensor: torch.Tensor

@@ -11,7 +11,7 @@ _PENDING_STATES = (EntryState.RESERVED, EntryState.QUARANTINED)
 
 
 def check_ledger(ledger: Ledger) -> None:
-    """Raise `IntegrityError` unless extents are disjoint, each has an entry or a move, and counters are right.
+    """Raise `IntegrityError` unless extents are disjoint, each is an entry's or a move's, and counters right.
 
     O(n): for tests and for a look at a running worker, not for every operation.
     """

@@ -265,7 +265,7 @@ class Ledger:
     def hand_out(self, entry: Entry) -> CachedEmbedding:
         """Return the embedding as a tensor that pins the entry for as long as it has an alias."""
         grid = entry.metadata.grid_thw
-        fields = entry.dynamo_fields or ((None if grid is None else list(grid)),)
+        fields = entry.dynamo_fields or (None if grid is None else [list(grid)],)
         return CachedEmbedding(self.hand_out_tensor(entry), *fields)
 
     def hand_out_tensor(self, entry: Entry) -> torch.Tensor:

@@ -159,7 +159,7 @@ def _longest_run_takes(ledger: Ledger, nbytes: int) -> bool:
 
 
 def _begin_move(ledger: Ledger, nbytes: int) -> Move | None:
-    """Begin the cheapest move that makes a hole of `nbytes` bytes; None, with nothing changed, if none does."""
+    """Begin the cheapest move that makes a hole of `nbytes` bytes; None, and no change, if none does."""
     extents = ledger.arena.extents
     if extents.free_bytes < aligned(nbytes):
         return None

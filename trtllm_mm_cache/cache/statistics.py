@@ -60,9 +60,8 @@ class CacheStatistics:
     `entries`/`current_bytes` count what look-ups find, `leased_*` the part of it that has holders (a move
     under way is one), `withdrawn_*` what no look-up finds any more and still has holders. Hits, misses,
     evictions, drops, moves (of entries, to make a hole) and their bytes count since the start, as does
-    `forgotten`: reservations that were garbage-collected open. `eviction_ages` tells how long evicted entries had
-    been visible.
-    `queues` are those of the eviction policy named `policy`.
+    `forgotten`: reservations that were garbage-collected open. `eviction_ages` tells how long evicted
+    entries had been visible. `queues` are those of the eviction policy named `policy`.
     """
 
     entries: int

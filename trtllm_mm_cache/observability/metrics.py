@@ -94,7 +94,7 @@ def histogram(
 class Exposition:
     """Renders everything in `registry` with `labels` added to every sample. Thread-safe.
 
-    Families of one name that several collectors yield become one; `_created` samples, which nobody charts,
+    Families of one name that several collectors yield become one; `_created` samples, which no chart uses,
     are left out.
     """
 

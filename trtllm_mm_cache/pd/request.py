@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
 from trtllm_mm_cache.cache.key import Kind
 from trtllm_mm_cache.engines.base import GenerationRequest, SamplingParams
 from trtllm_mm_cache.errors import InvalidRequestError
-from trtllm_mm_cache.runtime.json_bounds import PROCESSOR_KWARGS
+from trtllm_mm_cache.runtime.processor_kwargs import check_processor_kwargs
 
 _Integer = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**64)]
 _TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
@@ -122,11 +122,11 @@ def _processor_kwargs(request: _Request, extra: Mapping[str, Any]) -> Mapping[st
         if kwargs is None:
             continue
         try:
-            PROCESSOR_KWARGS.check(kwargs)
+            checked = check_processor_kwargs(kwargs)
         except ValueError as error:
             raise InvalidRequestError(f"mm_processor_kwargs: {error}") from None
-        if kwargs:
-            return cast("Mapping[str, Any]", kwargs)
+        if checked:
+            return checked
     return {}
 
 

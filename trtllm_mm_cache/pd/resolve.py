@@ -138,7 +138,7 @@ class ItemResolver:
             description = ItemDescription(info.width, info.height, processor_kwargs, variant, reference.kind)
             key = await self._key(media, description, scope)
             item = MissingItem(key, media, description, scope, watch)
-            del media, watch  # the item's now, which may let go of them
+            del media, watch  # the item's now, which may forget them
             looked_up = time.perf_counter()
             with span("lookup") as current:
                 found = await self._find(item)

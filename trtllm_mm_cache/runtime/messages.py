@@ -18,7 +18,7 @@ from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.cache.key import Kind
 from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.errors import MmCacheError, ProtocolMismatchError, from_wire
-from trtllm_mm_cache.runtime.json_bounds import PROCESSOR_KWARGS, JsonBounds
+from trtllm_mm_cache.runtime.processor_kwargs import check_processor_kwargs
 
 PROTOCOL_VERSION: Final = 2
 
@@ -33,15 +33,8 @@ _TUPLES = ("shape", "grid_thw")
 _Side = Annotated[int, Field(gt=0, lt=2**31)]
 
 SaltTag = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+ProcessorKwargs = Annotated[dict[str, Any], AfterValidator(check_processor_kwargs)]
 HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-def _within(bounds: JsonBounds) -> AfterValidator:
-    def check(value: dict[str, Any]) -> dict[str, Any]:
-        bounds.check(value)
-        return value
-
-    return AfterValidator(check)
 
 
 class Message(BaseModel):
@@ -65,7 +58,9 @@ class EncodeRequest(Message):
     key: HexDigest
     kind: Kind = "image"
     media: bytes = Field(max_length=MAX_MEDIA_BYTES)
-    processor_kwargs: Annotated[dict[str, Any], _within(PROCESSOR_KWARGS)] = Field(default_factory=dict)
+    processor_kwargs: Annotated[dict[str, Any], AfterValidator(check_processor_kwargs)] = Field(
+        default_factory=dict
+    )
     variant: str = Field("", max_length=64)
     retain: bool = True
     fresh: bool = False

@@ -2,7 +2,7 @@
 
 A process that stands still for longer than its entry lives (10 s: stopped, suspended, starved) is taken off
 the list. With files Dynamo 1.6.1 notices that its entry has gone, says so every few seconds, and never makes
-another: the worker would serve nobody until it is restarted. So it looks for itself, and registers again.
+another: the worker would get no request until it is restarted. So it looks for itself, and registers again.
 With etcd Dynamo ends the runtime of a worker that cannot renew its lease: the process ends, with an error.
 """
 

@@ -9,16 +9,24 @@ whoever passes a handle on counts one more for each process that opens it by tor
 `rebuild_storage_filename`, which takes it off again. The file's name goes when the count reaches zero, so a
 handle that is opened more often than counted would take the name away from those that come later.
 `OpenArenas` maps each arena once and takes nothing off.
+
+An opener that was counted and never opens leaves the count one higher for ever, and the count is an `int32`.
+So handles raise it no further than `MOST_OPENERS`; there each that opens still takes one off, and the next
+handle puts it on again.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass
 
 import torch
 
-from trtllm_mm_cache.cache.arena.region import open_shared_storage
+from trtllm_mm_cache.cache.arena.region import HEADER_BYTES, open_shared_storage
+
+MOST_OPENERS = 2**30
+"""Half of what torch's count can hold: the rest is for those that count at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +51,8 @@ class Handle:
         """
         storage = tensor.untyped_storage()
         manager, file, nbytes = storage._share_filename_cpu_()
-        for _ in range(openers):
+        count = ctypes.c_int32.from_address(storage.data_ptr() - HEADER_BYTES)
+        for _ in range(min(openers, MOST_OPENERS - count.value)):
             storage._shared_incref()  # type: ignore[no-untyped-call]
         offset = int(tensor.storage_offset()) * tensor.element_size()
         return cls(manager, file, nbytes, offset, tensor.dtype, tuple(tensor.shape))

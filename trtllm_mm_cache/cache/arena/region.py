@@ -1,4 +1,4 @@
-"""One storage in file-system shared memory, committed and prefaulted before anybody uses it.
+"""One storage in file-system shared memory, committed and prefaulted before its first use.
 
 torch makes the storage (so that views of it can be handed to other processes as handles), names its file
 `/torch_...` and starts one helper process, which unlinks the file when the last process that has it is
@@ -26,6 +26,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -34,9 +35,12 @@ from trtllm_mm_cache.errors import SharedMemoryError
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _MANAGER_ATTEMPTS = 10
 _NO_ANSWER = "Shared memory manager connection has timed out"
-_HEADER_BYTES = 64
+HEADER_BYTES = 64
+"""What torch keeps before a shared storage's data: the count of its openers, an `int32`, comes first."""
 _MADV_POPULATE_WRITE = 23
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -59,7 +63,7 @@ def create_shared_storage(nbytes: int, *, prefault: bool = True) -> torch.Untype
     remove_leftovers()
     _check_free_space(nbytes)
     try:
-        storage = _patiently(lambda: torch.UntypedStorage._new_using_filename_cpu(nbytes))
+        storage = patiently(lambda: torch.UntypedStorage._new_using_filename_cpu(nbytes))
     except RuntimeError as error:
         if os.strerror(errno.ENOSPC) in str(error):
             raise _too_small(nbytes) from error
@@ -84,15 +88,15 @@ def open_shared_storage(manager: bytes, file: bytes, nbytes: int) -> torch.Untyp
     Raises `SharedMemoryError` when it cannot be mapped, for example because its process is gone.
     """
     try:
-        return _patiently(lambda: torch.UntypedStorage._new_shared_filename_cpu(manager, file, nbytes))
+        return patiently(lambda: torch.UntypedStorage._new_shared_filename_cpu(manager, file, nbytes))
     except RuntimeError as error:
         raise SharedMemoryError(
             f"another process's {_mib(nbytes)} of shared memory could not be mapped"
         ) from error
 
 
-def _patiently(ask_manager: Callable[[], torch.UntypedStorage]) -> torch.UntypedStorage:
-    """Ask torch's helper process once more when it has not answered.
+def patiently(ask_manager: Callable[[], T]) -> T:
+    """Return what `ask_manager` returns; call it once more when torch's helper process has not answered it.
 
     torch gives it one second, which a machine with busy cores may need more than once. A request that
     went unanswered has mapped nothing, and what the helper noted of it ends with this process.
@@ -132,7 +136,7 @@ def _free_bytes() -> int:
 
 
 def _check_free_space(nbytes: int) -> None:
-    if nbytes + _HEADER_BYTES + _PAGE > _free_bytes():
+    if nbytes + HEADER_BYTES + _PAGE > _free_bytes():
         raise _too_small(nbytes)
 
 
@@ -155,8 +159,8 @@ def _commit(descriptor: int, nbytes: int) -> None:
 
 
 def _populate(storage: torch.UntypedStorage) -> None:
-    start = storage.data_ptr() - _HEADER_BYTES
-    if _libc.madvise(start, storage.nbytes() + _HEADER_BYTES, _MADV_POPULATE_WRITE) == 0:
+    start = storage.data_ptr() - HEADER_BYTES
+    if _libc.madvise(start, storage.nbytes() + HEADER_BYTES, _MADV_POPULATE_WRITE) == 0:
         return
     number = ctypes.get_errno()
     if number != errno.EINVAL:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncGenerator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class TransformersGenerator:
             raise
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
         self._streams: set[TokenStream] = set()
+        self._closed = False
 
     def _load(self, model_path: Path, args: TransformersEngineArgs) -> None:
         config, self._architecture = read_config(model_path)
@@ -119,11 +120,17 @@ class TransformersGenerator:
         token and returns when it has stopped, at most one forward pass later. A second cancellation
         does not wait for that; the computation's views keep the embeddings in place until it ends.
         """
-        prepared = await asyncio.to_thread(self._prepare, request, leases)
+        if self._closed:
+            raise IntegrityError("a request came to a generator that is closed")
         stream = TokenStream()
         self._streams.add(stream)
         try:
-            work = self._submit(prepared, stream)
+            prepared = await asyncio.to_thread(self._prepare, request, leases)
+            if stream.cancelled:  # the generator was closed meanwhile
+                yield TokenDelta((), prepared.prompt_tokens, "cancelled")
+                return
+            work = self._executor.submit(self._compute, prepared, stream)
+            work.add_done_callback(stream.end)
             try:
                 finish_reason: FinishReason | None = None
                 while finish_reason is None:
@@ -147,22 +154,18 @@ class TransformersGenerator:
 
     async def close(self) -> None:
         """Cancel what runs and what waits, and free the model once the thread has left it."""
+        self._closed = True
         for stream in self._streams:
             stream.cancel()
-        await asyncio.to_thread(self._executor.shutdown, wait=True, cancel_futures=True)
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self._executor.shutdown)
         await asyncio.to_thread(self._ranks.close)
         self._model = None
 
-    def _submit(self, prepared: PreparedRequest, stream: TokenStream) -> Future[FinishReason]:
-        try:
-            work = self._executor.submit(self._compute, prepared, stream)
-        except RuntimeError as error:
-            raise IntegrityError("a request came to a generator that is closed") from error
-        work.add_done_callback(stream.end)
-        return work
-
     def _compute(self, prepared: PreparedRequest, stream: TokenStream) -> FinishReason:
         """Run in the computing thread: emit tokens into `stream` and return why they ended."""
+        if stream.cancelled:
+            return "cancelled"
         sampling = prepared.sampling
         eos_token_ids = () if sampling.ignore_eos else self._eos_token_ids
         stop_token_ids = [*eos_token_ids, *sampling.stop_token_ids]

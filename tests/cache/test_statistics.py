@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from trtllm_mm_cache.cache.ages import AGE_BOUNDS_S
 from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
+from trtllm_mm_cache.cache.statistics import AGE_BOUNDS_S
 
 NBYTES = 4096
 
