@@ -19,12 +19,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.media.conftest import check_politeness
-from tests.workers import test_protocol, test_request
+from tests.pd import test_request
+from tests.runtime import test_messages
 from trtllm_mm_cache.errors import InvalidRequestError, MmCacheError, ProtocolMismatchError, TransferError
-from trtllm_mm_cache.media import MediaSettings, decode_image, probe_image
+from trtllm_mm_cache.media import decode_image, probe_image
 from trtllm_mm_cache.media.data_url import decode_data_url
 from trtllm_mm_cache.pd.request import parse_request
 from trtllm_mm_cache.runtime.messages import EncodeFault, EncodeReady, EncodeRequest, parse, parse_answer
+from trtllm_mm_cache.settings import ImageLimits
 from trtllm_mm_cache.transfer import PeerMetadata
 
 # In the service Pillow's warnings are dropped; here pytest would turn them into errors.
@@ -32,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
 SECONDS = 5
-LIMITS = MediaSettings(max_image_pixels=1_000_000, max_file_size_bytes=1_000_000)
+LIMITS = ImageLimits(max_image_megapixels=1, max_file_size_mb=1)
 MEMORY = 64 * 1024**2
 
 CORPUS = {path.name: path.read_bytes() for path in sorted((Path(__file__).parent / "corpus").iterdir())}
@@ -149,18 +151,18 @@ def test_requests(payload: Any) -> None:
 
 
 @fuzz
-@given(damaged(test_protocol.request()) | values)
+@given(damaged(test_messages.request()) | values)
 def test_what_a_pd_worker_asks(payload: Any) -> None:
     outcome((ProtocolMismatchError,), lambda: parse(EncodeRequest, payload))
 
 
 @fuzz
-@given(damaged(test_protocol.ready()) | values)
+@given(damaged(test_messages.ready()) | values)
 def test_what_an_encode_worker_answers(payload: Any) -> None:
     outcome((ProtocolMismatchError,), lambda: parse(EncodeReady, payload))
 
 
-FAULT = {"version": 1, "status": "error", "code": "invalid_image", "message": "truncated"}
+FAULT = {"version": 2, "status": "error", "code": "invalid_image", "message": "truncated"}
 
 
 @fuzz

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ from prometheus_client.registry import Collector
 from trtllm_mm_cache.engines.base import EncodedItem
 from trtllm_mm_cache.errors import EncodeFailedError, MmCacheError
 from trtllm_mm_cache.observability.metrics import BATCH_ITEMS, STEP_SECONDS, counter, gauge, histogram
+
+logger = logging.getLogger(__name__)
 
 EncodeBatch = Callable[[Sequence[Any]], list[EncodedItem | MmCacheError]]
 
@@ -128,19 +131,20 @@ class MicroBatcher(Collector):
             self._running = None
 
     def _encode_all(self, prepared: list[Any]) -> list[EncodedItem | MmCacheError]:
+        """Run the tower. What it raises becomes one error for each caller: a shared one collects frames."""
         try:
             results = self._encode(prepared)
         except MmCacheError as error:
-            return [error.with_traceback(None)] * len(prepared)
-        except Exception as error:  # noqa: BLE001 - an engine may raise anything; every caller must hear of it
-            failure = EncodeFailedError(f"the vision tower failed: {type(error).__name__}")
-            # The frames of its traceback hold the batch; what it says is enough for the log.
-            failure.__cause__ = error.with_traceback(None)
-            return [failure] * len(prepared)
+            return [type(error)(error.message) for _ in prepared]
+        except Exception as error:
+            # Logged here and not passed on: a result that led to its traceback, and so to the frame of the
+            # executor that holds the results, would keep the batch until the cyclic collector runs.
+            logger.exception("the vision tower failed on a batch of %d images", len(prepared))
+            text = f"the vision tower failed: {type(error).__name__}"
+            return [EncodeFailedError(text) for _ in prepared]
         if len(results) != len(prepared):
-            return [
-                EncodeFailedError(f"the vision tower gave {len(results)} results for {len(prepared)} images")
-            ] * len(prepared)
+            text = f"the vision tower gave {len(results)} results for {len(prepared)} images"
+            return [EncodeFailedError(text) for _ in prepared]
         return results
 
     def _deliver(
@@ -151,11 +155,7 @@ class MicroBatcher(Collector):
             if isinstance(result, MmCacheError):
                 self.failures += 1
                 if not entry.result.done():
-                    # Each caller an error of its own: a shared one would collect every caller's frames.
-                    error = type(result)(result.message)
-                    error.__cause__ = result.__cause__
-                    entry.result.set_exception(error)
-                    del error
+                    entry.result.set_exception(result)
                 continue
             self.items += 1
             self._seconds.observe(seconds)

@@ -14,7 +14,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -54,7 +54,7 @@ class EncodeJob:
     """One item to encode. `fresh`: an embedding that lies in the arena already will not do."""
 
     key: str
-    media: bytes
+    media: bytes = field(repr=False)
     processor_kwargs: Mapping[str, Any]
     variant: str
     scope: Scope
@@ -125,6 +125,7 @@ class EncodePipeline:
     async def encode(self, job: EncodeJob) -> tuple[Lease, Origin]:
         """Return a lease on the embedding of `job`, which the caller releases, and where it came from.
 
+        A job that joins a flight is not charged to the queue, and its media are not held while it waits.
         Raises `RequestError` for what is wrong with the item, `EncodeError` for what is wrong here.
         """
         watch = self._drops.watch(job.scope.tag)
@@ -133,6 +134,8 @@ class EncodePipeline:
         origin: Origin = "cached"
         lease = self._manager.lease(job.key)
         if lease is None:
+            if job.key in self.flights:
+                job = replace(job, media=b"")
             lease, joined = await self.flights.run(job.key, partial(self._make, job, watch))
             origin = "joined" if joined else "encoded"
         if not job.scope.retain:
@@ -194,7 +197,7 @@ class EncodePipeline:
             reservation = self._manager.reserve(job.key, nbytes, owner="encode worker", tag=job.scope.tag)
         except ArenaFullError as error:
             raise EncodeOverloadedError(
-                "every byte of the encode worker's arena is waiting for a PD worker's READ; retry in a "
+                "every byte of the encode worker's arena is leased until a PD worker's READ; retry in a "
                 "moment, or give the encode worker a larger arena"
             ) from error
         try:

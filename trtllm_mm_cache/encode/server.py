@@ -41,42 +41,42 @@ class EncodeServer:
 
     async def handle(self, payload: Any, context: RequestContext) -> AsyncIterator[dict[str, Any]]:
         """Answer one call with one message: `EncodeReady` or `EncodeFault`."""
+        answer: EncodeReady | EncodeFault
         try:
-            ready = await self._ready(payload, context)
+            request = parse(EncodeRequest, payload)
+            self._check_fingerprint(request)
+            parent = remote_parent(request.trace_headers)
+            with span("encode_request", parent=parent, kind=SpanKind.SERVER) as current:
+                async with stopped_with(context):
+                    embedding = self._pipeline.encode(_job(request))
+                    # The media are the pipeline's alone: it knows until when it needs them.
+                    del payload, request
+                    answer = await self._export(*await embedding)
+                current.set_attributes({"origin": answer.origin, "bytes": answer.nbytes})
         except RequestStoppedError:
             return
         except MmCacheError as error:
             self._record(error, context)
-            fault = EncodeFault.of(error)
+            answer = EncodeFault.of(error)
         else:
             if context.is_stopped():  # what is sent now is dropped on the way, and will not be READ
-                self._exporter.release(ready.token)
+                self._exporter.release(answer.token)
                 return
-            self._metrics.delivered(ready.origin, encode_seconds=ready.encode_seconds)
-            yield ready.model_dump()
-            return
-        yield fault.model_dump()
+            self._metrics.delivered(answer.origin, encode_seconds=answer.encode_seconds)
+        # After the block of the error: this may wait here for the caller, and must not keep it.
+        yield answer.model_dump()
 
     async def drop(self, request: DropRequest) -> DropReport:
         """Drop what is stored, and retain nothing of it that is being encoded now."""
         dropped = self._pipeline.drop(request.selection)
         return DropReport(entries=dropped.entries, nbytes=dropped.nbytes)
 
-    async def _ready(self, payload: Any, context: RequestContext) -> EncodeReady:
-        request = parse(EncodeRequest, payload)
-        del payload
+    def _check_fingerprint(self, request: EncodeRequest) -> None:
         if request.fingerprint != self._pipeline.fingerprint:
             raise ProtocolMismatchError(
                 "the PD worker and the encode worker run different models, engines or stored dtypes; "
                 "start both with the same --model-path, --engine and embedding dtype"
             )
-        parent = remote_parent(request.trace_headers)
-        with span("encode_request", parent=parent, kind=SpanKind.SERVER) as current:
-            async with stopped_with(context):
-                lease, origin = await self._pipeline.encode(_job(request))
-                ready = await self._export(lease, origin)
-            current.set_attributes({"origin": ready.origin, "bytes": ready.nbytes})
-        return ready
 
     async def _export(self, lease: Lease, origin: Origin) -> EncodeReady:
         metadata, dtype = lease.metadata, str(lease.dtype).removeprefix("torch.")

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from dynamo.runtime import Context
 from PIL import Image
 
+from tests.encode.bench import Bench, running
 from tests.media import images
 from tests.media.conftest import check_politeness
-from tests.media.images import picture, saved
-from tools.tiny_models import make_tiny_model
-from trtllm_mm_cache.cache.key import embedding_key
-from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
-from trtllm_mm_cache.encode.server import EncodeWorker
+from tests.media.images import LIMITS, noise, saved
 from trtllm_mm_cache.engines.base import EncodeItem
-from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, TransformersVisionEncoder
+from trtllm_mm_cache.engines.transformers import TransformersVisionEncoder
 from trtllm_mm_cache.errors import (
     EncodeFailedError,
     InvalidImageError,
@@ -30,70 +25,22 @@ from trtllm_mm_cache.errors import (
     ProtocolMismatchError,
     UnsupportedMediaError,
 )
-from trtllm_mm_cache.media import MediaSettings, decode_image
-from trtllm_mm_cache.runtime.messages import EncodeReady, parse_answer
-from trtllm_mm_cache.settings import EncodeSettings
-from trtllm_mm_cache.transfer import Exporter, TransferAgent
+from trtllm_mm_cache.media import decode_image
+from trtllm_mm_cache.runtime.messages import EncodeReady
+from trtllm_mm_cache.settings import ImageLimits
 
 load_image = pytest.importorskip("transformers.image_utils").load_image
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> TransformersVisionEncoder:
-    model: Path = make_tiny_model("llava", tmp_path_factory.mktemp("model") / "llava")
-    return TransformersVisionEncoder(model, TransformersEngineArgs(device="cpu", torch_threads=1))
-
-
-class Bench:
-    """An encode worker as a PD worker meets it: one message in, one message out."""
-
-    def __init__(
-        self, worker: EncodeWorker, manager: MultimodalEmbeddingCacheManager, fingerprint: str
-    ) -> None:
-        self.worker = worker
-        self.manager = manager
-        self.fingerprint = fingerprint
-
-    async def call(self, media: bytes, /, **changes: Any) -> EncodeReady:
-        key = embedding_key(media, fingerprint=self.fingerprint).hex
-        payload = {"version": 1, "fingerprint": self.fingerprint, "key": key, "media": media} | changes
-        (answer,) = [each async for each in self.worker.handle(payload, Context("test"))]
-        return parse_answer(answer)
-
-    def embedding(self, ready: EncodeReady) -> torch.Tensor:
-        lease = self.manager.lease(ready.key)
-        assert lease is not None
-        tensor = lease.embedding.tensor.clone()
-        lease.release()
-        return tensor
-
-
-@asynccontextmanager
-async def running(encoder: TransformersVisionEncoder, **settings: Any) -> AsyncIterator[Bench]:
-    agent = await TransferAgent.start()
-    manager = MultimodalEmbeddingCacheManager(4 * 1024**2)
-    await agent.register(manager.arena.base_address, manager.arena.capacity_bytes)
-    exporter = Exporter(agent, lease_timeout_s=30)
-    settings = {"model_path": "unused", "max_batch_images": 64, "max_batch_wait_ms": 50} | settings
-    worker = EncodeWorker(encoder, manager, exporter, agent.metadata, EncodeSettings(**settings))
-    yield Bench(worker, manager, encoder.fingerprint)
-    await worker._flights.close()  # not the worker: it would free the model of the other tests
-    await worker._batcher.close()
-    worker._threads.shutdown()
-    await agent.close(deadline_s=0.1)
-    manager.check_integrity()
-    manager.close()
-
-
 @pytest.fixture
 async def bench(encoder: TransformersVisionEncoder) -> AsyncIterator[Bench]:
-    async with running(encoder) as started:
+    async with running(encoder, capacity_bytes=4 * 1024**2, max_batch_images=64) as started:
         yield started
 
 
 HOSTILE: dict[str, tuple[bytes, type[MmCacheError]]] = {
     "empty": (b"", InvalidImageError),
-    "truncated": (saved(picture(), "JPEG")[:300], InvalidImageError),
+    "truncated": (saved(noise(), "JPEG")[:300], InvalidImageError),
     "bomb, png": (images.png_bomb(30_000, 30_000), MediaTooLargeError),
     "bomb, jpeg": (images.jpeg_of_size(65_500, 65_500), MediaTooLargeError),
     "bomb, webp": (images.webp_canvas(1 << 24, 1 << 24), MediaTooLargeError),
@@ -108,34 +55,34 @@ HOSTILE: dict[str, tuple[bytes, type[MmCacheError]]] = {
 async def test_hostile_images_spoil_no_other_of_their_micro_batch(
     bench: Bench, encoder: TransformersVisionEncoder
 ) -> None:
-    honest = [saved(picture(seed=seed), "PNG") for seed in range(6)]
-    images = [
+    honest = [saved(noise(seed=seed), "PNG") for seed in range(6)]
+    files = [
         media
         for pair in zip(honest, [hostile for hostile, _ in HOSTILE.values()], strict=False)
         for media in pair
     ]
-    images += [hostile for hostile, _ in list(HOSTILE.values())[len(honest) :]]
-    results = await asyncio.gather(*(bench.call(media) for media in images), return_exceptions=True)
-    outcomes = dict(zip(images, results, strict=True))
+    files += [hostile for hostile, _ in list(HOSTILE.values())[len(honest) :]]
+    results = await asyncio.gather(*(bench.call(media) for media in files), return_exceptions=True)
+    outcomes = dict(zip(files, results, strict=True))
     for media, kind in HOSTILE.values():
         assert type(outcomes[media]) is kind
         check_politeness(outcomes[media])
     for media in honest:
         ready = outcomes[media]
         assert isinstance(ready, EncodeReady)
-        image = decode_image(media, MediaSettings())
+        image = decode_image(media, LIMITS)
         (alone,) = encoder.encode([encoder.preprocess(EncodeItem(image))])
         assert not isinstance(alone, MmCacheError)
         torch.testing.assert_close(bench.embedding(ready), alone.tensor, rtol=1e-4, atol=1e-5)
     assert len(bench.manager.keys()) == len(honest), "nothing hostile is kept"
-    assert bench.worker._batcher.statistics().images == len(honest)
+    assert bench.pipeline.batcher.items == len(honest)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 async def test_an_oriented_photograph_is_encoded_as_the_models_own_loader_turns_it(
     bench: Bench, encoder: TransformersVisionEncoder, orientation: int, tmp_path: Path
 ) -> None:
-    photograph = saved(picture(size=(48, 24), seed=orientation), "JPEG", exif=images.exif(orientation))
+    photograph = saved(noise(size=(48, 24), seed=orientation), "JPEG", exif=images.exif(orientation))
     (tmp_path / "photograph.jpg").write_bytes(photograph)
     expected = encoder.encode([encoder.preprocess(EncodeItem(load_image(str(tmp_path / "photograph.jpg"))))])
     first, again = [await bench.call(photograph) for _ in range(2)]
@@ -148,15 +95,15 @@ async def test_an_oriented_photograph_is_encoded_as_the_models_own_loader_turns_
 async def test_the_limits_are_this_workers_own_whatever_the_pd_worker_let_pass(
     encoder: TransformersVisionEncoder,
 ) -> None:
-    media = saved(picture(size=(64, 64)), "PNG")
-    limits: dict[str, tuple[Any, type[MmCacheError]]] = {
-        "max_file_size_mb": (0.001, MediaTooLargeError),
-        "max_image_megapixels": (0.001, MediaTooLargeError),
-        "max_image_side": (32, MediaTooLargeError),
-        "image_formats": (("JPEG",), UnsupportedMediaError),
-    }
-    for name, (value, kind) in limits.items():
-        async with running(encoder, **{name: value}) as bench:
+    media = saved(noise(size=(64, 64)), "PNG")
+    limits: list[tuple[ImageLimits, type[MmCacheError]]] = [
+        (ImageLimits(max_file_size_mb=0.001), MediaTooLargeError),
+        (ImageLimits(max_image_megapixels=0.001), MediaTooLargeError),
+        (ImageLimits(max_side=32), MediaTooLargeError),
+        (ImageLimits(formats=frozenset({"JPEG"})), UnsupportedMediaError),
+    ]
+    for limit, kind in limits:
+        async with running(encoder, images=limit) as bench:
             with pytest.raises(kind):
                 await bench.call(media)
 
@@ -164,7 +111,7 @@ async def test_the_limits_are_this_workers_own_whatever_the_pd_worker_let_pass(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"version": 2},
+        {"version": 1},
         {"fingerprint": "cd" * 32},
         {"key": "../../etc/passwd"},
         {"media": "file:///etc/passwd"},
@@ -176,7 +123,7 @@ async def test_the_limits_are_this_workers_own_whatever_the_pd_worker_let_pass(
 )
 async def test_only_the_protocol_is_answered(bench: Bench, changes: dict[str, Any]) -> None:
     with pytest.raises(ProtocolMismatchError) as caught:
-        await bench.call(saved(picture(), "PNG"), **changes)
+        await bench.send(bench.request(saved(noise(), "PNG")).model_dump() | changes)
     assert "passwd" not in str(caught.value)
     assert bench.manager.keys() == []
 
@@ -187,9 +134,8 @@ async def test_a_pickle_is_bytes_that_are_no_image(bench: Bench, tmp_path: Path)
     with pytest.raises(UnsupportedMediaError):
         await bench.call(pickled)
     for payload in (pickled, [pickled], None, "text", 5):
-        (answer,) = [each async for each in bench.worker.handle(payload, Context("test"))]
         with pytest.raises(ProtocolMismatchError):
-            parse_answer(answer)
+            await bench.send(payload)
     assert not trap.exists()
 
 
@@ -203,5 +149,5 @@ async def test_what_a_processor_cannot_take_is_that_images_failure(
 
     monkeypatch.setattr(encoder, "preprocess", fail)
     with pytest.raises(EncodeFailedError) as caught:
-        await bench.call(saved(picture(), "PNG"))
+        await bench.call(saved(noise(), "PNG"))
     assert "secret" not in str(caught.value)
