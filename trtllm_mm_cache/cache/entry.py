@@ -28,6 +28,10 @@ class EmbeddingMetadata:
     checksum: int | None = None
 
 
+NO_METADATA = EmbeddingMetadata()
+"""Nothing is known."""
+
+
 class CachedEmbedding(NamedTuple):
     """One embedding as Dynamo's cache of the same name takes and gives it: five fields.
 
@@ -113,7 +117,7 @@ class Entry:
         self.holders = 0
         self.dtype = torch.uint8
         self.shape: tuple[int, ...] = (extent.nbytes,)
-        self.metadata = EmbeddingMetadata()
+        self.metadata = NO_METADATA
         self.dynamo_fields: tuple[Any, ...] = ()
         self.committed_at = 0.0
 

@@ -17,6 +17,7 @@ import torch
 
 from trtllm_mm_cache.cache.arena.arena import ALIGNMENT, Arena
 from trtllm_mm_cache.cache.entry import (
+    NO_METADATA,
     CachedEmbedding,
     CacheMutation,
     CacheReservation,
@@ -210,7 +211,7 @@ class MultimodalEmbeddingCacheManager:
             raise
         with ledger.guard:
             written.dynamo_fields = tuple(entry[1:])
-            replaced = ledger.publish(written, tensor.dtype, tuple(tensor.shape), EmbeddingMetadata())
+            replaced = ledger.publish(written, tensor.dtype, tuple(tensor.shape), NO_METADATA)
             ledger.after_hold(written)
         return CacheMutation(True, [] if room.replaced or replaced else [key], room.evicted)
 

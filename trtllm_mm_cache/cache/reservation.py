@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from trtllm_mm_cache.cache.entry import EmbeddingMetadata, Entry, EntryState
+from trtllm_mm_cache.cache.entry import NO_METADATA, EmbeddingMetadata, Entry, EntryState
 from trtllm_mm_cache.cache.lease import Lease
 from trtllm_mm_cache.cache.ledger import Ledger
 from trtllm_mm_cache.errors import EmbeddingMismatchError
@@ -83,7 +83,7 @@ class Reservation:
         *,
         dtype: torch.dtype,
         shape: tuple[int, ...],
-        metadata: EmbeddingMetadata = EmbeddingMetadata(),
+        metadata: EmbeddingMetadata = NO_METADATA,
         retain: bool = True,
     ) -> Lease:
         """Make the entry visible under its key, in place of an older one, and return a lease on it.

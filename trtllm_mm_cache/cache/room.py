@@ -37,6 +37,8 @@ class Room:
     whether `instead_of` was dropped.
     """
 
+    __slots__ = ("_excess_bytes", "_instead_of", "_ledger", "_nbytes", "evicted", "replaced")
+
     def __init__(self, ledger: Ledger, nbytes: int, *, instead_of: str | None = None) -> None:
         self._ledger = ledger
         self._nbytes = nbytes
