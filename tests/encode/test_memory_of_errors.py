@@ -16,6 +16,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from tests.encode.bench import Bench, Caller, only, running
+from tests.media.conftest import nothing_kept
 from tests.media.images import noise, png, png_chunk, saved
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.cache.scope import Scope
@@ -42,16 +43,6 @@ def no_records(caplog: pytest.LogCaptureFixture) -> None:
 def large(start: bytes, number: int) -> bytes:
     """A file of its own of `FILE_BYTES`: what is behind an image's end is not decoded."""
     return start + number.to_bytes(4, "big") + bytes(FILE_BYTES - len(start) - 4)
-
-
-async def nothing_kept(traced: Callable[[], int], before: int, nbytes: int = FILE_BYTES) -> None:
-    """Wait until less than `nbytes` more than `before` are allocated: a thread may still end its work."""
-    try:
-        async with asyncio.timeout(10):
-            while traced() - before >= nbytes:
-                await asyncio.sleep(0.001)
-    except TimeoutError:
-        pytest.fail(f"{traced() - before} bytes are kept")
 
 
 def untouched(bench: Bench) -> None:
@@ -115,7 +106,7 @@ async def test_a_call_that_fails_keeps_no_bytes(
             assert isinstance(error, MmCacheError)
             assert error.code == code
             del task, error
-        await nothing_kept(traced, before)
+        await nothing_kept(traced, before, FILE_BYTES)
 
 
 async def test_a_call_that_is_refused_keeps_no_bytes(
@@ -136,7 +127,7 @@ async def test_a_call_that_is_refused_keeps_no_bytes(
             await asyncio.wait({refused})
             assert isinstance(refused.exception(), EncodeOverloadedError)
             del refused
-        await nothing_kept(traced, before)
+        await nothing_kept(traced, before, FILE_BYTES)
         bench.encoder.open.set()
         await first
 
@@ -167,7 +158,7 @@ async def test_a_call_without_a_caller_keeps_no_bytes_while_the_tower_runs(
             await asyncio.wait({call})
         bench.encoder.reached.clear()
         del call, context
-    await nothing_kept(traced, before)
+    await nothing_kept(traced, before, FILE_BYTES)
     assert bench.pipeline.batcher.queued == 0
 
 

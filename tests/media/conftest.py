@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import gc
 import re
 import tracemalloc
@@ -41,6 +42,16 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[trustme.CA]:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("SSL_CERT_FILE", str(path))
         yield trusted
+
+
+async def nothing_kept(traced: Callable[[], int], before: int, nbytes: int) -> None:
+    """Wait until less than `nbytes` more than `before` are allocated: a thread may still end its work."""
+    try:
+        async with asyncio.timeout(10):
+            while traced() - before >= nbytes:
+                await asyncio.sleep(0.001)
+    except TimeoutError:
+        pytest.fail(f"{traced() - before} bytes are kept")
 
 
 @pytest.fixture

@@ -290,7 +290,7 @@ async def test_a_server_that_talks_nonsense_is_an_error_of_ours(
     await refused(source, origin.url("/a"), MediaFetchError)
 
 
-async def test_nobody_listens(origin: Origin, source: MediaSource, refused: Refused) -> None:
+async def test_a_port_without_a_listener(origin: Origin, source: MediaSource, refused: Refused) -> None:
     server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     server.close()

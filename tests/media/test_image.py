@@ -152,7 +152,7 @@ def test_exif_orientation_is_applied_once(image_format: str, mode: str, orientat
     upright = decode_image(data, LIMITS)
     assert upright.size == ((24, 16) if orientation < 5 else (16, 24))
     assert np.array_equal(pixels(upright), reference(data))
-    # Nobody further down may turn it again.
+    # Nothing further down may turn it again.
     assert np.array_equal(pixels(load_image(upright)), pixels(upright))
     plain = pixels(decode_image(saved(image, image_format), LIMITS))
     assert np.array_equal(pixels(upright), plain) is (orientation == 1)

@@ -251,7 +251,7 @@ async def test_https_verifies_the_name_and_not_the_address(authority: trustme.CA
     assert len(origin.asked) == 1
 
 
-async def test_https_trusts_nobody_else(refused: Refused) -> None:
+async def test_https_trusts_no_other_authority(refused: Refused) -> None:
     async with serving(server_context(trustme.CA(), "images.test")) as origin:
         settings = MediaSettings(allow_private_addresses=True)
         async with MediaSource(settings, LIMITS, resolver=Names(["127.0.0.1"])) as source:
