@@ -187,7 +187,7 @@ def data_url(body: bytes) -> str:
 _pictures = random.Random(20261124)
 
 
-def new_picture(width: int = 112, height: int = 112) -> Image.Image:
+def new_image(width: int = 112, height: int = 112) -> Image.Image:
     """Return a picture that no test has used before: coarse random blocks of colour."""
     blocks = _pictures.randbytes(3 * 8 * 8)
     return Image.frombytes("RGB", (8, 8), blocks).resize((width, height), Image.Resampling.NEAREST)

@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from tests.e2e.cards import Asked, Deal, Oracle
-from tests.e2e.stack import Process, Stack, data_url, launched, new_picture, png, wait_until
+from tests.e2e.stack import Process, Stack, data_url, launched, new_image, png, wait_until
 from trtllm_mm_cache.cli.ask import AskError, ask_server
 from trtllm_mm_cache.settings import AskSettings
 
@@ -123,10 +123,10 @@ def test_without_any_encode_worker_text_and_cached_pictures_go_on(
         wait_until(lambda: not encoder.alive(), 10, "the encode worker did not end")
         for _ in range(3):
             with pytest.raises(openai.InternalServerError) as refused:
-                stack.ask(new_picture(), QUESTION)
+                stack.ask(new_image(), QUESTION)
             assert refused.value.status_code == 503
             assert stack.ask(*cached.parts) == cached.answer
             assert stack.ask("Hello there!") == oracle([], ["Hello there!"])
         with pytest.raises(AskError, match=r"503.*no encode worker can take it.*Ask again in a moment"):
-            ask_server([data_url(png(new_picture()))], QUESTION, AskSettings(url=stack.url, max_tokens=1))
+            ask_server([data_url(png(new_image()))], QUESTION, AskSettings(url=stack.url, max_tokens=1))
         wait_until(lambda: "encode worker 1 has ended" in stack.log.read_text(), 10, "nothing was said")

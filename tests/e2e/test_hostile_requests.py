@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.e2e.conftest import Oracle
-from tests.e2e.stack import Process, Stack, data_url, image_part, new_picture, png, wait_until
+from tests.e2e.stack import Process, Stack, data_url, image_part, new_image, png, wait_until
 from tests.media import images
 from tests.media.images import saved
 
@@ -44,7 +44,7 @@ def chat(stack: Stack, *images: str, **changes: Any) -> dict[str, Any]:
 
 
 def picture_url() -> str:
-    return data_url(png(new_picture(56, 56)))
+    return data_url(png(new_image(56, 56)))
 
 
 def nested(depth: int) -> Any:
@@ -135,11 +135,11 @@ def test_hundreds_of_images(stack: Stack) -> None:
 def test_bodies_that_are_no_request(stack: Stack, body: bytes) -> None:
     status, _ = post(stack, body)
     assert 400 <= status < 500
-    assert stack.ask(new_picture(), QUESTION)
+    assert stack.ask(new_image(), QUESTION)
 
 
 def test_an_oriented_photograph_is_answered_as_the_upright_one(stack: Stack, oracle: Oracle) -> None:
-    picture = new_picture(112, 56)
+    picture = new_image(112, 56)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", exif=images.exif(6))
     expected = oracle([picture.transpose(Image.Transpose.ROTATE_270)], ["", QUESTION])
@@ -172,7 +172,7 @@ def anonymous_bytes(process: Process) -> int:
 
 
 def test_sixty_broken_images_leave_both_workers_as_large_as_before(stack: Stack) -> None:
-    body = png(new_picture(56, 56))
+    body = png(new_image(56, 56))
     broken = body[: len(body) // 2] + bytes(BROKEN_FILE_BYTES)
 
     def send(count: int) -> None:

@@ -13,7 +13,7 @@ from prometheus_client import Metric
 from prometheus_client.samples import Sample
 
 from tests.deploy.queries import alert_queries, dashboard_queries, unknown
-from tests.e2e.stack import REPOSITORY, Process, Stack, new_picture, wait_until
+from tests.e2e.stack import REPOSITORY, Process, Stack, new_image, wait_until
 from trtllm_mm_cache.errors import error_codes
 
 QUESTION = "What is this?"
@@ -51,10 +51,10 @@ def families(process: Process) -> Iterator[tuple[str, Metric]]:
 @pytest.fixture(scope="module")
 def busy(stack: Stack) -> Stack:
     """The stack after one request of every kind, so that every label has been used."""
-    known = new_picture()
+    known = new_image()
     for _ in range(2):
         stack.ask(known, QUESTION)
-    stack.ask(known, new_picture(), QUESTION)
+    stack.ask(known, new_image(), QUESTION)
     stack.ask(QUESTION)
     with pytest.raises(openai.BadRequestError):
         stack.ask("data:image/png;base64,AAAA", QUESTION)
@@ -119,7 +119,7 @@ class Change:
 
 def test_hits_misses_and_bytes_are_exact(busy: Stack) -> None:
     (pd,), (encode,) = busy.workers("PD"), busy.workers("encode")
-    first, second = new_picture(), new_picture()
+    first, second = new_image(), new_image()
     at_pd, at_encode = Change(pd), Change(encode)
     busy.ask(first, QUESTION)
     nbytes = at_pd.of("dynamo_component_embedding_cache_current_bytes")
@@ -160,7 +160,7 @@ def test_hits_misses_and_bytes_are_exact(busy: Stack) -> None:
 
 def test_of_requests_for_one_new_picture_all_but_the_first_are_coalesced_or_hits(busy: Stack) -> None:
     (pd,), (encode,) = busy.workers("PD"), busy.workers("encode")
-    picture = new_picture(336, 336)
+    picture = new_image(336, 336)
     at_pd, at_encode = Change(pd), Change(encode)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: busy.ask(picture, QUESTION, max_tokens=1), range(8)))

@@ -20,7 +20,7 @@ import pytest
 
 from tests.e2e.collector import Collector, Received, collector
 from tests.e2e.image_server import ImageServer
-from tests.e2e.stack import Process, Stack, data_url, launched, message, new_picture, png, wait_until
+from tests.e2e.stack import Process, Stack, data_url, launched, message, new_image, png, wait_until
 
 QUESTION = "What is this?"
 ENTRIES = "dynamo_component_embedding_cache_entries"
@@ -106,8 +106,8 @@ def entries(stack: Stack) -> list[float]:
 
 def test_one_line_a_request_with_its_numbers(stack: Stack) -> None:
     before = len(request_lines(stack))
-    picture = new_picture()
-    stack.ask(picture, new_picture(), QUESTION, max_tokens=3)
+    picture = new_image()
+    stack.ask(picture, new_image(), QUESTION, max_tokens=3)
     with pytest.raises(openai.BadRequestError):
         stack.ask("data:image/png;base64,AAAA", QUESTION)
     wait_until(lambda: len(request_lines(stack)) == before + 2, 5, "there are not two lines")
@@ -126,7 +126,7 @@ def test_one_line_a_request_with_its_numbers(stack: Stack) -> None:
 
 def test_the_spans_of_a_request_are_one_trace_through_all_processes(stack: Stack, traces: Collector) -> None:
     trace_id, parent_id = secrets.token_hex(16), secrets.token_hex(8)
-    stack.ask(new_picture(), QUESTION, extra_headers={"traceparent": f"00-{trace_id}-{parent_id}-01"})
+    stack.ask(new_image(), QUESTION, extra_headers={"traceparent": f"00-{trace_id}-{parent_id}-01"})
     ours = ("trtllm-mm-cache-pd", "trtllm-mm-cache-encode")
     names = {
         *("request", "references", "fetch", "key", "lookup", "encode_call", "reserve", "transfer"),
@@ -154,7 +154,7 @@ def test_the_spans_of_a_request_are_one_trace_through_all_processes(stack: Stack
 def test_no_log_and_no_span_holds_anything_of_a_request(
     stack: Stack, traces: Collector, images: ImageServer
 ) -> None:
-    body = png(new_picture())
+    body = png(new_image())
     encoded = data_url(body).partition(",")[2]
     hidden = images.put("/secret-path.png?token=abc123", body)
     unreachable = "https://user-secret.invalid/a.png?token=abc123"
@@ -175,7 +175,7 @@ def test_no_log_and_no_span_holds_anything_of_a_request(
 
 
 def test_everything_is_dropped_on_every_worker(stack: Stack) -> None:
-    ask_both(stack, new_picture(), QUESTION)
+    ask_both(stack, new_image(), QUESTION)
     assert all(count > 0 for count in entries(stack)[:2])
     done = command(stack, "drop", "--all")
     assert done.returncode == 0, done.stderr
@@ -186,7 +186,7 @@ def test_everything_is_dropped_on_every_worker(stack: Stack) -> None:
 
 
 def test_one_salt_is_dropped_and_the_others_stay(stack: Stack) -> None:
-    picture = new_picture()
+    picture = new_image()
     for salt in ("tenant-one", "tenant-two"):
         ask_both(stack, picture, QUESTION, extra_body={"cache_salt": salt})
     before = entries(stack)
@@ -200,7 +200,7 @@ def test_one_salt_is_dropped_and_the_others_stay(stack: Stack) -> None:
 
 def test_one_key_is_dropped(stack: Stack) -> None:
     command(stack, "drop", "--all")
-    ask_both(stack, new_picture(), QUESTION)
+    ask_both(stack, new_image(), QUESTION)
     keys = {line["key"] for process in stack.workers("PD") for line in lines_of(process) if line.get("key")}
     assert command(stack, "drop", "--key", "0" * 64).returncode == 0
     assert sum(entries(stack)) == 3, "two PD workers and one encode worker have it"
@@ -283,7 +283,7 @@ def test_a_tool_in_a_workers_container_leaves_the_workers_port_alone(stack: Stac
 
 
 def test_a_dropped_picture_is_served_afterwards(stack: Stack) -> None:
-    picture = new_picture()
+    picture = new_image()
     answer = stack.ask(picture, QUESTION)
     assert command(stack, "drop", "--all").returncode == 0
     assert stack.ask(picture, QUESTION) == answer

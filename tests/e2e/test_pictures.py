@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.e2e.cards import MAX_TOKENS, Deal, Oracle
 from tests.e2e.image_server import ImageServer
-from tests.e2e.stack import Stack, data_url, message, new_picture, png, wait_until
+from tests.e2e.stack import Stack, data_url, message, new_image, png, wait_until
 
 QUESTION = "What is this?"
 
@@ -52,7 +52,7 @@ def test_changed_bytes_under_one_url_are_a_new_encode_and_a_new_answer(
 
 
 def test_an_unchanged_url_costs_a_304(stack: Stack, images: ImageServer) -> None:
-    url = images.put("/steady.png", png(new_picture()))
+    url = images.put("/steady.png", png(new_image()))
     stack.ask(url, QUESTION)
     images.answers.clear()
     stack.ask(url, QUESTION)
@@ -60,7 +60,7 @@ def test_an_unchanged_url_costs_a_304(stack: Stack, images: ImageServer) -> None
 
 
 def test_several_pictures_of_which_one_repeats(stack: Stack, oracle: Oracle) -> None:
-    first, second = new_picture(140, 84), new_picture(84, 112)
+    first, second = new_image(140, 84), new_image(84, 112)
     before = stack.encodes()
     answer = stack.ask("One:", first, "two:", second, "and again:", first, "Which differ?")
     assert answer == oracle([first, second, first], ["One:", "two:", "and again:", "Which differ?"])
@@ -126,7 +126,7 @@ def test_a_client_that_leaves_stops_the_computation_and_leaves_nothing(stack: St
     (pd,) = stack.workers("PD")
     stream = stack.client.chat.completions.create(
         model=stack.model,
-        messages=[message(new_picture(), QUESTION)],
+        messages=[message(new_image(), QUESTION)],
         max_tokens=2000,
         stream=True,
         extra_body={"ignore_eos": True},

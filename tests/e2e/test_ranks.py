@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.cards import Deal
-from tests.e2e.stack import Stack, launched, message, new_picture, wait_until
+from tests.e2e.stack import Stack, launched, message, new_image, wait_until
 from tests.mpi.jobs import END_TIMEOUT_S, children_of, runs
 from trtllm_mm_cache.settings import MB
 
@@ -41,7 +41,7 @@ def test_answers_are_true_and_a_hit_encodes_nothing(two_ranks: Stack, deal: Deal
 def test_a_client_that_leaves_stops_both_ranks(two_ranks: Stack) -> None:
     stream = two_ranks.client.chat.completions.create(
         model=two_ranks.model,
-        messages=[message(new_picture(), QUESTION)],
+        messages=[message(new_image(), QUESTION)],
         max_tokens=4000,
         stream=True,
         extra_body={"ignore_eos": True},
@@ -49,7 +49,7 @@ def test_a_client_that_leaves_stops_both_ranks(two_ranks: Stack) -> None:
     assert next(stream)
     stream.close()
     started = time.monotonic()
-    assert two_ranks.ask(new_picture(), QUESTION, max_tokens=1)
+    assert two_ranks.ask(new_image(), QUESTION, max_tokens=1)
     assert time.monotonic() - started < 10
 
 

@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from tests.e2e.cards import Deal
-from tests.e2e.stack import Stack, data_url, image_part, message, new_picture, png
+from tests.e2e.stack import Stack, data_url, image_part, message, new_image, png
 
 QUESTION = "What is this?"
 
@@ -20,7 +20,7 @@ def complete(stack: Stack, *parts: Any, **options: Any) -> Any:
 
 
 def test_a_seed_repeats_an_answer_and_another_seed_changes_it(stack: Stack) -> None:
-    picture = new_picture()
+    picture = new_image()
     answers = [
         complete(stack, picture, QUESTION, temperature=2.0, seed=seed, extra_body={"ignore_eos": True})
         .choices[0]
@@ -48,13 +48,13 @@ def test_a_stop_string_ends_the_answer_before_it(stack: Stack, deal: Deal) -> No
 
 
 def test_max_tokens_ends_the_answer_with_length(stack: Stack) -> None:
-    answer = complete(stack, new_picture(), QUESTION, max_tokens=3, extra_body={"ignore_eos": True})
+    answer = complete(stack, new_image(), QUESTION, max_tokens=3, extra_body={"ignore_eos": True})
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage.completion_tokens == 3
 
 
 def test_processor_kwargs_are_another_embedding(stack: Stack) -> None:
-    picture = new_picture(56, 84)
+    picture = new_image(56, 84)
     before = stack.encodes()
     sizes = [{}, {"max_pixels": 56 * 56}, {"min_pixels": 84 * 84}]
     usages = [
@@ -74,7 +74,7 @@ def test_a_salt_keeps_tenants_apart(stack: Stack, deal: Deal) -> None:
 
 
 CLIENT_MISTAKES = {
-    "truncated": (lambda: image_part(data_url(png(new_picture())[:200])), "image 2"),
+    "truncated": (lambda: image_part(data_url(png(new_image())[:200])), "image 2"),
     "no-image": (lambda: image_part(data_url(b"hello")), "unsupported_media"),
     "empty": (lambda: image_part("data:image/png;base64,"), "image 2"),
     "broken-base64": (lambda: image_part("data:image/png;base64,@@@"), "image 2"),
@@ -86,7 +86,7 @@ CLIENT_MISTAKES = {
 @pytest.mark.parametrize("mistake", CLIENT_MISTAKES)
 def test_a_bad_image_is_a_400_that_names_it_and_spoils_nothing(stack: Stack, mistake: str) -> None:
     make, says = CLIENT_MISTAKES[mistake]
-    good = image_part(data_url(png(new_picture())))
+    good = image_part(data_url(png(new_image())))
     content = [good, make(), {"type": "text", "text": QUESTION}]
     with pytest.raises(openai.BadRequestError) as caught:
         stack.client.chat.completions.create(
@@ -94,7 +94,7 @@ def test_a_bad_image_is_a_400_that_names_it_and_spoils_nothing(stack: Stack, mis
         )
     assert "image 2" in str(caught.value)
     assert says in str(caught.value)
-    assert stack.ask(new_picture(), QUESTION)
+    assert stack.ask(new_image(), QUESTION)
 
 
 @pytest.mark.parametrize(
@@ -109,19 +109,19 @@ def test_what_is_not_served_is_a_400_that_names_the_field(
     stack: Stack, options: dict[str, Any], field: str
 ) -> None:
     with pytest.raises(openai.BadRequestError, match=field):
-        stack.ask(new_picture(), QUESTION, **options)
+        stack.ask(new_image(), QUESTION, **options)
 
 
 def test_a_literal_placeholder_in_the_text_is_no_image(stack: Stack) -> None:
     with pytest.raises(openai.BadRequestError):
-        stack.ask(new_picture(), "What does <|image_pad|> mean?")
+        stack.ask(new_image(), "What does <|image_pad|> mean?")
     with pytest.raises(openai.BadRequestError):
         stack.ask("What does <|image_pad|> mean?")
 
 
 def test_no_url_and_no_image_reaches_a_log(stack: Stack) -> None:
     secret = "https://user-secret.invalid/picture-of-me.png?token=abc123"
-    body = png(new_picture())
+    body = png(new_image())
     with pytest.raises(openai.APIStatusError):
         stack.ask(secret, QUESTION)
     stack.ask(data_url(body), QUESTION)

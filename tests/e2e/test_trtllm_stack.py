@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from tests.e2e.conftest import generate_answer
-from tests.e2e.stack import REPOSITORY, Stack, free_port, launched, message, new_picture, wait_until
+from tests.e2e.stack import REPOSITORY, Stack, free_port, launched, message, new_image, wait_until
 from tests.engines.contract import chat_case
 from tools.tiny_models import make_tiny_model
 
@@ -57,7 +57,7 @@ def test_a_picture_is_encoded_once_and_answered_as_by_the_model_itself(
     stack: Stack, answer_of: Answer
 ) -> None:
     (pd,) = stack.workers("PD")
-    before, picture = stack.encodes(), new_picture(128, 96)
+    before, picture = stack.encodes(), new_image(128, 96)
     expected = answer_of([picture], ["", QUESTION])
     assert stack.ask(picture, QUESTION) == expected
     hits = pd.metric(HITS)
@@ -67,7 +67,7 @@ def test_a_picture_is_encoded_once_and_answered_as_by_the_model_itself(
 
 
 def test_images_of_several_shapes_cached_and_new_in_one_prompt(stack: Stack, answer_of: Answer) -> None:
-    known, wide, tall = new_picture(96, 96), new_picture(160, 64), new_picture(64, 192)
+    known, wide, tall = new_image(96, 96), new_image(160, 64), new_image(64, 192)
     stack.ask(known, QUESTION)
     before = stack.encodes()
     first = answer_of([wide, known, tall], ["", " and ", " or ", QUESTION])
@@ -84,7 +84,7 @@ def test_text_alone(stack: Stack, answer_of: Answer) -> None:
 
 
 def test_streaming_and_usage_count_the_expanded_prompt(stack: Stack, answer_of: Answer) -> None:
-    picture = new_picture(112, 112)
+    picture = new_image(112, 112)
     chunks = list(
         stack.client.chat.completions.create(
             model=stack.model,
@@ -111,7 +111,7 @@ def test_a_client_that_leaves_aborts_the_engines_request_and_leaves_no_lease(sta
     (pd,) = stack.workers("PD")
     stream = stack.client.chat.completions.create(
         model=stack.model,
-        messages=[message(new_picture(), QUESTION)],
+        messages=[message(new_image(), QUESTION)],
         max_tokens=2000,
         stream=True,
         extra_body={"ignore_eos": True},
@@ -138,11 +138,11 @@ def test_what_the_engine_cannot_do_is_said_not_dropped(
     stack: Stack, options: dict[str, object], says: str
 ) -> None:
     with pytest.raises(openai.BadRequestError, match=says):
-        stack.ask(new_picture(), QUESTION, **options)
+        stack.ask(new_image(), QUESTION, **options)
 
 
 def test_a_salt_keeps_tenants_apart_and_changes_no_answer(stack: Stack, answer_of: Answer) -> None:
-    picture = new_picture()
+    picture = new_image()
     expected, before = answer_of([picture], ["", QUESTION]), stack.encodes()
     for salt in ("one", "two", "one"):
         salted = {"nvext": {"cache_salt": salt}}

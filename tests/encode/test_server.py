@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from dynamo.runtime import Context
 
-from tests.e2e.stack import new_picture, png
+from tests.e2e.stack import new_image, png
 from tests.encode.bench import Bench, running
 from trtllm_mm_cache.cache.scope import salt_tag
 from trtllm_mm_cache.engines.transformers import TransformersVisionEncoder
@@ -16,14 +16,14 @@ from trtllm_mm_cache.runtime.control import DropRequest
 
 
 async def test_what_may_be_retained_is_a_second_level(bench: Bench) -> None:
-    media = png(new_picture(32, 32))
+    media = png(new_image(32, 32))
     first, second = [await bench.call(media, retain=True) for _ in range(2)]
     assert (first.origin, second.origin) == ("encoded", "cached")
     assert (first.address, first.checksum) == (second.address, second.checksum)
 
 
 async def test_what_may_not_be_retained_is_gone_after_its_read(bench: Bench) -> None:
-    media = png(new_picture(32, 32))
+    media = png(new_image(32, 32))
     for _ in range(2):
         ready = await bench.call(media, retain=False)
         assert ready.origin == "encoded"
@@ -34,7 +34,7 @@ async def test_what_may_not_be_retained_is_gone_after_its_read(bench: Bench) -> 
 
 
 async def test_what_one_salt_stored_is_no_second_level_for_another(bench: Bench) -> None:
-    media = png(new_picture(32, 32))
+    media = png(new_image(32, 32))
     asked = [await bench.call(media, salt=salt) for salt in ("a", "a", "b", None, "b")]
     assert [ready.origin for ready in asked] == ["encoded", "cached", "encoded", "encoded", "cached"]
     assert len({ready.key for ready in asked}) == len({ready.address for ready in asked}) == 3
@@ -42,7 +42,7 @@ async def test_what_one_salt_stored_is_no_second_level_for_another(bench: Bench)
 
 
 async def test_salts_join_no_flight_of_each_other(bench: Bench) -> None:
-    media = png(new_picture(32, 32))
+    media = png(new_image(32, 32))
     asked = await asyncio.gather(*(bench.call(media, salt=salt) for salt in ("a", "b", "a", "b")))
     assert [ready.origin for ready in asked] == ["encoded", "encoded", "joined", "joined"]
     assert bench.pipeline.batcher.items == 2
@@ -60,7 +60,7 @@ def drops(bench: Bench, media: bytes) -> dict[str, DropRequest]:
 
 @pytest.mark.parametrize("what", ["its key", "its salt", "everything", "another key", "another salt"])
 async def test_what_is_stored_is_dropped_and_its_export_stays(bench: Bench, what: str) -> None:
-    media = png(new_picture(32, 32))
+    media = png(new_image(32, 32))
     ready = await bench.call(media, salt="one")
     report = await bench.server.drop(drops(bench, media)[what])
     concerned = "another" not in what
@@ -75,7 +75,7 @@ async def test_what_is_stored_is_dropped_and_its_export_stays(bench: Bench, what
 async def test_what_is_being_encoded_when_it_is_dropped_is_delivered_and_not_stored(
     bench: Bench, what: str
 ) -> None:
-    media = png(new_picture(32, 32))
+    media = png(new_image(32, 32))
     bench.encoder.open.clear()
     call = asyncio.create_task(bench.call(media, salt="one"))
     assert await asyncio.to_thread(bench.encoder.reached.wait, 30)
@@ -88,30 +88,30 @@ async def test_what_is_being_encoded_when_it_is_dropped_is_delivered_and_not_sto
 
 
 async def test_what_was_found_wrong_is_encoded_anew(bench: Bench) -> None:
-    media = png(new_picture(32, 32))
+    media = png(new_image(32, 32))
     origins = [(await bench.call(media, fresh=fresh)).origin for fresh in (False, True, False)]
     assert origins == ["encoded", "encoded", "cached"]
 
 
 async def test_more_embeddings_than_the_arena_holds_are_refused_until_one_is_read(bench: Bench) -> None:
-    first = await bench.call(png(new_picture(32, 32)))
+    first = await bench.call(png(new_image(32, 32)))
     room = bench.manager.capacity_bytes // first.nbytes - 1
     for _ in range(room):
-        await bench.call(png(new_picture(32, 32)))
+        await bench.call(png(new_image(32, 32)))
     with pytest.raises(EncodeOverloadedError, match="leased until a PD worker's READ"):
-        await bench.call(png(new_picture(32, 32)))
+        await bench.call(png(new_image(32, 32)))
     assert bench.exporter.release(first.token)
-    assert (await bench.call(png(new_picture(32, 32)))).origin == "encoded"
+    assert (await bench.call(png(new_image(32, 32)))).origin == "encoded"
 
 
 async def test_a_full_queue_refuses_and_what_is_stored_is_still_offered(
     encoder: TransformersVisionEncoder,
 ) -> None:
-    stored, other = png(new_picture(32, 32)), png(new_picture(32, 32))
+    stored, other = png(new_image(32, 32)), png(new_image(32, 32))
     async with running(encoder, max_queued=1) as bench:
         await bench.call(stored)
         bench.encoder.open.clear()
-        call = asyncio.create_task(bench.call(png(new_picture(32, 32))))
+        call = asyncio.create_task(bench.call(png(new_image(32, 32))))
         assert await asyncio.to_thread(bench.encoder.reached.wait, 30)
         with pytest.raises(EncodeOverloadedError, match="vision tower"):
             await bench.call(other)
@@ -122,7 +122,7 @@ async def test_a_full_queue_refuses_and_what_is_stored_is_still_offered(
 
 
 async def test_those_that_join_a_flight_are_not_charged(encoder: TransformersVisionEncoder) -> None:
-    media = png(new_picture(32, 32))
+    media = png(new_image(32, 32))
     async with running(encoder, max_queued=1) as bench:
         bench.encoder.open.clear()
         calls = [asyncio.create_task(bench.call(media)) for _ in range(8)]
@@ -138,7 +138,7 @@ async def test_those_that_join_a_flight_are_not_charged(encoder: TransformersVis
 
 
 async def test_an_answer_that_comes_when_the_caller_has_gone_exports_nothing(bench: Bench) -> None:
-    media = png(new_picture(32, 32))
+    media = png(new_image(32, 32))
     assert bench.exporter.release((await bench.call(media)).token)
     context = Context("gone")
     context.stop_generating()

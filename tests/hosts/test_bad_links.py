@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.e2e.conftest import generate_answer
-from tests.e2e.stack import new_picture, wait_until
+from tests.e2e.stack import new_image, wait_until
 from tests.engines.contract import chat_case
 from tests.hosts.deployment import LARGEST_SIDE, Deployment
 from tests.services import Service
@@ -34,7 +34,7 @@ def read_under_way(deployment: Deployment) -> Iterator[Future[str]]:
     """Have a READ on its slow way over the cable, and the request that waits for it."""
     encodes = deployment.far_metric("trtllm_mm_cache_encodes_total")
     with deployment.cable.slow(SLOW_KBIT):
-        asked = deployment.begin(new_picture(LARGEST_SIDE, LARGEST_SIDE), QUESTION)
+        asked = deployment.begin(new_image(LARGEST_SIDE, LARGEST_SIDE), QUESTION)
         wait_until(
             lambda: deployment.far_metric("trtllm_mm_cache_encodes_total") > encodes,
             20,
@@ -70,7 +70,7 @@ def served_again(deployment: Deployment, since: float) -> float:
     """Ask about new pictures until one is encoded on the far host; return the seconds since `since`."""
 
     def serves() -> bool:
-        picture = new_picture()
+        picture = new_image()
         try:
             return deployment.ask(picture, QUESTION) == answer(deployment, picture)
         except openai.InternalServerError:
@@ -90,12 +90,12 @@ def nothing_is_left(deployment: Deployment) -> None:
 
 
 def test_a_cut_before_the_read(deployment: Deployment) -> None:
-    cached = new_picture()
+    cached = new_image()
     expected = answer(deployment, cached)
     assert deployment.ask(cached, QUESTION) == expected
     deployment.cable.cut()
     try:
-        asked = deployment.begin(new_picture(), QUESTION)
+        asked = deployment.begin(new_image(), QUESTION)
         others_go_on(deployment, cached, expected)
         told("refused", refused(asked))
     finally:
@@ -105,7 +105,7 @@ def test_a_cut_before_the_read(deployment: Deployment) -> None:
 
 
 def test_a_cut_in_the_middle_of_a_read(deployment: Deployment) -> None:
-    cached = new_picture()
+    cached = new_image()
     expected = answer(deployment, cached)
     assert deployment.ask(cached, QUESTION) == expected
     with read_under_way(deployment) as asked:
@@ -122,7 +122,7 @@ def test_a_cut_in_the_middle_of_a_read(deployment: Deployment) -> None:
 
 
 def test_an_encode_worker_frozen_in_the_middle_of_a_read(deployment: Deployment) -> None:
-    cached = new_picture()
+    cached = new_image()
     expected = answer(deployment, cached)
     assert deployment.ask(cached, QUESTION) == expected
     with read_under_way(deployment) as asked:
@@ -164,7 +164,7 @@ def test_a_miss_behind_a_cut_cable_is_retried_on_another_host(deployment: Deploy
 
 
 def answered(deployment: Deployment) -> bool:
-    picture = new_picture()
+    picture = new_image()
     assert deployment.ask(picture, QUESTION) == answer(deployment, picture)
     return True
 

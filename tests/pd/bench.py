@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.stack import data_url, new_picture, png
+from tests.e2e.stack import data_url, new_image, png
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.cache.key import Kind, embedding_key
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
@@ -236,7 +236,7 @@ async def bench(settings: PdSettings) -> AsyncIterator[Bench]:
 def image_url() -> str:
     """Return a new image whose key's home, without a salt, is instance 1 of the two."""
     while True:
-        file = png(new_picture(32, 32))
+        file = png(new_image(32, 32))
         if rendezvous_rank(embedding_key(file, fingerprint=FINGERPRINT), [1, 2])[0] == 1:
             return data_url(file)
 

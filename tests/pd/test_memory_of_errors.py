@@ -15,9 +15,9 @@ from typing import Any
 
 import pybase64
 import pytest
-from dynamo.runtime import Context
 
-from tests.e2e.stack import new_picture, png
+from tests.e2e.stack import new_image, png
+from tests.encode.bench import Caller
 from tests.pd.bench import ROWS, WIDTH, Bench, image_url, pd_settings
 from tests.pd.test_answer import PeerGenerator, request
 from trtllm_mm_cache.errors import (
@@ -34,7 +34,7 @@ ROUNDS = 4
 
 @pytest.fixture
 def settings() -> PdSettings:
-    return pd_settings(max_waiting_image_mb=64)
+    return pd_settings(max_waiting_image_mb=64, encode_timeout_s=0.2)
 
 
 @pytest.fixture
@@ -51,14 +51,14 @@ def traced() -> Iterator[None]:
 
 def large_url(number: int, body: bytes | None = None) -> str:
     """An image file of `FILE_BYTES`; the encode worker of these tests does not decode it."""
-    start = body if body is not None else png(new_picture(32, 32))
+    start = body if body is not None else png(new_image(32, 32))
     file = start + number.to_bytes(4, "big") + bytes(FILE_BYTES - len(start) - 4)
     return "data:image/png;base64," + pybase64.b64encode(file).decode()
 
 
 async def fail(worker: PdWorker, *references: str) -> None:
     try:
-        async for _ in worker.handle(request(*references), Context()):
+        async for _ in worker.handle(request(*references), Caller()):
             pass
     except Exception:  # noqa: BLE001, S110 - whatever Dynamo's frontend is told
         pass
@@ -90,6 +90,8 @@ def spoil(bench: Bench, generator: PeerGenerator, kind: str) -> None:
         bench.peer.changes = [wrong[kind]] * 2
     elif kind == "nan":
         bench.peer.spoil = float("nan")
+    elif kind == "silent":
+        bench.peer.gate.clear()
     elif kind == "engine":
         generator.failure = RuntimeError("CUDA error")
 
@@ -97,7 +99,19 @@ def spoil(bench: Bench, generator: PeerGenerator, kind: str) -> None:
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize(
     "kind",
-    ["refused", "unavailable", "tower", "rows", "checksum", "address", "metadata", "nan", "engine", "second"],
+    [
+        "refused",
+        "unavailable",
+        "silent",
+        "tower",
+        "rows",
+        "checksum",
+        "address",
+        "metadata",
+        "nan",
+        "engine",
+        "second",
+    ],
 )
 async def test_a_failed_request_keeps_no_bytes(bench: Bench, kind: str) -> None:
     generator = PeerGenerator()
@@ -126,7 +140,7 @@ async def test_a_request_that_is_cancelled_keeps_no_bytes(bench: Bench) -> None:
     before = tracemalloc.get_traced_memory()[0]
     for number in range(ROUNDS):
         calls = len(bench.peer.calls)
-        answer = worker.handle(request(large_url(number)), Context())
+        answer = worker.handle(request(large_url(number)), Caller())
         reading = asyncio.ensure_future(anext(answer))
         while len(bench.peer.calls) == calls:
             await asyncio.sleep(0.001)
@@ -146,7 +160,7 @@ async def test_a_request_that_is_cancelled_keeps_no_bytes(bench: Bench) -> None:
 async def test_those_that_join_a_flight_hold_no_bytes_and_are_not_charged(bench: Bench) -> None:
     """The bound admits one such file; each of these requests brings its own copy of it."""
     bench.peer.gate.clear()
-    body, callers = png(new_picture(32, 32)), 16
+    body, callers = png(new_image(32, 32)), 16
     before = tracemalloc.get_traced_memory()[0]
     resolving = [asyncio.create_task(bench.resolve([large_url(7, body)])) for _ in range(callers)]
     async with asyncio.timeout(60):

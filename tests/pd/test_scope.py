@@ -15,7 +15,7 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.e2e.stack import new_picture, png
+from tests.e2e.stack import new_image, png
 from tests.media.origin import Resource, serving
 from tests.pd.bench import Bench, assert_holds, image_url
 from trtllm_mm_cache.errors import EncodeUnavailableError
@@ -117,7 +117,7 @@ async def test_without_an_encode_worker_another_tenants_image_is_as_missing_as_a
 @pytest.mark.parametrize("salt", ["b", None])
 async def test_a_url_that_another_tenant_fetched_is_fetched_again(bench: Bench, salt: str | None) -> None:
     async with serving() as origin:
-        resource = origin.routes["/a"] = Resource(png(new_picture(32, 32)), {"Cache-Control": "max-age=60"})
+        resource = origin.routes["/a"] = Resource(png(new_image(32, 32)), {"Cache-Control": "max-age=60"})
         for asker in ("a", "a", salt):
             (await bench.resolve([origin.url("/a")], salt=asker)).release()
         assert resource.bodies_sent == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, nullcontext, suppress
 
 from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.errors import OverloadedError
@@ -54,14 +54,15 @@ class MediaFetcher:
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
-        try:
+        acquired = False
+        with suppress(TimeoutError):
             async with asyncio.timeout(self._wait_s):
-                await self._turns.acquire()
-        except TimeoutError:
+                acquired = await self._turns.acquire()
+        if not acquired:
             raise OverloadedError(
                 f"the image's turn to be fetched did not come within {self._wait_s:g} seconds: too "
                 "many others are being fetched; retry in a moment"
-            ) from None
+            )
         try:
             yield
         finally:

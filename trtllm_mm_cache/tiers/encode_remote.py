@@ -225,7 +225,8 @@ class EncodeTier(Collector):
         left: int,
     ) -> Lease:
         seconds = (deadline - asyncio.get_running_loop().time()) / left
-        try:
+        # What is raised after it has no TimeoutError as context: that knows the task, and the task the error.
+        with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 with self._call.time():
                     ready = await self._workers.encode(instance, request, self._release)
@@ -236,10 +237,9 @@ class EncodeTier(Collector):
                     found.release()
                     raise
                 return await receive(item, found)
-        except TimeoutError:
-            raise EncodeTimeoutError(
-                f"an encode worker brought no embedding within {seconds:.3g} seconds; retry later"
-            ) from None
+        raise EncodeTimeoutError(
+            f"an encode worker brought no embedding within {seconds:.3g} seconds; retry later"
+        )
 
     def _release(self, ready: EncodeReady) -> None:
         """Have the export of an answer released that no caller waits for any more."""

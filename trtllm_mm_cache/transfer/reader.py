@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -145,7 +145,7 @@ class Reader(Collector):
         It then releases its lease at once instead of at its timeout, which is also what remains when it
         cannot be told: a frozen or dead exporter, or a closed agent, is no error here.
         """
-        with contextlib.suppress(TransferError):
+        with suppress(TransferError):
             told = self._agent.call(lambda nixl: self._table.release(nixl, peer, token))
             told.add_done_callback(_log_failure)
 
@@ -155,20 +155,24 @@ class Reader(Collector):
         read: Read | None = None
         try:
             read = self.begin(peer, export, reservation.address, deadline_s=deadline_s)
-            async with asyncio.timeout(deadline_s):
-                await asyncio.shield(asyncio.wrap_future(read.outcome))
-        except TimeoutError:
-            self.timed_out += 1
-            self._end_unfilled(reservation, peer, export.token, read)
-            raise TransferTimeoutError(
-                f"a READ of {export.nbytes} bytes had not settled after {deadline_s:g} s; "
-                "ask another encode worker"
-            ) from None
+            await self._outcome(read, deadline_s)
         except BaseException:
             self._end_unfilled(reservation, peer, export.token, read)
             raise
         finally:
             del read  # it has the outcome, and the outcome the error, whose traceback leads to this frame
+
+    async def _outcome(self, read: Read, deadline_s: float) -> None:
+        # What is raised after it has no TimeoutError as context: that knows the task, and the task the error.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(deadline_s):
+                await asyncio.shield(asyncio.wrap_future(read.outcome))
+            return
+        self.timed_out += 1
+        raise TransferTimeoutError(
+            f"a READ of {read.export.nbytes} bytes had not settled after {deadline_s:g} s; "
+            "ask another encode worker"
+        )
 
     async def _verify(self, reservation: Reservation, export: Export, finite_dtype: str | None) -> None:
         """Look at the bytes in one go: a second hand-over to a thread would take 0.2 ms more."""
