@@ -164,14 +164,17 @@ class Reader(Collector):
 
     async def _outcome(self, read: Read, deadline_s: float) -> None:
         # What is raised after it has no TimeoutError as context: that knows the task, and the task the error.
-        with suppress(TimeoutError):
-            async with asyncio.timeout(deadline_s):
-                await asyncio.shield(asyncio.wrap_future(read.outcome))
-            return
+        nbytes = read.export.nbytes
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(deadline_s):
+                    await asyncio.shield(asyncio.wrap_future(read.outcome))
+                return
+        finally:
+            del read  # as in `_fill`
         self.timed_out += 1
         raise TransferTimeoutError(
-            f"a READ of {read.export.nbytes} bytes had not settled after {deadline_s:g} s; "
-            "ask another encode worker"
+            f"a READ of {nbytes} bytes had not settled after {deadline_s:g} s; ask another encode worker"
         )
 
     async def _verify(self, reservation: Reservation, export: Export, finite_dtype: str | None) -> None:
