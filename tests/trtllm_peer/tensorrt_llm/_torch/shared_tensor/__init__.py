@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class SharedTensorContainer:
         before = get_sharing_strategy()
         set_sharing_strategy("file_system")
         try:
-            manager, name, storage_size, dtype = reduce_storage(storage)[-1][1:]
+            manager, name, storage_size, dtype = _patiently(reduce_storage, storage)[-1][1:]
         finally:
             set_sharing_strategy(before)
         return {
@@ -61,7 +62,8 @@ class SharedTensorContainer:
         if tensor_info["method_key"] != _REBUILD_CPU:
             raise ValueError(f"Unsupported shared tensor method key: {tensor_info['method_key']}")
         dtype = _DTYPES[tensor_info["storage_dtype"]]
-        storage = _rebuilt(
+        storage = _patiently(
+            rebuild_storage_filename,
             torch.storage.TypedStorage,
             base64.b64decode(tensor_info["manager_handle"]),
             base64.b64decode(tensor_info["storage_handle"]),
@@ -78,12 +80,12 @@ class SharedTensorContainer:
         return rebuild_tensor(*self.tensor_handle)
 
 
-def _rebuilt(*arguments: Any) -> Any:
+def _patiently(ask: Callable[..., Any], *arguments: Any) -> Any:
     """Ask again where torch's helper process has not answered within its second: test machines are busy."""
-    for _ in range(5):
+    for _ in range(9):
         try:
-            return rebuild_storage_filename(*arguments)
+            return ask(*arguments)
         except RuntimeError as error:
             if "timed out" not in str(error):
                 raise
-    return rebuild_storage_filename(*arguments)
+    return ask(*arguments)
