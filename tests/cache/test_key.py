@@ -42,7 +42,7 @@ INPUTS = st.fixed_dictionaries(
 
 def _media(vector: dict[str, Any]) -> bytes:
     if "media_repeat" in vector:
-        return bytes.fromhex(vector["media_repeat"]["hex"]) * vector["media_repeat"]["times"]
+        return bytes.fromhex(vector["media_repeat"]["hex"]) * int(vector["media_repeat"]["times"])
     return base64.b64decode(vector["media_base64"])
 
 

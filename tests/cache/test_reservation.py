@@ -276,6 +276,35 @@ def test_close_lets_holders_finish(manager: MultimodalEmbeddingCacheManager) -> 
         _ = manager.arena.storage
 
 
+def test_close_logs_what_is_held_under_the_caches_name(caplog: pytest.LogCaptureFixture) -> None:
+    manager = MultimodalEmbeddingCacheManager(CAPACITY, name="receive arena")
+    lease = _commit(manager.reserve("a", 10, owner="test"))
+    reservation = manager.reserve("b", 20, owner="test")
+    quarantined = manager.reserve("c", 30, owner="a lost read")
+    quarantined.quarantine()
+    with caplog.at_level(logging.INFO):
+        manager.close()
+        manager.close()
+    assert caplog.text.count("bytes held: leased 10, reserved 20, quarantined 30") == 1
+    assert all(record.getMessage().startswith("receive arena: ") for record in caplog.records)
+    assert "a lost read" in caplog.text
+    lease.release()
+    reservation.abandon()
+    quarantined.settle()
+
+
+def test_close_with_inconsistent_accounting_says_so_and_closes(caplog: pytest.LogCaptureFixture) -> None:
+    manager = MultimodalEmbeddingCacheManager(CAPACITY)
+    _commit(manager.reserve("a", 10, owner="test")).release()
+    manager._ledger.visible_bytes += 1
+    manager.close()
+    manager._ledger.visible_bytes -= 1
+    assert "cache: closed, accounting inconsistent" in caplog.text
+    assert "visible bytes" in caplog.text
+    with pytest.raises(IntegrityError, match="closed"):
+        manager.get("a")
+
+
 def test_capacity_zero_keeps_an_entry_as_long_as_it_has_a_holder() -> None:
     manager = MultimodalEmbeddingCacheManager(0, transfer_bytes=CAPACITY)
     assert not manager.retain

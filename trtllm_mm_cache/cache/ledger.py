@@ -99,13 +99,6 @@ class Ledger:
 
     def close(self) -> None:
         """Retain nothing from now on; the region goes with the last holder. Once, with holds settled."""
-        for entry in self.pending:
-            logger.warning(
-                "cache closed while %d bytes are still %s by %s",
-                entry.extent.nbytes,
-                entry.state.value,
-                entry.owner,
-            )
         self.closing = True
         self.retain = False
         for entry in list(self.visible.values()):

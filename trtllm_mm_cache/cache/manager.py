@@ -297,6 +297,14 @@ class MultimodalEmbeddingCacheManager:
                     held.reserved_bytes,
                     held.quarantined_bytes,
                 )
+            for entry in ledger.pending:
+                logger.warning(
+                    "%s: closed while %d bytes are %s by %s",
+                    self.name,
+                    entry.extent.nbytes,
+                    entry.state.value,
+                    entry.owner,
+                )
             ledger.close()
 
 
