@@ -43,8 +43,10 @@ from trtllm_mm_cache.settings import PdSettings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-READY_TIMEOUT_S = 90
-STOP_TIMEOUT_S = 20
+# Bounds for a machine that does other work too: a start imports torch and transformers in a new process, and
+# what one architecture leaves behind is waited for in the setup of the next one's first test.
+READY_TIMEOUT_S = 240
+STOP_TIMEOUT_S = 60
 
 
 @dataclass
@@ -71,10 +73,16 @@ class Encoders:
         with (self.folder / f"{architecture}.log").open("wb") as log:
             self.processes[architecture] = subprocess.Popen(command, stdout=log, stderr=log)
 
+    def assert_running(self, architecture: str) -> None:
+        assert self.processes[architecture].poll() is None, self.output(architecture)
+
     def stop(self, architecture: str) -> None:
         process = self.processes.pop(architecture)
         process.terminate()
-        assert process.wait(STOP_TIMEOUT_S) == 0, (self.folder / f"{architecture}.log").read_text()
+        assert process.wait(STOP_TIMEOUT_S) == 0, self.output(architecture)
+
+    def output(self, architecture: str) -> str:
+        return (self.folder / f"{architecture}.log").read_text()
 
     def kill_all(self) -> None:
         for process in self.processes.values():
@@ -141,7 +149,9 @@ async def pd_side(
     )
     client = await runtime.endpoint(endpoint(architecture).removeprefix("dyn://")).client()
     async with asyncio.timeout(READY_TIMEOUT_S):
-        await client.wait_for_instances()
+        while not client.instance_ids():
+            encoders.assert_running(architecture)
+            await asyncio.sleep(0.05)
     for following in ARCHITECTURES[position + 1 : position + 2]:
         encoders.start(following)
     memory = await PdMemory.create(settings)
