@@ -31,6 +31,7 @@ from tests.engines.contract import (
     pictures,
     reference_logits,
 )
+from tests.engines.decoding import until
 from tests.pd.bench import asking
 from trtllm_mm_cache.pd.memory import PdMemory
 from trtllm_mm_cache.pd.metrics import PdMetrics
@@ -159,6 +160,8 @@ async def pd_side(
     yield PdSide(halves, memory, resolver)
     await resolver.close()
     memory.cache.check_integrity()
+    # The computing thread drops its views a moment after it has handed the last logits over.
+    await until(lambda: memory.cache.statistics().leased_bytes == 0)
     statistics = memory.cache.statistics()
     assert (statistics.leased_bytes, statistics.reservations, statistics.quarantined) == (0, 0, 0)
     await memory.close()
