@@ -1,13 +1,15 @@
-"""What one token costs in the PD worker, beside the engine: `python -m benchmarks.token_cost`.
+"""What one token costs in the PD worker, beside the engine.
 
-A generator that yields a token every half millisecond, alone and behind the worker's handler; rounds
-interleaved. Prints one JSON object: processor time in microseconds a token.
+    python -m benchmarks.token_cost [--rounds 7]
+
+A generator that yields a token every half millisecond, read alone and through the worker's handler, in turn.
+The last line is one JSON object: medians of the processor time a token, in microseconds.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import json
 import statistics
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -15,6 +17,7 @@ from typing import Any
 
 from dynamo.runtime import Context
 
+from benchmarks.measuring import finish
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.engines.base import GenerationRequest, LeasedEmbedding, TokenDelta
 from trtllm_mm_cache.pd.answer import PdWorker
@@ -24,7 +27,7 @@ from trtllm_mm_cache.settings import PdSettings
 from trtllm_mm_cache.tiers.chain import TierChain
 from trtllm_mm_cache.tiers.receive import Receiver
 
-TOKENS, ROUNDS, PAUSE_S = 1000, 7, 0.0005
+TOKENS, PAUSE_S = 1000, 0.0005
 
 
 class Counting:
@@ -61,8 +64,8 @@ async def timed(answer: AsyncIterator[Any]) -> float:
     return (time.process_time() - started) / TOKENS * 1e6
 
 
-async def measure() -> dict[str, float]:
-    """Return the medians."""
+async def measure(rounds: int) -> dict[str, float]:
+    """Return the medians of `rounds` answers each way."""
     settings, metrics, generator = PdSettings(model_path="unused"), PdMetrics(), Counting()
     cache = MultimodalEmbeddingCacheManager(1024**2)
     receiver = Receiver(cache, cache, None, generator.check_embedding, metrics.registry)
@@ -70,14 +73,24 @@ async def measure() -> dict[str, float]:
     worker = PdWorker(generator, resolver, metrics, settings)
     alone, served = [], []
     request: Any = None
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         alone.append(await timed(generator.generate(request, ())))
         served.append(await timed(worker.handle({"token_ids": [1]}, Context())))
     await worker.close()
     cache.close()
-    both = {"generator_us": statistics.median(alone), "served_us": statistics.median(served)}
-    return both | {"worker_us": both["served_us"] - both["generator_us"]}
+    in_generator, in_all = statistics.median(alone), statistics.median(served)
+    return {"generator": in_generator, "served": in_all, "worker": in_all - in_generator}
+
+
+def main() -> None:
+    """Parse the command line and print the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="answers of a thousand tokens each way")
+    rounds = parser.parse_args().rounds
+    finish("token_cost", {"rounds": rounds, "median_us": asyncio.run(measure(rounds))})
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(measure())))
+    main()

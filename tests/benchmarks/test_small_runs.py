@@ -43,3 +43,9 @@ def test_transfers_bring_embeddings_of_every_size(small_run: SmallRun, tmp_path:
     assert out.exists()
     for row in report["sizes"].values():
         assert row["ways"]["ours"]["committed_ms"] < row["ways"]["ours"]["whole_ms"]
+
+
+def test_every_token_of_an_answer_is_counted(small_run: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark itself refuses an answer of another number of tokens."""
+    monkeypatch.setattr("benchmarks.token_cost.TOKENS", 20)
+    assert small_run("token_cost", "--rounds", 2)["rounds"] == 2
