@@ -14,6 +14,7 @@ import hashlib
 import time
 from collections.abc import AsyncIterator
 from email.utils import formatdate, mktime_tz, parsedate_tz
+from traceback import clear_frames
 
 import httpcore2
 import httpx2
@@ -73,11 +74,14 @@ class HttpFetcher:
         try:
             async with asyncio.timeout(seconds):
                 return await self._follow(url, scope)
-        except (TimeoutError, httpcore2.TimeoutException):
+        except (TimeoutError, httpcore2.TimeoutException) as error:
             # Raised below: asyncio's error leads to the task that had the deadline, and the task, when it
             # ends with an error, to that. As a cause it would keep what has arrived until the collector runs.
-            pass
+            clear_frames(error.__traceback__)
         except (httpcore2.NetworkError, httpcore2.ProtocolError, httpx2.HTTPError) as error:
+            # httpcore turns an error into its own in a context manager, whose frame keeps the first one.
+            # From Python 3.12 that one's traceback leads back to the frame, and to all that called it.
+            clear_frames(error.__traceback__)
             raise MediaFetchError("the media server's answer broke off or was not valid HTTP") from error
         finally:
             if forgettings != self._forgettings:

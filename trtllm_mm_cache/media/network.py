@@ -12,6 +12,7 @@ import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
+from traceback import clear_frames
 
 import httpcore2
 
@@ -124,6 +125,7 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
                             address, port, share, local_address, socket_options
                         )
                     except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
+                        clear_frames(error.__traceback__)  # see `HttpFetcher.fetch`
                         failure = error
                 raise MediaFetchError("the media server cannot be reached") from failure
         except TimeoutError:

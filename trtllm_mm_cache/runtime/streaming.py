@@ -70,9 +70,12 @@ async def stopped_with(context: RequestContext) -> AsyncIterator[None]:
     stopped.add_done_callback(stop)
     try:
         yield
-    except asyncio.CancelledError:
+    except asyncio.CancelledError as cancelled:
         # As asyncio.timeout does: a cancellation that came from elsewhere too goes on.
         if fired and task.uncancel() == 0:
+            # contextlib's frame keeps what it threw in here; from Python 3.12 the traceback of that leads
+            # back to the frame and to the whole call: a cycle that only the collector would end.
+            cancelled.__traceback__ = None
             raise RequestStoppedError from None
         raise
     finally:
