@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import signal
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from benchmarks.cache_handoff import DTYPE, WIDTH, OtherProcess
+from trtllm_mm_cache.cache.arena import region
 from trtllm_mm_cache.cache.arena.arena import Arena
 from trtllm_mm_cache.cache.arena.region import open_shared_storage
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
@@ -51,13 +53,32 @@ def while_it_stands_still(helper: int, work: Callable[[], None]) -> None:
         waking.join()
 
 
-def test_an_arena_is_made_although_the_helper_is_late(caplog: pytest.LogCaptureFixture) -> None:
+class Waking(logging.Handler):
+    """Lets the helper go on when its silence has been logged, however late a busy machine comes to that."""
+
+    def __init__(self, helper: int) -> None:
+        super().__init__()
+        self._helper = helper
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+        os.kill(self._helper, signal.SIGCONT)
+
+
+def test_an_arena_is_made_although_the_helper_is_late() -> None:
     first = Arena(1 << 20)
-    made: list[Arena] = []
-    while_it_stands_still(helper_of(first.storage)[3], lambda: made.append(Arena(1 << 20)))
-    assert made[0].capacity_bytes == 1 << 20
-    assert "did not answer within a second" in caplog.text
-    for arena in (first, *made):
+    helper = helper_of(first.storage)[3]
+    waking, logger = Waking(helper), logging.getLogger(region.__name__)
+    logger.addHandler(waking)
+    os.kill(helper, signal.SIGSTOP)
+    try:
+        second = Arena(1 << 20)
+    finally:
+        os.kill(helper, signal.SIGCONT)
+        logger.removeHandler(waking)
+    assert "did not answer within a second" in waking.messages[0]
+    for arena in (first, second):
         arena.check_integrity()
         arena.close()
 
