@@ -170,7 +170,7 @@ def test_no_log_and_no_span_holds_anything_of_a_request(
     secrets_told = ("abc123", "secret", encoded[40:80], encoded[-80:-40])
     # A worker that no image went to yet has nothing to say at DEBUG, and would tell nothing here.
     wait_until(
-        lambda: bool(stack.ask(new_image(), QUESTION)) and all(logs_at_debug(each) for each in workers(stack)),
+        lambda: bool(stack.ask(new_image(), QUESTION)) and all(map(logs_at_debug, workers(stack))),
         30,
         "not every worker logged at DEBUG",
     )
