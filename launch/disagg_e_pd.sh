@@ -203,7 +203,7 @@ failed() {
 
 port_is_free "$DYN_HTTP_PORT" || die "port $DYN_HTTP_PORT is taken; set DYN_HTTP_PORT to a free one"
 : >"$run_dir/processes.tsv"
-start frontend "${worker[@]}" frontend "${log_flags[@]}"
+start frontend "${worker[@]}" frontend --model-path "$model" --served-model-name "$name" "${log_flags[@]}"
 
 common=(--model-path "$model" --engine "$engine")
 read -ra encode_extra <<<"${ENCODE_EXTRA_ARGS:-}"

@@ -36,6 +36,8 @@ class Answer:
         It ends with the worker's last message, or before the first stop string.
         """
         async for message in messages:
+            if self.finish_reason is not None:
+                continue  # to the worker's own end: closed before it, its computation would be cancelled
             self.items = message.get("items", self.items)
             self.usage = message.get("completion_usage", self.usage)
             token_ids = message.get("token_ids") or ()
@@ -47,7 +49,7 @@ class Answer:
                 self.finish_reason = reason
                 text += self.text.end()
             yield Delta(text, self._logprobs(message) if self.logprobs and token_ids else None)
-            if self.finish_reason is not None:
+            if self.text.stopped and not message.get("finish_reason"):
                 return
 
     def usage_object(self) -> Object:
@@ -132,7 +134,9 @@ class ChatForm:
 
     def whole(self, deltas: Sequence[Delta]) -> Object:
         """See `Form.whole`."""
-        logprobs = [each for delta in deltas for each in delta.logprobs or ()] if self._answer.logprobs else None
+        logprobs = (
+            [each for delta in deltas for each in delta.logprobs or ()] if self._answer.logprobs else None
+        )
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": _text(deltas), "refusal": None},

@@ -1,4 +1,4 @@
-"""The two ways to ask for text: /v1/chat/completions and /v1/completions, from a body to a PD worker's call."""
+"""The ways to ask for text, /v1/chat/completions and /v1/completions: from a body to a PD worker's call."""
 
 from __future__ import annotations
 
@@ -60,7 +60,11 @@ class ChatApi:
         payload = payload_of(request, prompt, self._prompts.eos_token_ids)
         add_chat_options(payload, request, items)
         return Call(
-            request, payload, prompt.token_ids[-8:], [item.digest for item in items], logprobs=request.logprobs
+            request,
+            payload,
+            prompt.token_ids[-8:],
+            [item.digest for item in items],
+            logprobs=request.logprobs,
         )
 
     def form(self, answer: Answer) -> Form:

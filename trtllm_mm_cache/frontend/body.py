@@ -1,8 +1,8 @@
 """A request's body, within the memory that bodies may take together.
 
-Nearly all bytes of a large body are base64 in data: URLs. They are cut out of the raw bytes before the JSON is
-read: what is left, text and structure, has a small limit of its own, so that no body can become many times its
-size as Python objects, and the images are never copied as text.
+Nearly all bytes of a large body are base64 in data: URLs. They are cut out of the raw bytes before the JSON
+is read: what is left, text and structure, has a small limit of its own, so that no body can become many times
+its size as Python objects, and the images are never copied as text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ from typing import Any, Final
 from pydantic_core import from_json
 from starlette.requests import Request
 
-from trtllm_mm_cache.errors import InvalidRequestError, MediaTooLargeError, OverloadedError, RequestTimeoutError
+from trtllm_mm_cache.errors import (
+    InvalidRequestError,
+    MediaTooLargeError,
+    OverloadedError,
+    RequestTimeoutError,
+)
 from trtllm_mm_cache.settings import MB, FrontendSettings
 
 MAX_JSON_BYTES: Final = 4 * MB
@@ -98,7 +103,7 @@ class BodyShare:
 
 @dataclass(frozen=True)
 class Body:
-    """A request's JSON object, and the large data: URLs that were cut out of it, by the text in their place."""
+    """A request's JSON object, and the large data: URLs cut out of it, by the text in their place."""
 
     fields: dict[str, Any] = field(repr=False)
     cut: dict[str, bytes] = field(default_factory=dict, repr=False)
@@ -129,7 +134,10 @@ def announced_bytes(request: Request, settings: FrontendSettings) -> int:
 
 
 async def receive_body(request: Request, settings: FrontendSettings) -> bytearray:
-    """Receive the body. Raises `MediaTooLargeError`, `RequestTimeoutError`, Starlette's `ClientDisconnect`."""
+    """Receive the body.
+
+    Raises `MediaTooLargeError`, `RequestTimeoutError`, and Starlette's `ClientDisconnect`.
+    """
     limit = int(settings.max_request_mb * MB)
     received = bytearray()
     try:
@@ -174,10 +182,11 @@ def _parse(raw: bytearray) -> Body:
 def _cut_data_urls(raw: bytearray) -> tuple[bytearray, dict[str, bytes]]:
     """Return the body with each long data: URL replaced by a word of ours, and the URLs by those words.
 
-    In JSON an unescaped quotation mark before `data:` opens a string: one that ends a string is never followed
-    by a letter. What has escapes, beside the needless one of a slash, stays where it is.
+    In JSON an unescaped quotation mark before `data:` opens a string: one that ends a string is never
+    followed by a letter. What has escapes, beside the needless one of a slash, stays where it is.
     """
-    nonce, cut = secrets.token_hex(8), {}
+    nonce = secrets.token_hex(8)
+    cut: dict[str, bytes] = {}
     rest, copied, at = bytearray(), 0, 0
     while (start := raw.find(_OPENING, at)) >= 0:
         end = raw.find(b'"', start + 1)
@@ -202,7 +211,6 @@ def _cut_data_urls(raw: bytearray) -> tuple[bytearray, dict[str, bytes]]:
 
 def _too_large(limit: int) -> MediaTooLargeError:
     return MediaTooLargeError(
-        f"the request's body is larger than {limit / MB:g} MB (--max-request-mb); send fewer or smaller images, "
-        "or image URLs"
+        f"the request's body is larger than {limit / MB:g} MB (--max-request-mb); send fewer or smaller "
+        "images, or image URLs"
     )
-

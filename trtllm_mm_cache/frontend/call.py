@@ -61,7 +61,7 @@ async def _item(url: str, cut: bytes | None, salt: bytes, index: int) -> Item:
             raise InvalidRequestError(
                 f"its URL has more than {_MAX_URL_CHARACTERS} characters", item_index=index
             )
-        return Item(xxhash.xxh3_64_digest(url, seed=xxhash.xxh3_64_intdigest(salt)), url=url)
+        return Item(xxhash.xxh3_64_digest(url.encode(), seed=xxhash.xxh3_64_intdigest(salt)), url=url)
 
     def decode() -> Item:
         media = _decoded(cut)
@@ -74,7 +74,7 @@ async def _item(url: str, cut: bytes | None, salt: bytes, index: int) -> Item:
 
 
 def _decoded(url: bytes) -> bytes:
-    """Return what a data: URL carries; the body's limit bounds it here, and a PD worker has the one for a file."""
+    """Decode a data: URL. The body's limit bounds it here; a PD worker has the one for a file."""
     comma = url.find(b",")
     if url[:comma].endswith(b";base64"):
         # As clients write it: without a copy as text, which is for all other forms.

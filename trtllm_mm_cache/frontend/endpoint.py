@@ -105,7 +105,7 @@ class Completions:
 
 
 class _Client:
-    """The client of a request whose body is received, as a `RequestContext`: it may only leave."""
+    """The client of a request whose body is received, which may leave."""
 
     def __init__(self, request: Request) -> None:
         self._receive = request.receive

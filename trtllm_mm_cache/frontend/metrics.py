@@ -47,7 +47,9 @@ class BodyMemoryCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """Yield what is held, what waits, and what was refused."""
         memory = self._memory
-        yield gauge("body_bytes", "Memory that request bodies take, three times their length.", memory.held_bytes)
+        yield gauge(
+            "body_bytes", "Memory that request bodies take, three times their length.", memory.held_bytes
+        )
         yield gauge("bodies_waiting", "Large requests whose body is not received yet.", memory.waiting)
         yield counter("bodies_refused", "Large requests whose turn did not come.", memory.refused)
 

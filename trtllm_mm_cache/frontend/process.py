@@ -55,7 +55,7 @@ async def _serve(settings: FrontendSettings) -> None:
         int(time.time()),
     )
     server = HttpServer.of(app, settings)
-    draining = drain_on_signals(runtime, stop_runtime=False)
+    draining = drain_on_signals(None)  # answers that run still need the runtime
     stopping = asyncio.create_task(_stop_when(draining, server))
     try:
         await _listen(server, settings)
@@ -70,8 +70,8 @@ async def _listen(server: HttpServer, settings: FrontendSettings) -> None:
         await server.serve()
     except SystemExit:  # uvicorn's way to say that it cannot listen; it has logged why
         raise ConfigurationError(
-            f"cannot listen on {settings.http_host}:{settings.http_port}: the port is taken or the address is "
-            "not this machine's; set --http-port or --http-host"
+            f"cannot listen on {settings.http_host}:{settings.http_port}: the port is taken or the address "
+            "is not this machine's; set --http-port or --http-host"
         ) from None
 
 

@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from transformers import AutoConfig, GenerationConfig
-
+from trtllm_mm_cache.engines.model_limits import context_and_ends
 from trtllm_mm_cache.engines.prompt_text import PromptRenderer, RenderedPrompt
-from trtllm_mm_cache.errors import ConfigurationError, InvalidRequestError, OverloadedError
+from trtllm_mm_cache.errors import InvalidRequestError, OverloadedError
 from trtllm_mm_cache.frontend.request import GenerationOptions
 from trtllm_mm_cache.frontend.text import AnswerText
 from trtllm_mm_cache.runtime.admission import Admission
@@ -50,7 +49,7 @@ class Prompts:
     @classmethod
     def from_model(cls, model_path: Path) -> Prompts:
         """Read the model's tokenizer, template and configuration. Blocking. Raises `ConfigurationError`."""
-        return cls(PromptRenderer.from_model(model_path), *_context_and_ends(model_path))
+        return cls(PromptRenderer.from_model(model_path), *context_and_ends(model_path))
 
     @property
     def backend(self) -> Any:
@@ -84,8 +83,8 @@ class Prompts:
     async def _bounded(self, characters: int, render: Callable[[], RenderedPrompt]) -> RenderedPrompt:
         if characters > self._max_characters:
             raise InvalidRequestError(
-                f"the request's text has {characters} characters; the model's context of {self._context} tokens "
-                f"cannot hold more than {self._max_characters}"
+                f"the request's text has {characters} characters; the model's context of {self._context} "
+                f"tokens cannot hold more than {self._max_characters}"
             )
         if characters <= _INLINE_CHARACTERS:
             prompt = render()
@@ -94,22 +93,7 @@ class Prompts:
                 prompt = await asyncio.to_thread(render)
         if len(prompt.token_ids) >= self._context:
             raise InvalidRequestError(
-                f"the prompt has {len(prompt.token_ids)} tokens; the model's context of {self._context} tokens "
-                "has no room left for an answer"
+                f"the prompt has {len(prompt.token_ids)} tokens; the model's context of {self._context} "
+                "tokens has no room left for an answer"
             )
         return prompt
-
-
-def _context_and_ends(model_path: Path) -> tuple[int, list[int]]:
-    """Return how many tokens the model's context holds, and the tokens that end an answer."""
-    try:
-        # By the configuration's class: files leave out what is its default.
-        config = AutoConfig.from_pretrained(model_path, local_files_only=True)
-        generation = GenerationConfig.from_pretrained(model_path, local_files_only=True)
-    except OSError:
-        generation = GenerationConfig.from_model_config(config)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(context, int) or context < 1:
-        raise ConfigurationError("the model's config.json does not say how many tokens its context holds")
-    ends = generation.eos_token_id
-    return context, [ends] if isinstance(ends, int) else list(ends or ())

@@ -46,7 +46,14 @@ _UNSERVED: Final[Mapping[str, tuple[Any, ...]]] = {
 }
 
 # What an assistant's message of an earlier answer holds besides its text; clients send it back as it came.
-_EMPTY_IN_MESSAGES: Final = ("refusal", "annotations", "audio", "tool_calls", "function_call", "reasoning_content")
+_EMPTY_IN_MESSAGES: Final = (
+    "refusal",
+    "annotations",
+    "audio",
+    "tool_calls",
+    "function_call",
+    "reasoning_content",
+)
 
 
 def refuse_unserved(fields: dict[str, Any]) -> None:

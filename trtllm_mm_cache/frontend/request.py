@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from trtllm_mm_cache.errors import InvalidRequestError
 from trtllm_mm_cache.frontend.refusals import refuse_unserved
@@ -167,9 +175,8 @@ class ChatRequest(GenerationOptions):
     def _agree(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequestError("top_logprobs: only with logprobs set to true")
-        if None not in (self.max_tokens, self.max_completion_tokens):
-            if self.max_tokens != self.max_completion_tokens:
-                raise InvalidRequestError("max_tokens and max_completion_tokens: give one of them")
+        if len({self.max_tokens, self.max_completion_tokens, None}) == 3:
+            raise InvalidRequestError("max_tokens and max_completion_tokens: give one of them")
         if self.continue_final_message and self.add_generation_prompt:
             raise InvalidRequestError("continue_final_message: only with add_generation_prompt set to false")
         return self

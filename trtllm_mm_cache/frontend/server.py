@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from trtllm_mm_cache.errors import InvalidRequestError, MmCacheError, UnknownModelError
+from trtllm_mm_cache.errors import InvalidRequestError, UnknownModelError
 from trtllm_mm_cache.frontend.apis import Api
 from trtllm_mm_cache.frontend.endpoint import Completions
 from trtllm_mm_cache.frontend.responses import error_object
@@ -121,7 +121,7 @@ class HttpServer(uvicorn.Server):
 
 
 class _BoundedProtocol(HttpToolsProtocol):
-    """A connection on which no request comes is closed; uvicorn itself bounds only the time after a first one."""
+    """Closes a connection on which no request comes; uvicorn bounds only the time after a first one."""
 
     header_timeout_s = 0.0
 
@@ -145,6 +145,3 @@ class _BoundedProtocol(HttpToolsProtocol):
     def _no_head(self) -> None:
         if not self.transport.is_closing():
             self.transport.close()
-
-
-__all__ = ["Endpoint", "HttpServer", "MmCacheError", "make_app"]

@@ -10,7 +10,7 @@ from typing import Self
 
 from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.errors import MediaFetchError, MediaReferenceError, MediaTooLargeError
-from trtllm_mm_cache.media.data_url import decode_data_url
+from trtllm_mm_cache.media.data_url import check_size, decode_data_url
 from trtllm_mm_cache.media.file import read_file_url
 from trtllm_mm_cache.media.http import HttpFetcher
 from trtllm_mm_cache.media.network import Resolver
@@ -42,8 +42,10 @@ class MediaSource:
         self._readers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="media-file")
         self._closed = False
 
-    async def fetch(self, reference: str, scope: Scope) -> bytes:
+    async def fetch(self, reference: str | bytes, scope: Scope) -> bytes:
         """Return the bytes that `reference` stands for, unchanged and not yet looked into.
+
+        Bytes, which the frontend decoded from a data: URL, are only measured.
 
         What is fetched over HTTP for one salt is reused for that salt alone: a URL that answers at once would
         tell the others that it was asked for. For a scope without `retain` nothing is reused or kept.
@@ -54,8 +56,11 @@ class MediaSource:
         """
         if self._closed:
             raise MediaFetchError("the server is shutting down")
-        scheme = reference[:8].partition(":")[0].lower()
         limit = self._max_bytes
+        if isinstance(reference, bytes):
+            check_size(len(reference), limit)
+            return reference
+        scheme = reference[:8].partition(":")[0].lower()
         if scheme == "data":
             # Nothing decodes from more than three characters a byte; longer is refused unread.
             if len(reference) > 4 * limit + 4096:

@@ -65,11 +65,11 @@ def endpoint_path(url: str) -> str:
     return path
 
 
-def drain_on_signals(runtime: DistributedRuntime) -> asyncio.Event:
+def drain_on_signals(runtime: DistributedRuntime | None) -> asyncio.Event:
     """On SIGTERM, SIGINT or SIGUSR1 take nothing new, finish what runs, and let `serve_endpoint` return.
 
-    The event that is returned is set from then on. SIGUSR1 is for workers under mpirun: it passes that on,
-    but kills its ranks half a second after any of the others.
+    The event that is returned is set from then on; without a `runtime` that is all. SIGUSR1 is for workers
+    under mpirun: it passes that on, but kills its ranks half a second after any of the others.
     """
     loop = asyncio.get_running_loop()
     draining = asyncio.Event()
@@ -77,7 +77,8 @@ def drain_on_signals(runtime: DistributedRuntime) -> asyncio.Event:
     def drain(name: str) -> None:
         logger.info("%s: draining; requests that run are finished, new ones go elsewhere", name)
         draining.set()
-        runtime.shutdown()
+        if runtime is not None:
+            runtime.shutdown()
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         loop.add_signal_handler(number, drain, number.name)

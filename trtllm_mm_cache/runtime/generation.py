@@ -58,14 +58,14 @@ def error_of(message: Mapping[str, Any]) -> MmCacheError | None:
 def heartbeats(emit: Callable[[dict[str, Any]], None]) -> Iterator[None]:
     """Emit an empty message every `HEARTBEAT_S` seconds while the block runs in the event loop."""
     loop = asyncio.get_running_loop()
+    timers: list[asyncio.TimerHandle] = []
 
     def beat() -> None:
-        nonlocal timer
         emit({})
-        timer = loop.call_later(HEARTBEAT_S, beat)
+        timers[:] = [loop.call_later(HEARTBEAT_S, beat)]
 
-    timer = loop.call_later(HEARTBEAT_S, beat)
+    timers += [loop.call_later(HEARTBEAT_S, beat)]
     try:
         yield
     finally:
-        timer.cancel()
+        timers[0].cancel()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from dynamo.runtime import Client, Context
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 from trtllm_mm_cache.errors import MmCacheError, OverloadedError, PdLostError, PdUnavailableError
+from trtllm_mm_cache.observability.metrics import gauge
 from trtllm_mm_cache.runtime.generation import HEARTBEAT_S, error_of
 from trtllm_mm_cache.runtime.rendezvous import rendezvous_rank
 
@@ -24,7 +27,7 @@ _SPREAD = 1.25
 """Most times the mean that a worker may have under way before its items go to the next in their order."""
 
 
-class PdWorkers:
+class PdWorkers(Collector):
     """Calls PD workers through Dynamo. For use from one event loop.
 
     Requests about the same items go to the same worker, whose cache has them: the home of most of their
@@ -40,6 +43,10 @@ class PdWorkers:
     def instances(self) -> list[int]:
         """Ids of the PD workers that are alive now, as discovery sees them."""
         return list(self._client.instance_ids())
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield how many PD workers are alive."""
+        yield gauge("pd_workers", "PD workers that discovery names.", len(self.instances))
 
     async def generate(
         self, payload: dict[str, Any], request_id: str, items: Sequence[bytes]
@@ -64,11 +71,12 @@ class PdWorkers:
                             began = True
                             payload.clear()
                         yield message
-                return
             except (PdUnavailableError, OverloadedError) as error:
                 if began or set(self.instances) <= set(tried):
                     raise
                 logger.info("request %s goes to another PD worker: %s", request_id, error)
+            else:
+                return
 
     def _choose(self, items: Sequence[bytes], tried: Sequence[int]) -> int:
         left = [instance for instance in self.instances if instance not in tried]
@@ -98,11 +106,7 @@ class PdWorkers:
                         item = await anext(stream)
                 except StopAsyncIteration:
                     break
-                message = _data(item)
-                if (error := error_of(message)) is not None:
-                    ended = True
-                    raise error
-                yield message
+                yield _message(item)
             ended = True
         except (MmCacheError, asyncio.CancelledError, GeneratorExit):
             raise
@@ -119,9 +123,12 @@ class PdWorkers:
                 context.stop_generating()
 
 
-def _data(item: Any) -> dict[str, Any]:
-    """Return the message of one item; Dynamo sends what a worker raised as an item of its own kind."""
+def _message(item: Any) -> dict[str, Any]:
+    """Return the message of one item. Raises what a message reports, or what Dynamo reports in its place."""
     if hasattr(item, "is_error") and item.is_error():
         raise ConnectionError("; ".join(item.comments() or ["the worker failed"]))
     data = item.data() if hasattr(item, "data") else item
-    return data if isinstance(data, dict) else {}
+    message = data if isinstance(data, dict) else {}
+    if (error := error_of(message)) is not None:
+        raise error
+    return message

@@ -14,12 +14,10 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Protocol
 
-import xxhash
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from trtllm_mm_cache.cache.key import EmbeddingKey
 from trtllm_mm_cache.cache.manager import Lease, Reservation
 from trtllm_mm_cache.errors import (
     ChecksumMismatchError,
@@ -34,6 +32,7 @@ from trtllm_mm_cache.errors import (
 )
 from trtllm_mm_cache.observability.metrics import Step, counter, gauge, samples
 from trtllm_mm_cache.runtime.messages import EncodeReady, EncodeRequest
+from trtllm_mm_cache.runtime.rendezvous import rendezvous_rank
 from trtllm_mm_cache.settings import PdSettings
 from trtllm_mm_cache.tiers.base import MissingItem, Receive
 from trtllm_mm_cache.tiers.breaker import STATES, CircuitBreakers
@@ -61,19 +60,6 @@ class EncodeWorkers(Protocol):
     async def close(self) -> None:
         """Stop waiting for answers."""
         ...
-
-
-def rendezvous_rank(key: EmbeddingKey, instances: list[int]) -> list[int]:
-    """Order `instances` by rendezvous hashing: the first one is the key's home.
-
-    Every PD worker that sees the same instances finds the same order, and when one instance goes,
-    only the keys whose home it was move.
-    """
-
-    def weight(instance: int) -> tuple[int, int]:
-        return xxhash.xxh3_64_intdigest(instance.to_bytes(8, "big") + key.digest), instance
-
-    return sorted(instances, key=weight, reverse=True)
 
 
 class ExportedEmbedding:
@@ -141,7 +127,7 @@ class EncodeTier(Collector):
         The first of two attempts gets half of the time, the last one what is left. Raises the last
         attempt's error, `EncodeUnavailableError` at once when no instance is alive or admitted.
         """
-        ranked = rendezvous_rank(item.key, self._workers.instances)
+        ranked = rendezvous_rank(item.key.digest, self._workers.instances)
         self.breakers.keep(ranked)
         alone, left = len(ranked) == 1, _ATTEMPTS
         deadline = asyncio.get_running_loop().time() + self._settings.encode_timeout_s
