@@ -202,7 +202,7 @@ def read_request(kind: type[Fields], fields: dict[str, Any]) -> Fields:
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         name = _name_of(problem["loc"])
-        reason = problem["msg"].removeprefix("Value error, ")
+        reason = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should", 1)
         if problem["type"] == "extra_forbidden":
             reason = "this server does not know the field; leave it out"
         raise InvalidRequestError(f"{name}: {reason}") from None
