@@ -29,6 +29,7 @@ class Answer:
     finish_reason: str | None = None
     usage: Object | None = None
     items: Mapping[str, int] | None = None
+    _tokens_before: int = 0
 
     async def deltas(self, messages: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[Delta]:
         """Yield what the messages add, until the answer ends; the first delta may be empty.
@@ -41,6 +42,7 @@ class Answer:
             self.items = message.get("items", self.items)
             self.usage = message.get("completion_usage", self.usage)
             token_ids = message.get("token_ids") or ()
+            self._tokens_before = self.tokens
             self.tokens += len(token_ids)
             text = self.text.add(token_ids)
             if self.text.stopped:
@@ -51,6 +53,11 @@ class Answer:
             yield Delta(text, self._logprobs(message) if self.logprobs and token_ids else None)
             if self.text.stopped and not message.get("finish_reason"):
                 return
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the first tokens have just come, which a client may see before they make a text."""
+        return self.tokens > 0 == self._tokens_before
 
     def usage_object(self) -> Object:
         """Return the usage; the prompt's tokens count its images expanded."""
