@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from functools import partial
 from typing import Any
@@ -35,12 +35,23 @@ Output = dict[str, Any]
 """One message to Dynamo's frontend, in the form it expects of a worker."""
 
 
+Admit = Callable[[Any], Output]
+"""Takes the caller's proof off a request, and returns what the answer's first item carries in return; raises
+`NotAMemberError`. See `runtime.membership.Membership.admit`."""
+
+
 class PdWorker:
     """Answers generation requests of Dynamo's frontend. For use from one event loop."""
 
     def __init__(
-        self, generator: Generator, resolver: ItemResolver, metrics: PdMetrics, settings: PdSettings
+        self,
+        generator: Generator,
+        resolver: ItemResolver,
+        metrics: PdMetrics,
+        settings: PdSettings,
+        admit: Admit,
     ) -> None:
+        self._admit = admit
         self._generator = generator
         self._resolver = resolver
         self._metrics = metrics
@@ -94,6 +105,7 @@ class PdWorker:
                 record.ended("served")
 
     async def _serve(self, payload: Any, name: str, record: AnswerRecord, emit: Emit[Output]) -> None:
+        proof = self._admit(payload)
         with span("references"):
             request = parse_request(payload, name, max_images=self._max_images)
         variant = self._generator.variant(len(request.references))
@@ -105,7 +117,8 @@ class PdWorker:
                 async with aclosing(self._generator.generate(request.generation, items.leases)) as deltas:
                     async for delta in deltas:
                         record.generated(len(delta.token_ids), finished=delta.finish_reason is not None)
-                        emit(_output(delta, record.tokens))
+                        emit(_output(delta, record.tokens) | proof)
+                        proof = {}
         finally:
             items.release()
 

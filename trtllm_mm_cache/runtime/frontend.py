@@ -21,7 +21,7 @@ def run_frontend(settings: FrontendSettings) -> None:
 
 
 async def _serve(settings: FrontendSettings) -> None:
-    runtime = connect(settings)
+    runtime, _ = connect(settings)  # Dynamo's server cannot prove anything: PD workers must allow that
     drain_on_signals(runtime)
     engine = await make_engine(
         runtime,
