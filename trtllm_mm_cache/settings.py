@@ -264,6 +264,7 @@ class PdSettings(EngineSettings):
         False,
         description="Answer requests without the deployment's secret too, such as those of Dynamo's own "
         "frontend. Whoever reaches this worker's ports can then ask it, with any cache_salt.",
+        json_schema_extra={"env": "MM_CACHE_ALLOW_UNPROVEN_REQUESTS"},
     )
     max_images_per_request: int = Field(32, ge=1, le=4096, description="Most images in one request.")
     media: MediaSettings = MediaSettings()

@@ -50,8 +50,8 @@ def discovery_folder() -> Path:
         if not own:
             raise ConfigurationError(
                 "file discovery needs a folder of this user's own: set DYN_FILE_KV, the same for all "
-                "processes of a deployment (`export DYN_FILE_KV=$HOME/.mm-cache`); Dynamo's own choice, below "
-                "the folder for temporary files, is open to every user of this machine"
+                "processes of a deployment (`export DYN_FILE_KV=$HOME/.mm-cache`); Dynamo's own choice, "
+                "below the folder for temporary files, is open to every user of this machine"
             )
         named = os.environ["DYN_FILE_KV"] = str(Path(own, "trtllm-mm-cache"))
     folder = Path(named)
@@ -77,8 +77,8 @@ def _check_folder(folder: Path, found: os.stat_result) -> None:
         raise ConfigurationError(f"DYN_FILE_KV={folder} is not a folder")
     if found.st_uid != os.geteuid():
         raise ConfigurationError(
-            f"discovery folder {folder} (DYN_FILE_KV) belongs to user {found.st_uid}, and this process runs as "
-            f"user {os.geteuid()}; run all processes of a deployment, drop and top too, as one user"
+            f"discovery folder {folder} (DYN_FILE_KV) belongs to user {found.st_uid}, and this process runs "
+            f"as user {os.geteuid()}; run all processes of a deployment, drop and top too, as one user"
         )
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ConfigurationError(
@@ -109,7 +109,7 @@ def _make(file: Path) -> None:
 
 
 def _read(file: Path) -> bytes:
-    """Return the secret in `file`, judged by what was opened: a link is followed, Kubernetes mounts are some."""
+    """Return the secret in `file`, judged by what was opened: Kubernetes mounts are links."""
     try:
         with file.open("rb") as opened:
             found = os.fstat(opened.fileno())
@@ -136,6 +136,6 @@ def _check_file(file: Path, found: os.stat_result) -> None:
         )
     if found.st_mode & (stat.S_IRWXO | stat.S_IWGRP):
         raise ConfigurationError(
-            f"the deployment's secret {file} is open to other users (mode {stat.S_IMODE(found.st_mode):04o}); "
+            f"the deployment's secret {file} is open to other users (mode {stat.S_IMODE(found.st_mode):o}); "
             f"run `chmod 600 {file}`, or set defaultMode: 0400 where Kubernetes mounts it"
         )
