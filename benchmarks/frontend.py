@@ -53,7 +53,7 @@ async def serve_worker() -> None:
     from trtllm_mm_cache.runtime.model import offer_model
     from trtllm_mm_cache.settings import DEFAULT_PD_ENDPOINT, DiscoverySettings
 
-    runtime = connect(DiscoverySettings())
+    runtime, members = connect(DiscoverySettings())
     endpoint = runtime.endpoint(endpoint_path(DEFAULT_PD_ENDPOINT))
     await offer_model(endpoint, str(MODEL), MODEL.name)
     await endpoint.serve_endpoint(answer)
@@ -66,7 +66,7 @@ async def serve_dynamo(port: int) -> None:
     from trtllm_mm_cache.runtime.connect import connect
     from trtllm_mm_cache.settings import DiscoverySettings
 
-    runtime = connect(DiscoverySettings())
+    runtime, _ = connect(DiscoverySettings())
     arguments = EntrypointArgs(EngineType.Dynamic, http_host="127.0.0.1", http_port=port)
     await run_input(runtime, "http", await make_engine(runtime, arguments))
 

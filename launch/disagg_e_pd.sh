@@ -37,6 +37,7 @@ fi
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 run_dir=${RUN_DIR:-$root/.run/$(date +%Y%m%d-%H%M%S)-$$}
+umask 077  # what is written here is this user's alone
 mkdir -p "$run_dir"
 
 say() { echo "[launch] $*"; }
@@ -122,6 +123,8 @@ export DYN_FILE_KV=${DYN_FILE_KV:-$run_dir/discovery}
 export DYN_REQUEST_PLANE=${DYN_REQUEST_PLANE:-tcp} DYN_EVENT_PLANE=${DYN_EVENT_PLANE:-zmq}
 export DYN_HTTP_PORT=${DYN_HTTP_PORT:-8000}
 export DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS=${DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS:-60}
+# Dynamo's own frontend cannot carry the deployment's secret.
+export MM_CACHE_ALLOW_UNPROVEN_REQUESTS=${MM_CACHE_ALLOW_UNPROVEN_REQUESTS:-1}
 # Dynamo's own log lines: warnings only, so that the workers' one line a request is readable.
 export DYN_LOG=${DYN_LOG:-warn} DYN_SDK_DISABLE_ANSI_LOGGING=${DYN_SDK_DISABLE_ANSI_LOGGING:-1}
 export PYTHONUNBUFFERED=1

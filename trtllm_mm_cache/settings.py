@@ -51,6 +51,13 @@ class DiscoverySettings(Settings):
         "`etcd` (ETCD_ENDPOINTS) or `kubernetes` in a cluster.",
         json_schema_extra={"env": "DYN_DISCOVERY_BACKEND"},
     )
+    secret_file: Path | None = Field(
+        None,
+        description="File with the secret by which the processes of a deployment know each other: 32 bytes "
+        "or more, closed to other users. Default with `file` discovery: `secret` in the folder DYN_FILE_KV, "
+        "made by the first process. With etcd or Kubernetes it must be set.",
+        json_schema_extra={"env": "MM_CACHE_SECRET_FILE"},
+    )
 
 
 class RuntimeSettings(DiscoverySettings):
@@ -176,6 +183,18 @@ class EngineSettings(RuntimeSettings):
     extra_engine_args: Path | None = Field(
         None, description="YAML file with the engine's own settings; see configs/."
     )
+    system_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="Port for probes and metrics: /health, /live and /metrics. Not set: none is opened.",
+        json_schema_extra={"env": "DYN_SYSTEM_PORT"},
+    )
+    system_host: str | None = Field(
+        None,
+        description="Address that --system-port listens on. Default: loopback with `file` discovery, or all.",
+        json_schema_extra={"env": "DYN_SYSTEM_HOST"},
+    )
     images: ImageLimits = ImageLimits()
     max_waiting_image_mb: float = Field(
         1024,
@@ -268,6 +287,12 @@ class PdSettings(EngineSettings):
     breaker_retry_s: Seconds = constant(1, "How often one request tries such an encode worker again.")
     max_concurrent_requests: int = Field(
         1024, ge=1, description="Requests taken at a time; beyond it the answer is 503."
+    )
+    allow_unproven_requests: bool = Field(
+        False,
+        description="Answer requests without the deployment's secret too, such as those of Dynamo's own "
+        "frontend. Whoever reaches this worker's ports can then ask it, with any cache_salt.",
+        json_schema_extra={"env": "MM_CACHE_ALLOW_UNPROVEN_REQUESTS"},
     )
     max_images_per_request: int = Field(32, ge=1, le=4096, description="Most images in one request.")
     media: MediaSettings = MediaSettings()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, nullcontext
 from functools import partial
 from typing import Any
@@ -36,12 +36,23 @@ Output = dict[str, Any]
 """One message to Dynamo's frontend, in the form it expects of a worker."""
 
 
+Admit = Callable[[Any], Output]
+"""Takes the caller's proof off a request, and returns what the answer's first message is in return; raises
+`NotAMemberError`. See `runtime.membership.Membership.admit`."""
+
+
 class PdWorker:
     """Answers generation requests of Dynamo's frontend. For use from one event loop."""
 
     def __init__(
-        self, generator: Generator, resolver: ItemResolver, metrics: PdMetrics, settings: PdSettings
+        self,
+        generator: Generator,
+        resolver: ItemResolver,
+        metrics: PdMetrics,
+        settings: PdSettings,
+        admit: Admit,
     ) -> None:
+        self._admit = admit
         self._generator = generator
         self._resolver = resolver
         self._metrics = metrics
@@ -96,13 +107,17 @@ class PdWorker:
                 record.ended("served")
 
     async def _serve(self, payload: Any, name: str, record: AnswerRecord, emit: Emit[Output]) -> None:
+        proof = self._admit(payload)
+        marked = FrontendMark.of(payload) is not None
+        if marked:
+            emit(proof)
         with span("references"):
             request = parse_request(payload, name, max_images=self._max_images)
         variant = self._generator.variant(len(request.references))
         items = await self._resolver.resolve(request, variant=variant)
         try:
             record.resolved(items)
-            if FrontendMark.of(payload) is not None:
+            if marked:
                 counts = {"hits": items.hits, "misses": items.misses, "hit_rows": items.hit_rows}
                 emit({"items": counts})
             with span("generate"):

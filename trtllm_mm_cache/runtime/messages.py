@@ -22,6 +22,9 @@ from trtllm_mm_cache.runtime.processor_kwargs import check_processor_kwargs
 
 PROTOCOL_VERSION: Final = 2
 
+ENCODE: Final = "encode"
+"""The purpose of a PD worker's call of an encode worker, for `membership`."""
+
 MAX_EMBEDDING_BYTES = 4 * 1024**3
 MAX_MEDIA_BYTES = 1024**3
 """The most that `--max-file-size-mb` can be set to; each worker has its own, smaller limit besides."""
