@@ -115,12 +115,12 @@ async def test_a_pd_worker_answers_only_who_belongs(
     try:
         strict.wait_ready()
         members = Membership((deployment.discovery / "secret").read_bytes().strip())
-        strangers = Membership(other_secret.read_bytes().strip())
+        strangers = Membership(other_secret.read_bytes().strip())  # noqa: ASYNC240
         async with caller("dyn://strict.pd.generate") as client:
             (instance,) = client.instance_ids()
             call = members.call("generate", instance)
-            first, *_ = await answers(client, TEXT | {PROOF_FIELD: call.proof()}, instance)
-            call.check(first[PROOF_FIELD])
+            proof, first, *_ = await answers(client, TEXT | {PROOF_FIELD: call.proof()}, instance)
+            call.check(proof[PROOF_FIELD])
             assert len(first["token_ids"]) == 1
             for payload in (TEXT, TEXT | {PROOF_FIELD: strangers.call("generate", instance).proof()}):
                 with pytest.raises(Exception, match="belongs to this deployment"):

@@ -108,8 +108,7 @@ class PdWorker:
 
     async def _serve(self, payload: Any, name: str, record: AnswerRecord, emit: Emit[Output]) -> None:
         proof = self._admit(payload)
-        marked = FrontendMark.of(payload) is not None
-        if marked:
+        if proof:
             emit(proof)
         with span("references"):
             request = parse_request(payload, name, max_images=self._max_images)
@@ -117,7 +116,7 @@ class PdWorker:
         items = await self._resolver.resolve(request, variant=variant)
         try:
             record.resolved(items)
-            if marked:
+            if FrontendMark.of(payload) is not None:
                 counts = {"hits": items.hits, "misses": items.misses, "hit_rows": items.hit_rows}
                 emit({"items": counts})
             with span("generate"):

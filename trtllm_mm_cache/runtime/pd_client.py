@@ -63,9 +63,9 @@ class PdWorkers(Collector):
 
         The first message, which may be empty, says that a worker has the request; `payload` is emptied then,
         so that it does not hold the items' bytes for as long as the answer takes. Until then a worker that
-        cannot be reached, does not prove itself, stands still or is full is left for another one. Raises what the worker reports,
-        `PdUnavailableError` where none can take the request, `PdLostError` when a worker goes away in the
-        middle. Closing it stops the worker's computation.
+        cannot be reached, does not prove itself, stands still or is full is left for another one. Raises what
+        the worker reports, `PdUnavailableError` where none can take the request, `PdLostError` when a worker
+        goes away in the middle. Closing it stops the worker's computation.
         """
         tried: list[int] = []
         while True:
