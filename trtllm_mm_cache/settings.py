@@ -76,8 +76,12 @@ class FrontendSettings(RuntimeSettings):
 
 
 class ImageLimits(Settings):
-    """What one image may be. The PD worker reads headers, the encode worker decodes: with equal flags both
-    refuse the same images, whatever their names or declared types say."""
+    """What one image may be, and what its transparent pixels show.
+
+    The PD worker reads headers, the encode worker decodes: with equal flags both refuse the same images,
+    whatever their names or declared types say. The background must be equal: it decides embeddings, so it
+    is part of their keys, and workers that differ in it refuse each other.
+    """
 
     max_file_size_mb: float = Field(
         50, gt=0, le=1024, description="Largest image file accepted, in MB of encoded bytes."
@@ -87,6 +91,14 @@ class ImageLimits(Settings):
         gt=0,
         le=178.9,
         description="Largest image accepted, in millions of pixels, checked before decoding.",
+    )
+    transparent_background: str = Field(
+        "ffffff",
+        pattern="^([0-9A-Fa-f]{6}|none)$",
+        description="Colour behind transparent pixels, as RRGGBB: white by default, as vLLM and TensorRT-LLM "
+        "have it. `none` drops transparency, as SGLang and transformers do: a transparent pixel then has the "
+        "colour that its file happens to give it, mostly black. Equal on both kinds of worker.",
+        json_schema_extra={"form": "six hexadecimal digits, as ffffff for white, or none"},
     )
     max_side: int = constant(65_535, "Longest side in pixels: JPEG's own limit.", ge=1)
     max_aspect_ratio: float = constant(
@@ -110,6 +122,14 @@ class ImageLimits(Settings):
     def max_pixels(self) -> int:
         """`max_image_megapixels` in pixels."""
         return int(self.max_image_megapixels * 1e6)
+
+    @property
+    def background(self) -> tuple[int, int, int] | None:
+        """`transparent_background` as red, green, blue from 0 to 255; None drops transparency."""
+        if self.transparent_background == "none":
+            return None
+        red, green, blue = bytes.fromhex(self.transparent_background)
+        return red, green, blue
 
 
 class MediaSettings(Settings):

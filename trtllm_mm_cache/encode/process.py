@@ -59,7 +59,7 @@ async def _serve(settings: EncodeSettings) -> None:
     endpoint.metrics.register_prometheus_expfmt_callback(exposition.render)
     control = Control(server.drop, exposition.render)
     logger.info(
-        "encode worker ready: arena %.2f GB, fingerprint %s…", capacity / GB, encoder.fingerprint[:12]
+        "encode worker ready: arena %.2f GB, fingerprint %s…", capacity / GB, pipeline.fingerprint[:12]
     )
     runtime.set_health_status(True)
     try:
