@@ -11,10 +11,11 @@ Units: GB = 1024**3 bytes, MB = 1024**2 bytes, times in seconds.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 GB = 1024**3
 MB = 1024**2
@@ -28,6 +29,10 @@ DEFAULT_NAMESPACE = "dynamo"
 DEFAULT_PD_ENDPOINT = f"dyn://{DEFAULT_NAMESPACE}.pd.generate"
 DEFAULT_ENCODE_ENDPOINT = f"dyn://{DEFAULT_NAMESPACE}.encode.encode"
 
+_PROXY = re.compile(
+    r"https?://(?:[^\s/@]+@)?(?:[^\s/@:\[\]?#]+|\[[0-9a-f:.]+\])(?::(?P<port>\d{1,5}))?/?", re.IGNORECASE
+)
+
 Seconds = Annotated[float, Field(gt=0, le=3600)]
 
 
@@ -39,7 +44,8 @@ def constant(value: Any, reason: str, **bounds: Any) -> Any:
 class Settings(BaseModel):
     """Base of all settings: immutable, and an unknown name is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    # Errors without the input: it may be a password.
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
 
 
 class DiscoverySettings(Settings):
@@ -143,6 +149,13 @@ class MediaSettings(Settings):
         description="Let http(s) image URLs lead to private and loopback addresses. Link-local addresses and "
         "the metadata services of cloud providers stay refused.",
     )
+    media_proxy: SecretStr | None = Field(
+        None,
+        description="Proxy for http(s) image URLs, as http://user:password@host:port, or https. With "
+        "it nothing is fetched directly, and where a name leads is the proxy's to judge. Give a password in "
+        "the variable: every user of the machine can see flags. HTTP_PROXY and the like are not looked at.",
+        json_schema_extra={"env": "MM_CACHE_MEDIA_PROXY"},
+    )
     media_timeout_s: Seconds = Field(
         30, description="Deadline for fetching one image, redirects and the wait for its turn included."
     )
@@ -156,6 +169,17 @@ class MediaSettings(Settings):
         "Memory in MB for fetched files that may be used again or revalidated: some tens of photographs.",
         ge=0,
     )
+
+    @field_validator("media_proxy")
+    @classmethod
+    def _is_a_proxy(cls, value: SecretStr | None) -> SecretStr | None:
+        """Refuse what names no proxy, without repeating it: it may hold a password."""
+        found = None if value is None else _PROXY.fullmatch(value.get_secret_value())
+        if value is not None and (found is None or not 0 < int(found["port"] or 80) < 65536):
+            raise ValueError(
+                "must be http://host:port or https://host:port, with user:password@ before the host"
+            )
+        return value
 
 
 class EngineSettings(RuntimeSettings):
