@@ -64,7 +64,8 @@ for i in "${!arguments[@]}"; do
         --encode-endpoint) ENCODE_ENDPOINT=$value ;;
         --discovery-backend) DYN_DISCOVERY_BACKEND=$value ;;
         --log-level | --log-format) log_flags+=("$flag" "$value") ;;
-        --max-file-size-mb | --max-image-megapixels | --max-waiting-image-mb | --transfer-timeout-s)
+        --max-file-size-mb | --max-image-megapixels | --transparent-background | --max-waiting-image-mb | \
+            --transfer-timeout-s)
             worker_flags+=("$flag" "$value") ;;
     esac
 done

@@ -11,10 +11,11 @@ Units: GB = 1024**3 bytes, MB = 1024**2 bytes, times in seconds.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 GB = 1024**3
 MB = 1024**2
@@ -28,6 +29,10 @@ DEFAULT_NAMESPACE = "dynamo"
 DEFAULT_PD_ENDPOINT = f"dyn://{DEFAULT_NAMESPACE}.pd.generate"
 DEFAULT_ENCODE_ENDPOINT = f"dyn://{DEFAULT_NAMESPACE}.encode.encode"
 
+_PROXY = re.compile(
+    r"https?://(?:[^\s/@]+@)?(?:[^\s/@:\[\]?#]+|\[[0-9a-f:.]+\])(?::(?P<port>\d{1,5}))?/?", re.IGNORECASE
+)
+
 Seconds = Annotated[float, Field(gt=0, le=3600)]
 
 
@@ -39,7 +44,8 @@ def constant(value: Any, reason: str, **bounds: Any) -> Any:
 class Settings(BaseModel):
     """Base of all settings: immutable, and an unknown name is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    # Errors without the input: it may be a password.
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
 
 
 class DiscoverySettings(Settings):
@@ -111,8 +117,12 @@ class FrontendSettings(RuntimeSettings):
 
 
 class ImageLimits(Settings):
-    """What one image may be. The PD worker reads headers, the encode worker decodes: with equal flags both
-    refuse the same images, whatever their names or declared types say."""
+    """What one image may be, and what its transparent pixels show.
+
+    The PD worker reads headers, the encode worker decodes: with equal flags both refuse the same images,
+    whatever their names or declared types say. The background must be equal: it decides embeddings, so it
+    is part of their keys, and workers that differ in it refuse each other.
+    """
 
     max_file_size_mb: float = Field(
         50, gt=0, le=1024, description="Largest image file accepted, in MB of encoded bytes."
@@ -122,6 +132,14 @@ class ImageLimits(Settings):
         gt=0,
         le=178.9,
         description="Largest image accepted, in millions of pixels, checked before decoding.",
+    )
+    transparent_background: str = Field(
+        "ffffff",
+        pattern="^([0-9A-Fa-f]{6}|none)$",
+        description="Colour behind transparent pixels, as RRGGBB: white by default, as vLLM and TensorRT-LLM "
+        "have it. `none` drops transparency, as SGLang and transformers do: a transparent pixel then has the "
+        "colour that its file happens to give it, mostly black. Equal on both kinds of worker.",
+        json_schema_extra={"form": "six hexadecimal digits, as ffffff for white, or none"},
     )
     max_side: int = constant(65_535, "Longest side in pixels: JPEG's own limit.", ge=1)
     max_aspect_ratio: float = constant(
@@ -146,6 +164,14 @@ class ImageLimits(Settings):
         """`max_image_megapixels` in pixels."""
         return int(self.max_image_megapixels * 1e6)
 
+    @property
+    def background(self) -> tuple[int, int, int] | None:
+        """`transparent_background` as red, green, blue from 0 to 255; None drops transparency."""
+        if self.transparent_background == "none":
+            return None
+        red, green, blue = bytes.fromhex(self.transparent_background)
+        return red, green, blue
+
 
 class MediaSettings(Settings):
     """Where media may come from. The defaults are safe for a server that strangers can reach."""
@@ -157,6 +183,13 @@ class MediaSettings(Settings):
         False,
         description="Let http(s) image URLs lead to private and loopback addresses. Link-local addresses and "
         "the metadata services of cloud providers stay refused.",
+    )
+    media_proxy: SecretStr | None = Field(
+        None,
+        description="Proxy for http(s) image URLs, as http://user:password@host:port, or https. With "
+        "it nothing is fetched directly, and where a name leads is the proxy's to judge. Give a password in "
+        "the variable: every user of the machine can see flags. HTTP_PROXY and the like are not looked at.",
+        json_schema_extra={"env": "MM_CACHE_MEDIA_PROXY"},
     )
     media_timeout_s: Seconds = Field(
         30, description="Deadline for fetching one image, redirects and the wait for its turn included."
@@ -171,6 +204,17 @@ class MediaSettings(Settings):
         "Memory in MB for fetched files that may be used again or revalidated: some tens of photographs.",
         ge=0,
     )
+
+    @field_validator("media_proxy")
+    @classmethod
+    def _is_a_proxy(cls, value: SecretStr | None) -> SecretStr | None:
+        """Refuse what names no proxy, without repeating it: it may hold a password."""
+        found = None if value is None else _PROXY.fullmatch(value.get_secret_value())
+        if value is not None and (found is None or not 0 < int(found["port"] or 80) < 65536):
+            raise ValueError(
+                "must be http://host:port or https://host:port, with user:password@ before the host"
+            )
+        return value
 
 
 class EngineSettings(RuntimeSettings):

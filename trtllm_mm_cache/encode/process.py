@@ -61,7 +61,7 @@ async def _serve(settings: EncodeSettings) -> None:
     me, guarded, draining = endpoint.connection_id(), deployment.members.guarded, deployment.draining
     deployment.status.render = exposition.render
     logger.info(
-        "encode worker ready: arena %.2f GB, fingerprint %s…", capacity / GB, encoder.fingerprint[:12]
+        "encode worker ready: arena %.2f GB, fingerprint %s…", capacity / GB, pipeline.fingerprint[:12]
     )
     deployment.status.ready = True
     try:

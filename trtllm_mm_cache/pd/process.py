@@ -10,6 +10,7 @@ from pathlib import Path
 from trtllm_mm_cache.engines.base import Generator
 from trtllm_mm_cache.engines.ranks import place_in_job
 from trtllm_mm_cache.engines.registry import load_engine
+from trtllm_mm_cache.media import pixels_fingerprint
 from trtllm_mm_cache.observability.cache_metrics import CacheCollector, WhatIfCollector
 from trtllm_mm_cache.observability.logs import configure_logging
 from trtllm_mm_cache.observability.metrics import Exposition
@@ -91,9 +92,10 @@ def make_resolver(
     if memory.what_if is not None:
         registry.register(WhatIfCollector(memory.what_if))
     receiver = Receiver(memory.cache, memory.transit, memory.what_if, generator.check_embedding, registry)
-    encoders = EncodeTier(encode_workers, memory.reader, generator.fingerprint, settings, registry)
+    fingerprint = pixels_fingerprint(generator.fingerprint, settings.images)
+    encoders = EncodeTier(encode_workers, memory.reader, fingerprint, settings, registry)
     tiers = TierChain([encoders], receiver)
-    return ItemResolver(memory.cache, memory.what_if, tiers, generator.fingerprint, settings, metrics)
+    return ItemResolver(memory.cache, memory.what_if, tiers, fingerprint, settings, metrics)
 
 
 async def _serve_endpoints(

@@ -112,8 +112,9 @@ class EncodeReady(Message):
         """Raise `ProtocolMismatchError` unless this is the embedding that `request` asked for."""
         if self.fingerprint != request.fingerprint:
             raise ProtocolMismatchError(
-                "the encode worker offers an embedding that another model, engine or stored dtype made; "
-                "start both workers with the same --model-path, --engine and embedding dtype"
+                "the encode worker offers an embedding of another model, engine, stored dtype or background; "
+                "start both workers with the same --model-path, --engine, embedding dtype and "
+                "--transparent-background"
             )
         if self.key != request.key:
             raise ProtocolMismatchError("the encode worker offers the embedding of another item")
