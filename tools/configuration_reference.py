@@ -18,9 +18,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from trtllm_mm_cache.cli.main import cli
-from trtllm_mm_cache.cli.options import flag, is_constant, leaves
 from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs
 from trtllm_mm_cache.engines.trtllm.settings import TrtllmEncoderArgs, TrtllmLlmArgs
+from trtllm_mm_cache.flags import flag, is_constant, leaves
 from trtllm_mm_cache.settings import (
     AskSettings,
     DropSettings,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trtllm_mm_cache.engines.base import Generator
 from trtllm_mm_cache.engines.ranks import place_in_job
-from trtllm_mm_cache.engines.registry import load_engine
+from trtllm_mm_cache.engines.registry import Engine, load_engine
 from trtllm_mm_cache.observability.cache_metrics import CacheCollector, WhatIfCollector
 from trtllm_mm_cache.observability.logs import configure_logging
 from trtllm_mm_cache.observability.metrics import Exposition
@@ -22,6 +22,7 @@ from trtllm_mm_cache.runtime.control import Control, control_path
 from trtllm_mm_cache.runtime.encode_client import EncodeClient
 from trtllm_mm_cache.runtime.model import local_model_path, offer_model
 from trtllm_mm_cache.runtime.presence import serve_present
+from trtllm_mm_cache.runtime.readiness import announce_ready
 from trtllm_mm_cache.settings import PdSettings
 from trtllm_mm_cache.tiers.chain import TierChain
 from trtllm_mm_cache.tiers.encode_remote import EncodeTier, EncodeWorkers
@@ -47,10 +48,16 @@ async def _serve(settings: PdSettings) -> None:
     runtime = connect(settings)
     draining = drain_on_signals(runtime)
     model_path = await local_model_path(settings.model_path)
-    # Memory first: a host that cannot hold it says so before minutes of model loading.
-    memory = await PdMemory.create(settings)
+    # Memory first: a host that cannot hold it says so before minutes of model loading. Mapping the pages of
+    # 10 GB takes seconds in which Python is free to import the engine.
+    importing = asyncio.create_task(asyncio.to_thread(load_engine, settings.engine))
     try:
-        await _serve_model(runtime, draining, memory, model_path, settings)
+        memory = await PdMemory.create(settings)
+    except BaseException:
+        importing.cancel()
+        raise
+    try:
+        await _serve_model(runtime, draining, memory, await importing, Path(model_path), settings)
     finally:
         await memory.close()
         logger.info("PD worker ended")
@@ -60,11 +67,11 @@ async def _serve_model(
     runtime: DistributedRuntime,
     draining: asyncio.Event,
     memory: PdMemory,
-    model_path: str,
+    engine: Engine,
+    model_path: Path,
     settings: PdSettings,
 ) -> None:
-    engine = await asyncio.to_thread(load_engine, settings.engine)
-    generator = await asyncio.to_thread(engine.load_generator, Path(model_path), settings.extra_engine_args)
+    generator = await asyncio.to_thread(engine.load_generator, model_path, settings.extra_engine_args)
     client = await runtime.endpoint(endpoint_path(settings.encode_endpoint)).client()
     metrics = PdMetrics()
     resolver = make_resolver(settings, memory, EncodeClient(client), generator, metrics)
@@ -102,23 +109,23 @@ async def _serve_endpoints(
     worker: PdWorker,
     exposition: Exposition,
     control: Control,
-    model_path: str,
+    model_path: Path,
     settings: PdSettings,
 ) -> None:
     endpoint = runtime.endpoint(endpoint_path(settings.endpoint))
     endpoint.metrics.register_prometheus_expfmt_callback(exposition.render)
 
     async def offer_again() -> None:
-        await offer_model(endpoint, model_path, settings.model_name)
+        await offer_model(endpoint, str(model_path), settings.model_name)
         await endpoint.register_endpoint_instance()
 
-    await offer_model(endpoint, model_path, settings.model_name)
+    await offer_model(endpoint, str(model_path), settings.model_name)
     logger.info(
         "PD worker ready: model %s, cache %.2f GB",
         settings.model_name,
         settings.multimodal_embedding_cache_capacity_gb,
     )
-    runtime.set_health_status(True)
+    announce_ready(runtime)
     await asyncio.gather(
         serve_present(
             endpoint,
