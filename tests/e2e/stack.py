@@ -112,7 +112,6 @@ def launched(run_dir: Path, *pd_arguments: str, **environment: str) -> Iterator[
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RUN_DIR": str(run_dir),
         "DYN_HTTP_PORT": str(port),
-        "DYN_MM_ALLOW_INTERNAL": "1",  # the tests' image server is on loopback
         "HF_HUB_OFFLINE": "1",
         **environment,
     }

@@ -36,7 +36,9 @@ class Engine(Protocol):
     def check(self, half: Half, config: Mapping[str, Any], args_file: Path | None) -> None:
         """Raise what a worker would raise for its YAML file or for the model of `config` (its config.json).
 
-        Imports nothing and reads no weights: milliseconds.
+        An empty `config` is one that is not known yet.
+
+        Imports no library of the engine's: milliseconds.
         """
         ...
 

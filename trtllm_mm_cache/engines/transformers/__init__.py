@@ -57,7 +57,8 @@ def check(half: Literal["encode", "pd"], config: Mapping[str, Any], args_file: P
     """Check YAML file and architecture. See `engines.registry`."""
     del half
     load_engine_args(args_file, TransformersEngineArgs)
-    architecture_of(str(config.get("model_type")))
+    if config:
+        architecture_of(str(config.get("model_type")))
 
 
 def load_vision_encoder(model_path: Path, args_file: Path | None) -> TransformersVisionEncoder:

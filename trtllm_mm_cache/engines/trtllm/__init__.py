@@ -55,7 +55,8 @@ def import_all() -> None:
 def check(half: Literal["encode", "pd"], config: Mapping[str, Any], args_file: Path | None) -> None:
     """Check YAML file and architecture. See `engines.registry`."""
     load_engine_args(args_file, TrtllmEncoderArgs if half == "encode" else TrtllmLlmArgs)
-    architecture(str(config.get("model_type")))
+    if config:
+        architecture(str(config.get("model_type")))
 
 
 def load_vision_encoder(model_path: Path, args_file: Path | None) -> TrtllmVisionEncoder:
