@@ -24,11 +24,13 @@ from trtllm_mm_cache.settings import (
     MediaSettings,
     PdSettings,
     PlanSettings,
+    ServeSettings,
     Settings,
     TopSettings,
 )
 
 ROLES: dict[str, type[Settings]] = {
+    "serve": ServeSettings,
     "frontend": FrontendSettings,
     "encode": EncodeSettings,
     "pd": PdSettings,
