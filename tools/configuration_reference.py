@@ -93,8 +93,8 @@ elsewhere: `DYN_SYSTEM_PORT` is where a worker serves metrics and health, `DYN_R
 `DYN_EVENT_PLANE` are how processes talk; addresses and ports between hosts are in
 [multi-host.md](multi-host.md), traces in [observability.md](observability.md#traces).
 
-`launch/disagg_e_pd.sh` is `serve`, with a virtual environment made for it where the package is not installed: it
-takes the same options and variables.
+`launch/disagg_e_pd.sh` is `serve`, with a virtual environment made for it where the package is not
+installed: it takes the same options and variables.
 """
 
 NIXL = """\

@@ -360,11 +360,11 @@ class ServeSettings(PdOptions):
     ready_timeout_s: Seconds = constant(
         900, "Downloading a large model, and loading it from a slow disk, take minutes; the log shows a hang."
     )
-    restart_most_s: Seconds = constant(60, "Longest wait before a process that keeps failing is tried again.")
+    restart_most_s: Seconds = constant(30, "Longest wait before a process that keeps ending is tried again.")
     restart_attempts: int = constant(
-        5, "Starts in a row that may fail, once the stack has served: by then it is not chance.", ge=1
+        5, "Starts in a row that may fail before it is given up: by then it is not chance.", ge=1
     )
-    settled_s: Seconds = constant(60, "A process that served for this long has not failed at its start.")
+    settled_s: Seconds = constant(10, "What served for this long is started again at once when it ends.")
 
 
 class ControlSettings(DiscoverySettings):

@@ -124,21 +124,21 @@ class Stack:
         return life
 
     async def _keep_up(self, service: Service) -> None:
-        """Start it again whenever it ends: at once the first time, then after 1, 2, 4, ... s."""
-        loop, failures = asyncio.get_running_loop(), 0
-        life, since = service.life, loop.time()
+        """Start it again whenever it ends: at once, and ever later where it does not serve for long."""
+        loop, settings = asyncio.get_running_loop(), self._settings
+        life, since, early, failed = service.life, loop.time(), 0, 0
         while life is not None:
             served = life.serves
             await life.child.wait()
-            settled = served and loop.time() - since >= self._settings.settled_s
-            failures = 1 if settled else failures + 1
-            if self._settings.no_restart or failures > self._settings.restart_attempts:
+            failed = 0 if served else failed + 1
+            early = 0 if served and loop.time() - since >= settings.settled_s else early + 1
+            if settings.no_restart or failed == settings.restart_attempts:
                 self._give_up(service, life)
                 return
-            delay = 0.0 if failures == 1 else min(2.0 ** (failures - 2), self._settings.restart_most_s)
+            delay = min(2.0 ** (early - 2), settings.restart_most_s) if early > 1 else 0.0
             when = f"in {delay:.0f} s" if delay else "now"
             say(f"{service} {life.end_text()}; it is started again {when}. {self._meanwhile(service)}")
-            if not served:
+            if failed == 1:  # the others are like it
                 show(service)
             await asyncio.sleep(delay)
             since = loop.time()
