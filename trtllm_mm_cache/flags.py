@@ -37,8 +37,8 @@ def flag(name: str) -> str:
 def arguments(given: BaseModel, role: type[BaseModel]) -> list[str]:
     """Return the command line by which a process of `role` gets the settings that it shares with `given`.
 
-    Shared is what both have by the same name, but no secret: every user can see a command line. What is `role`'s own default is left out, unless a variable of
-    the environment could say otherwise.
+    Shared is what both have by the same name, but no secret: every user can see a command line. What is
+    `role`'s own default is left out, unless a variable of the environment could say otherwise.
     """
     values = {path[-1]: _value(given, path) for path, _ in leaves(type(given))}
     line: list[str] = []
