@@ -37,6 +37,7 @@ fi
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 run_dir=${RUN_DIR:-$root/.run/$(date +%Y%m%d-%H%M%S)-$$}
+umask 077  # what is written here is this user's alone
 mkdir -p "$run_dir"
 
 say() { echo "[launch] $*"; }
@@ -63,7 +64,8 @@ for i in "${!arguments[@]}"; do
         --encode-endpoint) ENCODE_ENDPOINT=$value ;;
         --discovery-backend) DYN_DISCOVERY_BACKEND=$value ;;
         --log-level | --log-format) log_flags+=("$flag" "$value") ;;
-        --max-file-size-mb | --max-image-megapixels | --max-waiting-image-mb | --transfer-timeout-s)
+        --max-file-size-mb | --max-image-megapixels | --transparent-background | --max-waiting-image-mb | \
+            --transfer-timeout-s)
             worker_flags+=("$flag" "$value") ;;
     esac
 done
@@ -122,6 +124,8 @@ export DYN_FILE_KV=${DYN_FILE_KV:-$run_dir/discovery}
 export DYN_REQUEST_PLANE=${DYN_REQUEST_PLANE:-tcp} DYN_EVENT_PLANE=${DYN_EVENT_PLANE:-zmq}
 export DYN_HTTP_PORT=${DYN_HTTP_PORT:-8000}
 export DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS=${DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS:-60}
+# Dynamo's own frontend cannot carry the deployment's secret.
+export MM_CACHE_ALLOW_UNPROVEN_REQUESTS=${MM_CACHE_ALLOW_UNPROVEN_REQUESTS:-1}
 # Dynamo's own log lines: warnings only, so that the workers' one line a request is readable.
 export DYN_LOG=${DYN_LOG:-warn} DYN_SDK_DISABLE_ANSI_LOGGING=${DYN_SDK_DISABLE_ANSI_LOGGING:-1}
 export PYTHONUNBUFFERED=1
@@ -203,7 +207,7 @@ failed() {
 
 port_is_free "$DYN_HTTP_PORT" || die "port $DYN_HTTP_PORT is taken; set DYN_HTTP_PORT to a free one"
 : >"$run_dir/processes.tsv"
-start frontend "${worker[@]}" frontend "${log_flags[@]}"
+start frontend "${worker[@]}" frontend --model-path "$model" --served-model-name "$name" "${log_flags[@]}"
 
 common=(--model-path "$model" --engine "$engine")
 read -ra encode_extra <<<"${ENCODE_EXTRA_ARGS:-}"
@@ -246,11 +250,11 @@ with urllib.request.urlopen(sys.argv[1], timeout=2) as answer:
 PYTHON
 }
 
-lists_model() {
-    "$python" - "http://127.0.0.1:$DYN_HTTP_PORT/v1/models" "$name" <<'PYTHON' 2>/dev/null
+finds_pd_worker() {
+    "$python" - "http://127.0.0.1:$DYN_HTTP_PORT/health" <<'PYTHON' 2>/dev/null
 import json, sys, urllib.request
 with urllib.request.urlopen(sys.argv[1], timeout=2) as answer:
-    sys.exit(sys.argv[2] not in [model["id"] for model in json.load(answer)["data"]])
+    sys.exit(json.load(answer)["pd_workers"] == 0)
 PYTHON
 }
 
@@ -275,9 +279,9 @@ for i in "${!pids[@]}"; do
     done
     say "${names[i]} is ready"
 done
-until lists_model; do
+until finds_pd_worker; do
     check_alive
-    ((SECONDS - began < ready_timeout_s)) || failed "the frontend does not list the model" "${logs[0]}"
+    ((SECONDS - began < ready_timeout_s)) || failed "the frontend finds no PD worker" "${logs[0]}"
     sleep 0.2
 done
 

@@ -56,7 +56,7 @@ def busy(stack: Stack) -> Stack:
         stack.ask(known, QUESTION)
     stack.ask(known, new_image(), QUESTION)
     stack.ask(QUESTION)
-    with pytest.raises(openai.BadRequestError):
+    with pytest.raises(openai.APIStatusError):
         stack.ask("data:image/png;base64,AAAA", QUESTION)
     return stack
 

@@ -39,7 +39,7 @@ def cli() -> None:
 @settings_options(FrontendSettings)
 def frontend(settings: FrontendSettings) -> None:
     """Serve the OpenAI HTTP API and route requests to the PD workers."""
-    from trtllm_mm_cache.runtime.frontend import run_frontend
+    from trtllm_mm_cache.frontend.process import run_frontend
 
     run_frontend(settings)
 

@@ -82,6 +82,11 @@ class PromptRenderer:
             raise ConfigurationError(f"a model of type {config.model_type!r} takes no images")
         return cls(tokenizer, template, tokenizer.convert_ids_to_tokens(token_id))
 
+    @property
+    def backend(self) -> Any:
+        """The tokenizer, as one of the tokenizers library."""
+        return self._tokenizer.backend_tokenizer
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -45,10 +45,10 @@ class _Request(BaseModel):
 
 @dataclass(frozen=True)
 class Reference:
-    """One media part of a request: what it is, and where its bytes come from."""
+    """One media part of a request: what it is, and where its bytes come from, or the bytes themselves."""
 
     kind: Kind
-    url: str = field(repr=False)
+    source: str | bytes = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,11 @@ def _references(media: Mapping[str, list[dict[str, Any]]], max_images: int) -> t
         )
     references = []
     for index, part in enumerate(parts):
-        url = part.get("Url")
-        if not isinstance(url, str):
+        source = part.get("Url", part.get("Bytes"))
+        if not isinstance(source, str | bytes):
             raise InvalidRequestError(
-                "images must arrive as URLs; switch the frontend's own media decoding off", item_index=index
+                "images must arrive as URLs or bytes; switch the frontend's own media decoding off",
+                item_index=index,
             )
-        references.append(Reference("image", url))
+        references.append(Reference("image", source))
     return tuple(references)
