@@ -21,7 +21,6 @@ WITH_US = ("setpriv", "--pdeathsig", "KILL")
 CLI = (sys.executable, "-m", "trtllm_mm_cache.cli")
 STOP_TIMEOUT_S = 30
 
-_UNPROVEN = {"MM_CACHE_ALLOW_UNPROVEN_REQUESTS": "1"}
 """Dynamo's own frontend, which these stacks have, cannot carry the deployment's secret."""
 
 
@@ -50,7 +49,7 @@ class Service:
         with self.log.open("wb") as output:
             self._popen = subprocess.Popen(
                 [*self.command],
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **_UNPROVEN, **port, **self.environment},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **port, **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

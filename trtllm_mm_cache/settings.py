@@ -14,8 +14,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+
+from trtllm_mm_cache.flags import flag
 
 GB = 1024**3
 MB = 1024**2
@@ -77,23 +80,15 @@ class RuntimeSettings(DiscoverySettings):
     )
 
 
-class FrontendSettings(RuntimeSettings):
-    """The OpenAI-compatible HTTP server, for one model."""
+class FrontendOptions(RuntimeSettings):
+    """What is set of a frontend whatever its model."""
 
-    model_path: str = Field(
-        description="Model directory, or a name on the Hugging Face hub: its tokenizer and chat template."
-    )
-    served_model_name: str | None = Field(
-        None, description="Model name that clients use. Default: the last part of --model-path."
-    )
-    pd_endpoint: str = Field(DEFAULT_PD_ENDPOINT, description="Dynamo endpoint of the PD workers.")
     http_host: str = Field(
         "127.0.0.1", description="Address to listen on.", json_schema_extra={"env": "DYN_HTTP_HOST"}
     )
     http_port: int = Field(
         8000, ge=1, le=65535, description="Port to listen on.", json_schema_extra={"env": "DYN_HTTP_PORT"}
     )
-    max_images_per_request: int = Field(32, ge=1, le=4096, description="Most images in one request.")
     max_request_mb: float = Field(
         128, gt=0, le=1024, description="Largest request body in MB: its data: URLs and its text together."
     )
@@ -109,6 +104,19 @@ class FrontendSettings(RuntimeSettings):
         15, "A connection on which no request arrives is closed: strangers must not hold them all.", le=600
     )
     max_connections: int = constant(4096, "Connections at a time; beyond it the answer is 503.", ge=1)
+
+
+class FrontendSettings(FrontendOptions):
+    """The OpenAI-compatible HTTP server, for one model."""
+
+    model_path: str = Field(
+        description="Model directory, or a name on the Hugging Face hub: its tokenizer and chat template."
+    )
+    served_model_name: str | None = Field(
+        None, description="Model name that clients use. Default: the last part of --model-path."
+    )
+    pd_endpoint: str = Field(DEFAULT_PD_ENDPOINT, description="Dynamo endpoint of the PD workers.")
+    max_images_per_request: int = Field(32, ge=1, le=4096, description="Most images in one request.")
 
     @property
     def model_name(self) -> str:
@@ -217,8 +225,25 @@ class MediaSettings(Settings):
         return value
 
 
-class EngineSettings(RuntimeSettings):
-    """What the two workers share: the model, the engine that runs it, and what an image may be."""
+class WorkerSettings(RuntimeSettings):
+    """What the two workers share besides the model: what an image may be, and how long a READ may take."""
+
+    images: ImageLimits = ImageLimits()
+    max_waiting_image_mb: float = Field(
+        1024,
+        ge=1,
+        description="Bytes of image files, in MB, that may wait for their embeddings; beyond it a new image "
+        "is answered 503, and cached ones are still served.",
+    )
+    transfer_timeout_s: Seconds = Field(
+        10,
+        description="Deadline of one READ: past it the PD worker quarantines the extent until the READ "
+        "settles. An encode worker keeps an export for three times as long when it is not READ.",
+    )
+
+
+class EngineSettings(WorkerSettings):
+    """One worker: the model, the engine that runs it, and the port for probes."""
 
     model_path: str = Field(description="Model directory, or a name on the Hugging Face hub.")
     engine: EngineName = Field(
@@ -238,18 +263,6 @@ class EngineSettings(RuntimeSettings):
         None,
         description="Address that --system-port listens on. Default: loopback with `file` discovery, or all.",
         json_schema_extra={"env": "DYN_SYSTEM_HOST"},
-    )
-    images: ImageLimits = ImageLimits()
-    max_waiting_image_mb: float = Field(
-        1024,
-        ge=1,
-        description="Bytes of image files, in MB, that may wait for their embeddings; beyond it a new image "
-        "is answered 503, and cached ones are still served.",
-    )
-    transfer_timeout_s: Seconds = Field(
-        10,
-        description="Deadline of one READ: past it the PD worker quarantines the extent until the READ "
-        "settles. An encode worker keeps an export for three times as long when it is not READ.",
     )
 
 
@@ -277,13 +290,19 @@ class EncodeSettings(EngineSettings):
     )
 
     @property
+    def arena_bytes(self) -> dict[str, int]:
+        """Size in bytes of the arena, by the flag that sets it."""
+        name = flag("multimodal_embedding_cache_capacity_gb")
+        return {name: int(self.multimodal_embedding_cache_capacity_gb * GB)}
+
+    @property
     def lease_timeout_s(self) -> float:
         """How long an export stays leased for a PD worker that does not READ it: three deadlines."""
         return 3 * self.transfer_timeout_s
 
 
-class PdSettings(EngineSettings):
-    """The prefill+decode worker."""
+class PdOptions(WorkerSettings):
+    """What is set of a prefill+decode worker whatever its model."""
 
     served_model_name: str | None = Field(
         None, description="Model name that clients use. Default: the last part of --model-path."
@@ -342,9 +361,106 @@ class PdSettings(EngineSettings):
     media: MediaSettings = MediaSettings()
 
     @property
+    def arena_bytes(self) -> dict[str, int]:
+        """Sizes in bytes of cache and transit arena, by the flags that set them."""
+        return {
+            flag("multimodal_embedding_cache_capacity_gb"): int(
+                self.multimodal_embedding_cache_capacity_gb * GB
+            ),
+            flag("transfer_arena_mb"): int(self.transfer_arena_mb * MB),
+        }
+
+
+class PdSettings(PdOptions, EngineSettings):
+    """The prefill+decode worker."""
+
+    @property
     def model_name(self) -> str:
         """The name clients use."""
         return self.served_model_name or Path(self.model_path).name
+
+
+class ServeSettings(FrontendOptions, PdOptions):
+    """A whole stack on this machine: frontend, encode workers and PD workers, with the options of all.
+
+    What processes must agree on counts for all of them.
+    """
+
+    model_path: str | None = Field(
+        None,
+        description="Model directory, or a name on the Hugging Face hub. Default: the demo model, which "
+        "knows drawn cards alone; with TensorRT-LLM llava-hf/llava-v1.6-mistral-7b-hf.",
+        json_schema_extra={"env": "MODEL_PATH"},
+    )
+    engine: EngineName | None = Field(
+        None,
+        description="Engine that runs the model. Default: `trtllm` where it and a GPU are there, else "
+        "`transformers`.",
+        json_schema_extra={"env": "ENGINE"},
+    )
+    extra_engine_args: Path | None = Field(
+        None,
+        description="YAML file with the PD engine's own settings. Default: configs/MODEL/pd.yaml.",
+        json_schema_extra={"env": "PD_ENGINE_ARGS"},
+    )
+    encode_engine_args: Path | None = Field(
+        None,
+        description="The same for the encode engine. Default: configs/MODEL/encode.yaml.",
+        json_schema_extra={"env": "ENCODE_ENGINE_ARGS"},
+    )
+    encode_extra_args: str = Field(
+        "",
+        description="More options for the encode workers (`trtllm-mm-cache encode --help`), in one text.",
+        json_schema_extra={"env": "ENCODE_EXTRA_ARGS"},
+    )
+    encode_workers: int = Field(
+        1, ge=0, le=64, description="How many encode workers.", json_schema_extra={"env": "ENCODE_WORKERS"}
+    )
+    pd_workers: int = Field(
+        1, ge=1, le=64, description="How many PD workers.", json_schema_extra={"env": "PD_WORKERS"}
+    )
+    pd_ranks: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="Ranks of each PD worker, started by mpirun.",
+        json_schema_extra={"env": "PD_RANKS"},
+    )
+    encode_cuda_visible_devices: str | None = Field(
+        None,
+        description="GPUs of the encode workers, as in CUDA_VISIBLE_DEVICES. Default: all.",
+        json_schema_extra={"env": "ENCODE_CUDA_VISIBLE_DEVICES"},
+    )
+    pd_cuda_visible_devices: str | None = Field(
+        None,
+        description="GPUs of the PD workers.",
+        json_schema_extra={"env": "PD_CUDA_VISIBLE_DEVICES"},
+    )
+    run_dir: Path | None = Field(
+        None,
+        description="Folder for logs, discovery and the secret that the processes share, closed to other "
+        "users. Default: .run/TIME-PID.",
+        json_schema_extra={"env": "RUN_DIR"},
+    )
+    drain_timeout_s: Seconds = Field(
+        60,
+        description="How long each kind of process may take, on SIGTERM or Ctrl-C, to finish what runs.",
+        json_schema_extra={"env": "DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS"},
+    )
+    no_restart: bool = Field(
+        False,
+        description="Leave a worker that has ended by itself ended, for tests: everything ends with the "
+        "frontend or the last PD worker.",
+        json_schema_extra={"env": "MM_CACHE_NO_RESTART"},
+    )
+    ready_timeout_s: Seconds = constant(
+        900, "Downloading a large model, and loading it from a slow disk, take minutes; the log shows a hang."
+    )
+    restart_most_s: Seconds = constant(30, "Longest wait before a process that keeps ending is tried again.")
+    restart_attempts: int = constant(
+        5, "Starts in a row that may fail before it is given up: by then it is not chance.", ge=1
+    )
+    settled_s: Seconds = constant(10, "What served for this long is started again at once when it ends.")
 
 
 class ControlSettings(DiscoverySettings):
@@ -396,15 +512,30 @@ class TopSettings(ControlSettings):
 class AskSettings(Settings):
     """How to ask a running server."""
 
-    url: str = Field(
-        "http://127.0.0.1:8000/v1",
-        description="Base URL of the server.",
+    url: str | None = Field(
+        None,
+        description="Base URL of the server, with or without /v1. Default: this machine, at --http-port.",
         json_schema_extra={"env": "OPENAI_BASE_URL"},
+    )
+    http_port: int = Field(
+        8000,
+        ge=1,
+        le=65535,
+        description="Port of a server on this machine.",
+        json_schema_extra={"env": "DYN_HTTP_PORT"},
     )
     model: str | None = Field(None, description="Model name. Default: the first one the server lists.")
     max_tokens: int = Field(128, ge=1, description="Longest answer in tokens.")
     temperature: float = constant(0, "Greedy, so that the same question gets the same answer.", ge=0, le=2)
     timeout_s: Seconds = constant(120, "How long to wait for the whole answer: minutes, on a CPU.")
+
+    @property
+    def base_url(self) -> str:
+        """Where the API is: `url`, with /v1 where it has no path."""
+        url = (self.url or f"http://127.0.0.1:{self.http_port}").rstrip("/")
+        if "://" not in url:
+            url = f"http://{url}"
+        return url if urlsplit(url).path else f"{url}/v1"
 
 
 class PlanSettings(Settings):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
+from trtllm_mm_cache.cache.arena.limits import check_fits
 from trtllm_mm_cache.cache.eviction.base import make_policy
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.encode.metrics import EncodeMetrics
@@ -22,6 +23,7 @@ from trtllm_mm_cache.runtime.control import CONTROL, Control, control_path
 from trtllm_mm_cache.runtime.messages import ENCODE
 from trtllm_mm_cache.runtime.model import local_model_path
 from trtllm_mm_cache.runtime.presence import serve_present
+from trtllm_mm_cache.runtime.readiness import announce_ready
 from trtllm_mm_cache.settings import GB, EncodeSettings
 from trtllm_mm_cache.transfer import Exporter, TransferAgent
 
@@ -40,6 +42,7 @@ def run_encode_worker(settings: EncodeSettings) -> None:
 async def _serve(settings: EncodeSettings) -> None:
     deployment = join(settings)
     model_path = await local_model_path(settings.model_path)
+    await asyncio.to_thread(check_fits, settings.arena_bytes)
     engine = await asyncio.to_thread(load_engine, settings.engine)
     encoder = await asyncio.to_thread(
         engine.load_vision_encoder, Path(model_path), settings.extra_engine_args
@@ -63,7 +66,7 @@ async def _serve(settings: EncodeSettings) -> None:
     logger.info(
         "encode worker ready: arena %.2f GB, fingerprint %s…", capacity / GB, pipeline.fingerprint[:12]
     )
-    deployment.status.ready = True
+    announce_ready(deployment.status)
     try:
         await asyncio.gather(
             serve_present(endpoint, guarded(ENCODE, me, server.handle), draining),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trtllm_mm_cache.engines.base import Generator
 from trtllm_mm_cache.engines.ranks import place_in_job
-from trtllm_mm_cache.engines.registry import load_engine
+from trtllm_mm_cache.engines.registry import Engine, load_engine
 from trtllm_mm_cache.media import pixels_fingerprint
 from trtllm_mm_cache.observability.cache_metrics import CacheCollector, WhatIfCollector
 from trtllm_mm_cache.observability.logs import configure_logging
@@ -24,6 +24,7 @@ from trtllm_mm_cache.runtime.control import CONTROL, Control, control_path
 from trtllm_mm_cache.runtime.encode_client import EncodeClient
 from trtllm_mm_cache.runtime.model import local_model_path, offer_model
 from trtllm_mm_cache.runtime.presence import serve_present
+from trtllm_mm_cache.runtime.readiness import announce_ready
 from trtllm_mm_cache.settings import PdSettings
 from trtllm_mm_cache.tiers.chain import TierChain
 from trtllm_mm_cache.tiers.encode_remote import EncodeTier, EncodeWorkers
@@ -48,21 +49,26 @@ def run_pd_worker(settings: PdSettings) -> None:
 async def _serve(settings: PdSettings) -> None:
     deployment = join(settings)
     model_path = await local_model_path(settings.model_path)
-    # Memory first: a host that cannot hold it says so before minutes of model loading.
-    memory = await PdMemory.create(settings)
+    # Memory first: a host that cannot hold it says so before minutes of model loading. Mapping the pages of
+    # 10 GB takes seconds in which Python is free to import the engine.
+    importing = asyncio.create_task(asyncio.to_thread(load_engine, settings.engine))
     try:
-        await _serve_model(deployment, memory, model_path, settings)
+        memory = await PdMemory.create(settings)
+    except BaseException:
+        importing.cancel()
+        raise
+    try:
+        await _serve_model(deployment, memory, await importing, Path(model_path), settings)
     finally:
         await memory.close()
         logger.info("PD worker ended")
 
 
 async def _serve_model(
-    deployment: Deployment, memory: PdMemory, model_path: str, settings: PdSettings
+    deployment: Deployment, memory: PdMemory, engine: Engine, model_path: Path, settings: PdSettings
 ) -> None:
     runtime, members = deployment.runtime, deployment.members
-    engine = await asyncio.to_thread(load_engine, settings.engine)
-    generator = await asyncio.to_thread(engine.load_generator, Path(model_path), settings.extra_engine_args)
+    generator = await asyncio.to_thread(engine.load_generator, model_path, settings.extra_engine_args)
     client = await runtime.endpoint(endpoint_path(settings.encode_endpoint)).client()
     metrics = PdMetrics()
     resolver = make_resolver(settings, memory, EncodeClient(client, members), generator, metrics)
@@ -99,23 +105,23 @@ def make_resolver(
 
 
 async def _serve_endpoints(
-    deployment: Deployment, worker: PdWorker, control: Control, model_path: str, settings: PdSettings
+    deployment: Deployment, worker: PdWorker, control: Control, model_path: Path, settings: PdSettings
 ) -> None:
     runtime, draining = deployment.runtime, deployment.draining
     endpoint = runtime.endpoint(endpoint_path(settings.endpoint))
     guarded_control = deployment.members.guarded(CONTROL, endpoint.connection_id(), control.handle)
 
     async def offer_again() -> None:
-        await offer_model(endpoint, model_path, settings.model_name)
+        await offer_model(endpoint, str(model_path), settings.model_name)
         await endpoint.register_endpoint_instance()
 
-    await offer_model(endpoint, model_path, settings.model_name)
+    await offer_model(endpoint, str(model_path), settings.model_name)
     logger.info(
         "PD worker ready: model %s, cache %.2f GB",
         settings.model_name,
         settings.multimodal_embedding_cache_capacity_gb,
     )
-    deployment.status.ready = True
+    announce_ready(deployment.status)
     await asyncio.gather(
         serve_present(
             endpoint,
