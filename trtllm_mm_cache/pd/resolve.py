@@ -29,7 +29,7 @@ from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.cache.what_if import WhatIf
 from trtllm_mm_cache.engines.base import ItemDescription
-from trtllm_mm_cache.errors import MmCacheError, OverloadedError
+from trtllm_mm_cache.errors import ArenaFullError, EntryTooLargeError, MmCacheError, OverloadedError
 from trtllm_mm_cache.observability.cache_metrics import FlightCollector
 from trtllm_mm_cache.observability.traces import span
 from trtllm_mm_cache.pd.fetch import OFF_LOOP_BYTES, MediaFetcher
@@ -88,18 +88,24 @@ class ItemResolver:
         """Turn the references of one request into leases, in order.
 
         Each distinct reference is fetched once and each distinct content resolved once; the items
-        are worked on at the same time. Raises the first item's error, with the item's index.
+        are worked on at the same time. Raises the first item's error, with the item's index; or, where they
+        find no room and never could, an `InvalidRequestError`.
         """
         started = time.perf_counter()
         scope = Scope.of(request.generation.cache_salt, require_salt=self._require_salt)
         first_at: dict[Reference, int] = {}
         for index, reference in enumerate(request.references):
             first_at.setdefault(reference, index)
+        needs: dict[str, int] = {}
         works = [
-            self._resolve_one(index, reference, scope, request.processor_kwargs, variant)
+            self._resolve_one(index, reference, scope, request.processor_kwargs, variant, needs)
             for reference, index in first_at.items()
         ]
-        found = dict(zip(first_at, await all_or_first_error(works), strict=True))
+        try:
+            found = dict(zip(first_at, await all_or_first_error(works), strict=True))
+        except (ArenaFullError, EntryTooLargeError):
+            self._tiers.check_can_fit(needs, retained=scope.retain)
+            raise
         return ResolvedItems.of(request.references, found, seconds=time.perf_counter() - started)
 
     async def drop(self, request: DropRequest) -> DropReport:
@@ -130,6 +136,7 @@ class ItemResolver:
         scope: Scope,
         processor_kwargs: Mapping[str, Any],
         variant: str,
+        needs: dict[str, int],
     ) -> Found:
         """Steps 2 to 7 for one item."""
         try:
@@ -137,12 +144,13 @@ class ItemResolver:
             media, info = await self._fetcher.fetch(reference.source, scope)
             description = ItemDescription(info.width, info.height, processor_kwargs, variant, reference.kind)
             key = await self._key(media, description, scope)
-            item = MissingItem(key, media, description, scope, watch)
+            item = MissingItem(key, media, description, scope, watch, needs)
             del media, watch  # the item's now, which may forget them
             looked_up = time.perf_counter()
             with span("lookup") as current:
                 found = await self._find(item)
                 current.set_attribute("outcome", found.outcome)
+            needs[key.hex] = found.lease.nbytes
             self._metrics.found(
                 found.outcome,
                 nbytes=found.lease.nbytes,
