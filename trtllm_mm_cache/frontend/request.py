@@ -75,7 +75,7 @@ class ChatMessage(_Strict):
 class StreamOptions(_Strict):
     """What a stream holds besides the answer."""
 
-    include_usage: StrictBool = False
+    include_usage: StrictBool | None = None
     continuous_usage_stats: Literal[False] | None = None
     include_obfuscation: Literal[False] | None = None
 
@@ -115,16 +115,6 @@ class GenerationOptions(_Strict):
     def _one_stop_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
-    @field_validator("ignore_eos", "stream", mode="before")
-    @classmethod
-    def _null_is_no(cls, value: Any) -> Any:
-        return False if value is None else value
-
-    @field_validator("skip_special_tokens", mode="before")
-    @classmethod
-    def _null_is_yes(cls, value: Any) -> Any:
-        return True if value is None else value
-
     @field_validator("logit_bias")
     @classmethod
     def _names_are_token_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
@@ -161,11 +151,6 @@ class ChatRequest(GenerationOptions):
     continue_final_message: StrictBool = False
     mm_processor_kwargs: dict[str, Any] | None = None
 
-    @field_validator("logprobs", "continue_final_message", mode="before")
-    @classmethod
-    def _null_is_no_here(cls, value: Any) -> Any:
-        return False if value is None else value
-
     @field_validator("mm_processor_kwargs")
     @classmethod
     def _bounded(cls, value: dict[str, Any] | None) -> Mapping[str, Any] | None:
@@ -195,7 +180,8 @@ class CompletionRequest(GenerationOptions):
 
 
 def read_request(kind: type[Fields], fields: dict[str, Any]) -> Fields:
-    """Return the request. Raises `InvalidRequestError` that names the first field at fault."""
+    """Return the request; null is no field. Raises `InvalidRequestError` naming the first fault."""
+    fields = _without_nulls(fields)
     refuse_unserved(fields)
     try:
         return kind.model_validate(fields)
@@ -206,6 +192,10 @@ def read_request(kind: type[Fields], fields: dict[str, Any]) -> Fields:
         if problem["type"] == "extra_forbidden":
             reason = "this server does not know the field; leave it out"
         raise InvalidRequestError(f"{name}: {reason}") from None
+
+
+def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _name_of(location: tuple[int | str, ...]) -> str:
