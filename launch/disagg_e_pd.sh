@@ -246,11 +246,11 @@ with urllib.request.urlopen(sys.argv[1], timeout=2) as answer:
 PYTHON
 }
 
-lists_model() {
-    "$python" - "http://127.0.0.1:$DYN_HTTP_PORT/v1/models" "$name" <<'PYTHON' 2>/dev/null
+finds_pd_worker() {
+    "$python" - "http://127.0.0.1:$DYN_HTTP_PORT/health" <<'PYTHON' 2>/dev/null
 import json, sys, urllib.request
 with urllib.request.urlopen(sys.argv[1], timeout=2) as answer:
-    sys.exit(sys.argv[2] not in [model["id"] for model in json.load(answer)["data"]])
+    sys.exit(json.load(answer)["pd_workers"] == 0)
 PYTHON
 }
 
@@ -275,9 +275,9 @@ for i in "${!pids[@]}"; do
     done
     say "${names[i]} is ready"
 done
-until lists_model; do
+until finds_pd_worker; do
     check_alive
-    ((SECONDS - began < ready_timeout_s)) || failed "the frontend does not list the model" "${logs[0]}"
+    ((SECONDS - began < ready_timeout_s)) || failed "the frontend finds no PD worker" "${logs[0]}"
     sleep 0.2
 done
 

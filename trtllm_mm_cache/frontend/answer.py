@@ -31,6 +31,7 @@ class Answer:
     finish_reason: str | None = None
     usage: Object | None = None
     items: Mapping[str, int] | None = None
+    _tokens_before: int = 0
 
     async def deltas(self, messages: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[Delta]:
         """Yield what the messages add, until the answer ends; the first delta may be empty.
@@ -42,6 +43,7 @@ class Answer:
             self.items = message.get("items", self.items)
             self.usage = message.get("completion_usage", self.usage)
             token_ids = message.get("token_ids") or ()
+            self._tokens_before = self.tokens
             self.tokens += len(token_ids)
             text = self.text.add(token_ids)
             if self.text.stopped:
@@ -55,6 +57,11 @@ class Answer:
             if self.finish_reason is not None:
                 return
         raise PdLostError("the PD worker ended in the middle of the answer; retry in a moment")
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the first tokens have just come, which a client may see before they make a text."""
+        return self.tokens > 0 == self._tokens_before
 
     def usage_object(self) -> Object:
         """Return the usage; the prompt's tokens count its images expanded."""

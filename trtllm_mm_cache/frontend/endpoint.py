@@ -87,7 +87,7 @@ class Completions:
                 record.generated(answer.tokens)
                 if not call.stream:
                     parts.append(delta)
-                elif delta.text or delta.logprobs or answer.finish_reason:
+                elif delta.text or delta.logprobs or answer.finish_reason or answer.is_new:
                     await reply.event(form.chunk(delta), items=answer.items)
         record.status = 200
         if call.stream:

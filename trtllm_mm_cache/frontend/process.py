@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from pathlib import Path
 
 import uvloop
@@ -51,8 +50,8 @@ async def _serve(settings: FrontendSettings) -> None:
         Endpoint(completions, ChatApi(prompts, settings)),
         Endpoint(completions, TextApi(prompts, settings)),
         Exposition(metrics.registry, {"dynamo_component": "frontend", "model": settings.model_name}),
+        workers,
         settings.model_name,
-        int(time.time()),
     )
     server = HttpServer.of(app, settings)
     draining = drain_on_signals(None)  # answers that run still need the runtime

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -28,6 +29,7 @@ from trtllm_mm_cache.frontend.apis import Api
 from trtllm_mm_cache.frontend.endpoint import Completions
 from trtllm_mm_cache.frontend.responses import Reply, error_object, status_of
 from trtllm_mm_cache.observability.metrics import Exposition
+from trtllm_mm_cache.runtime.pd_client import PdWorkers
 from trtllm_mm_cache.settings import FrontendSettings
 
 DRAIN_VARIABLE = "DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS"
@@ -45,8 +47,11 @@ class Endpoint:
         await self._answer(scope, receive, send)
 
 
-def make_app(chat: Endpoint, text: Endpoint, exposition: Exposition, model: str, created: int) -> Starlette:
-    """Return the application; `created` is when the model was first served, in seconds since 1970."""
+def make_app(
+    chat: Endpoint, text: Endpoint, exposition: Exposition, workers: PdWorkers, model: str
+) -> Starlette:
+    """Return the application, which serves one `model` from now on."""
+    created = int(time.time())
     described = {"id": model, "object": "model", "created": created, "owned_by": "trtllm-mm-cache"}
 
     async def models(request: Request) -> Response:
@@ -61,7 +66,7 @@ def make_app(chat: Endpoint, text: Endpoint, exposition: Exposition, model: str,
 
     async def alive(request: Request) -> Response:
         del request
-        return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "ready", "pd_workers": len(workers.instances)})
 
     async def metrics(request: Request) -> Response:
         del request
