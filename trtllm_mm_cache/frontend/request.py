@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -16,7 +17,7 @@ from pydantic import (
 )
 
 from trtllm_mm_cache.errors import InvalidRequestError
-from trtllm_mm_cache.frontend.refusals import refuse_unserved
+from trtllm_mm_cache.frontend.refusals import NOT_SERVED, refuse_unserved
 from trtllm_mm_cache.runtime.processor_kwargs import check_processor_kwargs
 
 _MAX_MESSAGES: Final = 4096
@@ -151,6 +152,13 @@ class ChatRequest(GenerationOptions):
     continue_final_message: StrictBool = False
     mm_processor_kwargs: dict[str, Any] | None = None
 
+    @field_validator("guided_json", mode="before")
+    @classmethod
+    def _a_schema(cls, value: Any) -> Any:
+        if not isinstance(value, str | dict):
+            raise ValueError("it should be a JSON schema, as an object or as text")  # noqa: TRY004
+        return value
+
     @field_validator("mm_processor_kwargs")
     @classmethod
     def _bounded(cls, value: dict[str, Any] | None) -> Mapping[str, Any] | None:
@@ -178,6 +186,31 @@ class CompletionRequest(GenerationOptions):
     prompt: str | Annotated[list[_TokenId], Field(min_length=1)]
     max_tokens: _Count | None = 16
 
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _one_prompt(cls, value: Any) -> Any:
+        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
+            value = value[0]  # a list of one prompt
+        if isinstance(value, str) or (
+            isinstance(value, list)
+            and value
+            and all(type(each) is int and 0 <= each < 2**32 for each in value)
+        ):
+            return value
+        raise ValueError("it should be one text, or one list of token ids")
+
+
+_REASONS: Final = {
+    "extra_forbidden": NOT_SERVED,
+    "missing": "it is required",
+    "dict_type": "it should be an object",
+    "model_type": "it should be an object",
+    "model_attributes_type": "it should be an object",
+    "union_tag_not_found": "it should be text or image_url",
+    "union_tag_invalid": "it should be text or image_url",
+}
+_SUBJECT: Final = re.compile(r"^(Input|String|List|Dictionary) should")
+
 
 def read_request(kind: type[Fields], fields: dict[str, Any]) -> Fields:
     """Return the request; null is no field. Raises `InvalidRequestError` naming the first fault."""
@@ -188,9 +221,11 @@ def read_request(kind: type[Fields], fields: dict[str, Any]) -> Fields:
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         name = _name_of(problem["loc"])
-        reason = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should", 1)
-        if problem["type"] == "extra_forbidden":
-            reason = "this server does not know the field; leave it out"
+        reason = _REASONS.get(problem["type"]) or _SUBJECT.sub(
+            "it should", problem["msg"].removeprefix("Value error, ")
+        )
+        if problem["type"].startswith("union_tag"):
+            name += ".type"
         raise InvalidRequestError(f"{name}: {reason}") from None
 
 
