@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, nullcontext
 from functools import partial
 from typing import Any
 
 from opentelemetry.trace import SpanKind
 
-from trtllm_mm_cache.engines.base import Generator, TokenDelta
+from trtllm_mm_cache.engines.base import Generator, PlaceLogprobs, TokenDelta
 from trtllm_mm_cache.errors import MmCacheError, OverloadedError
 from trtllm_mm_cache.observability.logs import request_id
 from trtllm_mm_cache.observability.traces import remote_parent, span
@@ -36,12 +36,23 @@ Output = dict[str, Any]
 """One message to Dynamo's frontend, in the form it expects of a worker."""
 
 
+Admit = Callable[[Any], Output]
+"""Takes the caller's proof off a request, and returns what the answer's first message is in return; raises
+`NotAMemberError`. See `runtime.membership.Membership.admit`."""
+
+
 class PdWorker:
     """Answers generation requests of Dynamo's frontend. For use from one event loop."""
 
     def __init__(
-        self, generator: Generator, resolver: ItemResolver, metrics: PdMetrics, settings: PdSettings
+        self,
+        generator: Generator,
+        resolver: ItemResolver,
+        metrics: PdMetrics,
+        settings: PdSettings,
+        admit: Admit,
     ) -> None:
+        self._admit = admit
         self._generator = generator
         self._resolver = resolver
         self._metrics = metrics
@@ -96,6 +107,9 @@ class PdWorker:
                 record.ended("served")
 
     async def _serve(self, payload: Any, name: str, record: AnswerRecord, emit: Emit[Output]) -> None:
+        proof = self._admit(payload)
+        if proof:
+            emit(proof)
         with span("references"):
             request = parse_request(payload, name, max_images=self._max_images)
         variant = self._generator.variant(len(request.references))
@@ -140,6 +154,22 @@ def _output(delta: TokenDelta, completion_tokens: int) -> Output:
             "total_tokens": delta.prompt_tokens + completion_tokens,
         },
     }
+    if delta.logprobs:
+        output |= _logprobs(delta.logprobs)
     if delta.finish_reason is not None:
         output["finish_reason"] = delta.finish_reason
+    return output
+
+
+def _logprobs(places: Sequence[PlaceLogprobs]) -> Output:
+    """Return one entry a token, in the form of Dynamo's workers."""
+    output: Output = {"log_probs": [place.chosen.logprob for place in places]}
+    if places[0].likeliest:
+        output["top_logprobs"] = [
+            [
+                {"rank": rank, "token_id": token.token_id, "logprob": token.logprob}
+                for rank, token in enumerate(place.likeliest, start=1)
+            ]
+            for place in places
+        ]
     return output
