@@ -242,6 +242,13 @@ class PdSettings(EngineSettings):
         1024, ge=1, description="Requests taken at a time; beyond it the answer is 503."
     )
     max_images_per_request: int = Field(32, ge=1, le=4096, description="Most images in one request.")
+    max_incoming_image_mb: float = Field(
+        256,
+        ge=1,
+        description="Bytes of image files, in MB, that may be on their way in, inside requests or being "
+        "fetched, until their keys are known. Beyond it a request with large images is answered 503, and one "
+        "that has more alone 400.",
+    )
     media: MediaSettings = MediaSettings()
 
     @property

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from email.utils import formatdate, mktime_tz, parsedate_tz
 from traceback import clear_frames
 
@@ -62,10 +62,11 @@ class HttpFetcher:
             rfc=CacheOptions(shared=False),
         )
 
-    async def fetch(self, reference: str, scope: Scope) -> bytes:
+    async def fetch(self, reference: str, scope: Scope, grow: Callable[[int], None]) -> bytes:
         """Return the body that `reference` leads to: from the cache while it is fresh, else from the server.
 
         Each salt has cached responses of its own; a scope without `retain` finds none and leaves none.
+        `grow` is told of the bytes as they arrive, and may raise an error of its own.
         Raises `MediaReferenceError`, `MediaForbiddenError`, `MediaFetchError`, `MediaTooLargeError`.
         """
         url = _parse(reference)
@@ -73,7 +74,7 @@ class HttpFetcher:
         forgettings = self._forgettings
         try:
             async with asyncio.timeout(seconds):
-                return await self._follow(url, scope)
+                return await self._follow(url, scope, grow)
         except (TimeoutError, httpcore2.TimeoutException) as error:
             # Raised below: asyncio's error leads to the task that had the deadline, and the task, when it
             # ends with an error, to that. As a cause it would keep what has arrived until the collector runs.
@@ -98,14 +99,14 @@ class HttpFetcher:
         await self._transport.aclose()
         self._system_resolver.close()
 
-    async def _follow(self, url: httpx2.URL, scope: Scope) -> bytes:
+    async def _follow(self, url: httpx2.URL, scope: Scope, grow: Callable[[int], None]) -> bytes:
         for _ in range(self._settings.max_redirects + 1):
             response = await self._transport.handle_async_request(self._request(url, scope))
             try:
                 if response.status_code in _REDIRECTS:
                     url = _redirected(url, response)
                 else:
-                    return await self._body(response)
+                    return await self._body(response, grow)
             finally:
                 await response.aclose()
         raise MediaFetchError(
@@ -119,7 +120,7 @@ class HttpFetcher:
         extensions = {"timeout": timeouts, "caching": caching}
         return httpx2.Request("GET", url, headers=_HEADERS, extensions=extensions)
 
-    async def _body(self, response: httpx2.Response) -> bytes:
+    async def _body(self, response: httpx2.Response, grow: Callable[[int], None]) -> bytes:
         if response.status_code not in {200, 203}:
             raise MediaFetchError(f"the media server answered with status {response.status_code}")
         declared = response.headers.get("content-length", "0")
@@ -127,8 +128,9 @@ class HttpFetcher:
             _check_size(int(declared), self._max_bytes)
         body = bytearray()
         async for chunk in response.aiter_bytes():
+            _check_size(len(body) + len(chunk), self._max_bytes)
+            grow(len(chunk))
             body += chunk
-            _check_size(len(body), self._max_bytes)
             # A small coded chunk can decode into many large ones without a pause of its own.
             await asyncio.sleep(0)
         return bytes(body)
