@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from dynamo.runtime import Context
@@ -13,6 +14,7 @@ from trtllm_mm_cache.cache.scope import salt_tag
 from trtllm_mm_cache.engines.transformers import TransformersVisionEncoder
 from trtllm_mm_cache.errors import EncodeOverloadedError
 from trtllm_mm_cache.runtime.control import DropRequest
+from trtllm_mm_cache.runtime.messages import EncodeCancel
 
 
 async def test_what_may_be_retained_is_a_second_level(bench: Bench) -> None:
@@ -145,3 +147,31 @@ async def test_an_answer_that_comes_when_the_caller_has_gone_exports_nothing(ben
     payload = bench.request(media).model_dump()
     assert [answer async for answer in bench.server.handle(payload, context)] == []
     assert bench.exporter.held == 0
+
+
+@pytest.mark.parametrize("early", [False, True])
+async def test_a_call_that_is_taken_back_ends_without_an_answer_or_an_export(
+    bench: Bench, early: bool
+) -> None:
+    """Also when the small message comes before the large one that it is about."""
+    media, context = png(new_image(32, 32)), Context("call-1")
+    take_back = EncodeCancel(cancel="call-1").model_dump()
+
+    async def answers(payload: Any, asker: Context) -> list[Any]:
+        return [answer async for answer in bench.server.handle(payload, asker)]
+
+    bench.encoder.open.clear()
+    if early:
+        assert await answers(take_back, Context("a")) == []
+    call = asyncio.create_task(answers(bench.request(media).model_dump(), context))
+    if not early:
+        assert await asyncio.to_thread(bench.encoder.reached.wait, 30)
+        assert await answers(take_back, Context("b")) == []
+    async with asyncio.timeout(30):
+        assert await call == []
+    bench.encoder.open.set()
+    assert bench.exporter.exported == 0
+    assert (await bench.call(media)).origin == "encoded", (
+        "the next call of that id, or of any other, is served"
+    )
+    assert len(await answers(bench.request(media).model_dump(), Context("call-1"))) == 1
