@@ -181,6 +181,12 @@ class EncodeSettings(EngineSettings):
     )
     max_batch_images: int = Field(8, ge=1, le=1024, description="Most images in one vision-tower batch.")
     preprocess_threads: int = Field(2, ge=1, le=256, description="Threads that decode and preprocess images.")
+    max_prepared_mb: float = Field(
+        1024,
+        ge=1,
+        description="Memory in MB for preprocessed images, in the vision tower or waiting for it; each of "
+        "--preprocess-threads may go beyond it by one image. Further images wait as files.",
+    )
     max_queued: int = constant(
         256, "Items that may wait for the vision tower: already minutes of a small tower's work.", ge=1
     )

@@ -15,6 +15,7 @@ from trtllm_mm_cache.encode.pipeline import EncodePipeline
 from trtllm_mm_cache.encode.server import EncodeServer
 from trtllm_mm_cache.engines.registry import load_engine
 from trtllm_mm_cache.observability.logs import configure_logging
+from trtllm_mm_cache.observability.memory import MemoryCollector
 from trtllm_mm_cache.observability.metrics import Exposition
 from trtllm_mm_cache.observability.traces import configure_tracing
 from trtllm_mm_cache.runtime.connect import connect, drain_on_signals, endpoint_path
@@ -52,6 +53,7 @@ async def _serve(settings: EncodeSettings) -> None:
     registry = CollectorRegistry()
     exporter = Exporter(agent, lease_timeout_s=settings.lease_timeout_s)
     registry.register(exporter)
+    registry.register(MemoryCollector())
     pipeline = EncodePipeline(encoder, manager, settings, registry)
     server = EncodeServer(pipeline, exporter, agent.metadata, EncodeMetrics(registry))
     exposition = Exposition(registry, {"dynamo_component": "encode", "model": Path(model_path).name})

@@ -11,6 +11,7 @@ from trtllm_mm_cache.engines.ranks import place_in_job
 from trtllm_mm_cache.engines.registry import load_engine
 from trtllm_mm_cache.observability.cache_metrics import CacheCollector, WhatIfCollector
 from trtllm_mm_cache.observability.logs import configure_logging
+from trtllm_mm_cache.observability.memory import MemoryCollector
 from trtllm_mm_cache.observability.metrics import Exposition
 from trtllm_mm_cache.observability.traces import configure_tracing
 from trtllm_mm_cache.pd.answer import PdWorker
@@ -88,6 +89,7 @@ def make_resolver(
     registry = metrics.registry
     registry.register(CacheCollector(memory.arenas))
     registry.register(memory.reader)
+    registry.register(MemoryCollector())
     if memory.what_if is not None:
         registry.register(WhatIfCollector(memory.what_if))
     receiver = Receiver(memory.cache, memory.transit, memory.what_if, generator.check_embedding, registry)
