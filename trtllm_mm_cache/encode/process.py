@@ -18,6 +18,7 @@ from trtllm_mm_cache.observability.logs import configure_logging
 from trtllm_mm_cache.observability.memory import MemoryCollector
 from trtllm_mm_cache.observability.metrics import Exposition
 from trtllm_mm_cache.observability.traces import configure_tracing
+from trtllm_mm_cache.runtime.allocator import bound_heaps
 from trtllm_mm_cache.runtime.connect import connect, drain_on_signals, endpoint_path
 from trtllm_mm_cache.runtime.control import Control, control_path
 from trtllm_mm_cache.runtime.model import local_model_path
@@ -32,6 +33,7 @@ _CLOSE_DEADLINE_S = 5.0
 
 def run_encode_worker(settings: EncodeSettings) -> None:
     """Load the model, serve until SIGTERM or SIGINT, drain, return. Raises `ConfigurationError` at start."""
+    bound_heaps()
     configure_logging(settings.log_level, settings.log_format)
     configure_tracing("encode")
     asyncio.run(_serve(settings))

@@ -18,6 +18,7 @@ from trtllm_mm_cache.pd.answer import PdWorker
 from trtllm_mm_cache.pd.memory import PdMemory
 from trtllm_mm_cache.pd.metrics import PdMetrics
 from trtllm_mm_cache.pd.resolve import ItemResolver
+from trtllm_mm_cache.runtime.allocator import bound_heaps
 from trtllm_mm_cache.runtime.connect import DistributedRuntime, connect, drain_on_signals, endpoint_path
 from trtllm_mm_cache.runtime.control import Control, control_path
 from trtllm_mm_cache.runtime.encode_client import EncodeClient
@@ -36,6 +37,7 @@ def run_pd_worker(settings: PdSettings) -> None:
 
     Under mpirun this is rank 0; every other rank only computes with it, and returns when it has ended.
     """
+    bound_heaps()
     configure_logging(settings.log_level, settings.log_format)
     configure_tracing("pd")
     if place_in_job().rank > 0:
