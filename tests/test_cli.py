@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from tests.e2e.stack import free_port
 from trtllm_mm_cache.cli.ask import AskError, ask_server
 from trtllm_mm_cache.cli.main import cli
-from trtllm_mm_cache.cli.options import is_constant, leaves, settings_options
+from trtllm_mm_cache.cli.options import settings_options
+from trtllm_mm_cache.flags import is_constant, leaves
 from trtllm_mm_cache.settings import (
     AskSettings,
     DropSettings,
@@ -23,11 +24,13 @@ from trtllm_mm_cache.settings import (
     MediaSettings,
     PdSettings,
     PlanSettings,
+    ServeSettings,
     Settings,
     TopSettings,
 )
 
 ROLES: dict[str, type[Settings]] = {
+    "serve": ServeSettings,
     "frontend": FrontendSettings,
     "encode": EncodeSettings,
     "pd": PdSettings,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import json
 import os
 import random
 import signal
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,6 @@ def launched(run_dir: Path, *pd_arguments: str, **environment: str) -> Iterator[
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RUN_DIR": str(run_dir),
         "DYN_HTTP_PORT": str(port),
-        "DYN_MM_ALLOW_INTERNAL": "1",  # the tests' image server is on loopback
         "HF_HUB_OFFLINE": "1",
         **environment,
     }
@@ -139,12 +139,29 @@ def launched(run_dir: Path, *pd_arguments: str, **environment: str) -> Iterator[
             launcher.wait(STOP_TIMEOUT_S)
 
 
+def arenas_of(pids: Iterable[int]) -> set[str]:
+    """Return the names of the arenas in shared memory that these processes made: torch_<pid>_..."""
+    folder = Path("/dev/shm")  # noqa: S108 - where the arenas are, not a temporary file
+    owners = {str(pid) for pid in pids}
+    return {path.name for path in folder.glob("torch_*") if path.name.split("_")[1] in owners}
+
+
 def wait_until(condition: Callable[[], bool], timeout_s: float, failure: str) -> None:
     """Poll `condition` until it holds; fail with `failure` after `timeout_s` seconds."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"{failure} within {timeout_s} s"
         time.sleep(0.05)
+
+
+def pd_workers_seen(url: str) -> int:
+    """Return how many PD workers the frontend at `url` has found; -1 while it does not answer."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{url.removesuffix('/v1')}/health", timeout=5) as answer:
+            return int(json.load(answer)["pd_workers"])
+    except OSError:
+        return -1
 
 
 def free_port() -> int:

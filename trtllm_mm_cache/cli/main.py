@@ -1,4 +1,4 @@
-"""The command line: `trtllm-mm-cache frontend|encode|pd|drop|top|ask|plan`.
+"""The command line: `trtllm-mm-cache serve|frontend|encode|pd|drop|top|ask|plan`.
 
 Every subcommand imports what it needs when it runs, so that `--help` answers at once and no
 command loads an engine it does not use.
@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from typing import NoReturn
 
 import click
 
 from trtllm_mm_cache import __version__
-from trtllm_mm_cache.cli.options import settings_options
+from trtllm_mm_cache.cli.options import parse, settings_options
 from trtllm_mm_cache.errors import ConfigurationError, MmCacheError
+from trtllm_mm_cache.imports import without_collector
 from trtllm_mm_cache.settings import (
     AskSettings,
     DropSettings,
     EncodeSettings,
+    EngineName,
     FrontendSettings,
     PdSettings,
     PlanSettings,
+    ServeSettings,
     TopSettings,
 )
 
@@ -30,16 +35,46 @@ from trtllm_mm_cache.settings import (
 def cli() -> None:
     """Multimodal serving that never runs the vision encoder twice on the same image.
 
-    Start `frontend`, one or more `encode` workers and one or more `pd` workers, in any order; or all
-    of them with launch/disagg_e_pd.sh. Then `ask photo.jpg "What is this?"`.
+    `serve` starts everything on this machine; then `ask photo.jpg "What is this?"`. Elsewhere start
+    `frontend`, one or more `encode` workers and one or more `pd` workers, in any order.
     """
+
+
+@cli.command()
+@settings_options(ServeSettings)
+def serve(settings: ServeSettings) -> None:
+    """Start frontend, encode workers and PD workers on this machine, and keep them up.
+
+    Takes the options of the PD workers; what processes must agree on counts for all. Ctrl-C stops everything,
+    SIGTERM lets what runs finish first.
+    """
+    from trtllm_mm_cache.serve.plan import make_plan
+    from trtllm_mm_cache.serve.run import run_serve
+
+    plan = make_plan(settings)
+    try:
+        encode_settings = parse(EncodeSettings, plan.encode_arguments()[1:])
+    except click.UsageError as error:
+        raise ConfigurationError(f"ENCODE_EXTRA_ARGS: {error.format_message()}") from error
+    sys.exit(run_serve(plan, encode_settings))
+
+
+@cli.command(hidden=True)
+@click.argument("engine")
+def warm_start(engine: EngineName) -> None:
+    """Fork workers for `serve`, which starts this."""
+    from trtllm_mm_cache.serve.warm import fork_workers
+
+    arguments = fork_workers(engine)
+    if arguments is not None:
+        main(arguments)
 
 
 @cli.command()
 @settings_options(FrontendSettings)
 def frontend(settings: FrontendSettings) -> None:
     """Serve the OpenAI HTTP API and route requests to the PD workers."""
-    from trtllm_mm_cache.runtime.frontend import run_frontend
+    from trtllm_mm_cache.frontend.process import run_frontend
 
     run_frontend(settings)
 
@@ -48,7 +83,8 @@ def frontend(settings: FrontendSettings) -> None:
 @settings_options(EncodeSettings)
 def encode(settings: EncodeSettings) -> None:
     """Run an encode worker: images in, embeddings out, over NIXL."""
-    from trtllm_mm_cache.encode.process import run_encode_worker
+    with without_collector():
+        from trtllm_mm_cache.encode.process import run_encode_worker
 
     run_encode_worker(settings)
 
@@ -57,7 +93,8 @@ def encode(settings: EncodeSettings) -> None:
 @settings_options(PdSettings)
 def pd(settings: PdSettings) -> None:
     """Run a prefill+decode worker with its embedding cache."""
-    from trtllm_mm_cache.pd.process import run_pd_worker
+    with without_collector():
+        from trtllm_mm_cache.pd.process import run_pd_worker
 
     run_pd_worker(settings)
 
@@ -130,16 +167,29 @@ def _silence_dynamo() -> None:
     os.close(nowhere)
 
 
-def main() -> None:
-    """Entry point: run the command line; an operator's mistake ends in one line and exit code 2."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line (sys.argv's, if not given) and exit; an operator's mistake ends in one line."""
     try:
-        cli.main(standalone_mode=True)
+        status = cli.main(
+            None if arguments is None else [*arguments], prog_name="trtllm-mm-cache", standalone_mode=False
+        )
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else cli.name
+        _exit(f"{error.format_message()} ({command} --help shows what there is)", 2)
+    except click.ClickException as error:
+        _exit(error.format_message(), error.exit_code)
+    except click.Abort:
+        _exit("interrupted", 130)
     except ConfigurationError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        _exit(str(error), 2)
     except MmCacheError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        _exit(str(error), 1)
+    sys.exit(status)
+
+
+def _exit(message: str, status: int) -> NoReturn:
+    click.echo(f"error: {message}", err=True)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -40,13 +40,10 @@ class MediaFetcher:
         What was fetched in a `scope` is used again in that scope alone.
         """
         source = reference.take()
-        scheme = "data" if isinstance(source, bytes) else scheme_of(source)
+        scheme = scheme_of(source)
         with self._metrics.fetch.labels(scheme=scheme).time():
-            if isinstance(source, bytes):
-                media = source
-            else:
-                async with self._turn() if scheme in ("http", "https") else nullcontext():
-                    media = await self._source.fetch(source, scope, grow)
+            async with self._turn() if scheme in ("http", "https") else nullcontext():
+                media = await self._source.fetch(source, scope, grow)
             del source  # a data: URL is longer than what it stands for
             # A header of megabytes (metadata) can take long to read; that of a small file cannot.
             if len(media) > OFF_LOOP_BYTES:

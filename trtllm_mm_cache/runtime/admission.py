@@ -46,10 +46,10 @@ class Admission(Collector):
     """Admits at most `max_items` items of at most `max_bytes` bytes together. For use from one event loop.
 
     Who is refused gets the error that `refusal` makes; none waits. `what` is admitted: requests, images that
-    wait for their embeddings, or incoming ones. An item without bytes is never refused for its bytes. One of
-    more than `max_bytes` can never fit and gets the error that `too_large` makes; where that is None, it is
-    admitted while no other has bytes. With `room_for_small`, a quarter of the bytes is kept for items of less
-    than 1/256 of them, so that large ones do not keep those out.
+    wait for their embeddings, incoming ones, or texts by their characters. An item without bytes is never
+    refused for its bytes. One of more than `max_bytes` can never fit and gets the error that `too_large`
+    makes; where that is None, it is admitted while no other has bytes. With `room_for_small`, a quarter of
+    the bytes is kept for items of less than 1/256 of them, so that large ones do not keep those out.
 
     `items` and `nbytes` are under way now, `refused` counts since the start.
     """
@@ -60,7 +60,7 @@ class Admission(Collector):
         max_items: int,
         max_bytes: int,
         refusal: Callable[[], MmCacheError],
-        what: Literal["request", "image", "incoming"] = "image",
+        what: Literal["request", "image", "incoming", "text"] = "image",
         too_large: Callable[[], MmCacheError] | None = None,
         room_for_small: bool = False,
     ) -> None:

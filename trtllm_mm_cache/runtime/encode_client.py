@@ -13,7 +13,8 @@ from dynamo.runtime import Client, Context
 
 from trtllm_mm_cache.errors import EncodeFailedError, EncodeUnavailableError, EncodeUnreachableError
 from trtllm_mm_cache.observability.traces import trace_headers
-from trtllm_mm_cache.runtime.messages import EncodeCancel, EncodeReady, EncodeRequest, parse_answer
+from trtllm_mm_cache.runtime.membership import Membership
+from trtllm_mm_cache.runtime.messages import ENCODE, EncodeCancel, EncodeReady, EncodeRequest, parse_answer
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +48,9 @@ class EncodeClient:
     their way, here and there.
     """
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, members: Membership) -> None:
         self._client = client
+        self._members = members
         self._tasks: set[asyncio.Task[Any]] = set()
         self._turns: dict[int, asyncio.Semaphore] = {}
 
@@ -62,7 +64,7 @@ class EncodeClient:
 
         Raises what the encode worker reports, `EncodeUnreachableError` when it is not there,
         `EncodeUnavailableError` when it goes away before it answers, `ProtocolMismatchError` for an
-        answer of another protocol.
+        answer of another protocol, `NotAMemberError` for one without the deployment's secret.
         Cancelling the call takes it back at the encode worker; an answer that comes all the same is an export
         that will not be READ, and goes to `unwanted`.
         """
@@ -90,13 +92,15 @@ class EncodeClient:
 
     async def _call(self, call: _Call, request: EncodeRequest) -> EncodeReady:
         try:
+            sealing = self._members.call(ENCODE, call.instance)
             async with self._turn(call.instance):
                 call.sent = True
-                message = request.model_dump() | {"trace_headers": trace_headers()}
+                fields = request.model_dump(exclude={"media"}) | {"trace_headers": trace_headers()}
+                message = sealing.seal(fields, media=request.media)
                 stream = await self._client.direct(message, call.instance, context=call.context)
                 del request, message  # megabytes, which a call without a caller need not keep
             async for item in stream:
-                return parse_answer(_data(item))
+                return parse_answer(sealing.open(_data(item)))
         except (ValueError, ConnectionError) as error:
             raise _unreachable(error) from error
         except Exception as error:  # the runtime raises bare Exception for a lost connection
@@ -108,7 +112,8 @@ class EncodeClient:
     async def _take_back(self, call: _Call, answer: asyncio.Task[EncodeReady]) -> None:
         """Tell the encode worker that no caller waits any more, and see to it that the call ends."""
         try:
-            message = EncodeCancel(cancel=call.context.id()).model_dump()
+            cancel = EncodeCancel(cancel=call.context.id()).model_dump()
+            message = self._members.call(ENCODE, call.instance).seal(cancel)
             async for _ in await self._client.direct(message, call.instance, context=Context()):
                 pass
             await asyncio.wait({answer}, timeout=_LATE_ANSWER_S)
