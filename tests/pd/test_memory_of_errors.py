@@ -162,7 +162,7 @@ async def test_a_request_that_generates_keeps_no_bytes_of_its_images(bench: Benc
     """A miss and then a hit for each file; the engine stands still after their first tokens."""
     generator = PeerGenerator()
     generator.stalls_after = 1
-    worker = PdWorker(generator, bench.resolver, bench.metrics, pd_settings())
+    worker = PdWorker(generator, bench.resolver, bench.metrics, pd_settings(), admit_all)
     answers = []
     before = tracemalloc.get_traced_memory()[0]
     for number in (1, 1, 2, 2):

@@ -49,7 +49,7 @@ class EncodeServer:
                 self._calls.take_back(parse(EncodeCancel, payload).cancel)
                 return
             request = parse(EncodeRequest, payload)
-            payload.clear()  # its sender may keep it until the answer
+            payload.pop("media")  # its sender may keep the rest until the answer
             self._check_fingerprint(request)
             parent = remote_parent(request.trace_headers)
             with (
