@@ -19,7 +19,8 @@ from trtllm_mm_cache.cache.what_if import WhatIf
 from trtllm_mm_cache.engines.base import GenerationRequest, ItemDescription, SamplingParams
 from trtllm_mm_cache.errors import EmbeddingMismatchError, MmCacheError
 from trtllm_mm_cache.pd.metrics import PdMetrics
-from trtllm_mm_cache.pd.request import PdRequest, Reference
+from trtllm_mm_cache.pd.reference import Reference
+from trtllm_mm_cache.pd.request import PdRequest
 from trtllm_mm_cache.pd.resolve import ItemResolver
 from trtllm_mm_cache.pd.resolved import ResolvedItems
 from trtllm_mm_cache.runtime.messages import EncodeReady, EncodeRequest

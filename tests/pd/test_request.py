@@ -8,7 +8,8 @@ import pytest
 
 from trtllm_mm_cache.engines.base import Constraint, SamplingParams
 from trtllm_mm_cache.errors import InvalidRequestError
-from trtllm_mm_cache.pd.request import PdRequest, Reference, parse_request
+from trtllm_mm_cache.pd.reference import Reference
+from trtllm_mm_cache.pd.request import PdRequest, parse_request
 
 
 def wire(**changes: Any) -> dict[str, Any]:
@@ -58,6 +59,23 @@ def test_everything_arrives() -> None:
     assert request.generation.sampling == SamplingParams(
         max_tokens=9, temperature=0.5, top_p=0.9, top_k=3, seed=11, stop=("END",), stop_token_ids=(2, 7)
     )
+
+
+def test_an_image_may_come_as_bytes_and_is_known_by_what_it_holds() -> None:
+    parts = [{"Bytes": b"png"}, {"Url": "data:,png"}, {"Bytes": b"png"}, {"Url": "http://h/i.png"}]
+    one, url, again, fetched = parse(wire(multi_modal_data={"image_url": parts})).references
+    assert (one.nbytes, url.nbytes, fetched.nbytes) == (3, len("data:,png"), 0)
+    assert one == again
+    assert hash(one) == hash(again)
+    assert one != url
+    assert (one.take(), url.take(), fetched.take()) == (b"png", "data:,png", "http://h/i.png")
+    assert one.take() == b"", "taken once"
+
+
+def test_the_payload_keeps_no_media() -> None:
+    payload = wire()
+    parse(payload)
+    assert "multi_modal_data" not in payload
 
 
 def test_text_alone_has_no_images() -> None:
