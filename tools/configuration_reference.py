@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from trtllm_mm_cache.cli.main import cli
@@ -45,7 +45,7 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "ask": AskSettings,
     "plan": PlanSettings,
 }
-TYPES = {int: "integer", float: "number", bool: "yes/no", str: "text", Path: "path"}
+TYPES = {int: "integer", float: "number", bool: "yes/no", str: "text", SecretStr: "text", Path: "path"}
 BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 INTRODUCTION = """\

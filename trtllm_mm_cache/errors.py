@@ -9,8 +9,12 @@
     │   ├── MediaFetchError              400  the media server answered with an error, or not at all
     │   ├── MediaTooLargeError           413  more bytes or pixels than the limits allow
     │   ├── UnsupportedMediaError        415  not one of the accepted image formats
-    │   └── InvalidImageError            400  broken, truncated or hostile image
-    ├── OverloadedError              503  the PD worker has as much under way as it may (retryable)
+    │   ├── InvalidImageError            400  broken, truncated or hostile image
+    │   ├── UnknownModelError            404  no model of that name is served
+    │   └── RequestTimeoutError          408  the body did not arrive in time
+    ├── OverloadedError              503  a process has as much under way as it may (retryable)
+    ├── PdUnavailableError           503  no PD worker is alive, or none takes the request (retryable)
+    │   └── PdLostError              503  the PD worker went away in the middle of an answer (retryable)
     ├── EncodeError                  the encode side could not deliver
     │   ├── EncodeUnavailableError       503  no encode worker is alive (retryable)
     │   │   └── EncodeUnreachableError   503  this one cannot be connected to (retryable)
@@ -24,6 +28,7 @@
     │   ├── PeerLostError                503  the exporting process is gone
     │   ├── ChecksumMismatchError        502  bytes differ from what was exported
     │   └── EmbeddingMismatchError       502  size, shape, dtype, rows or width disagree
+    ├── NotAMemberError              502  another process did not prove that it belongs to the deployment
     ├── GenerationError              500  the engine failed on a request that it had accepted
     ├── CacheError                   the cache core refuses
     │   ├── EntryTooLargeError           507  one entry larger than the arena
@@ -132,8 +137,36 @@ class InvalidImageError(RequestError):
     code = "invalid_image"
 
 
+class UnknownModelError(RequestError):
+    """No model of that name is served."""
+
+    code = "model_not_found"
+    http_status = 404
+
+
+class RequestTimeoutError(RequestError):
+    """The request's body did not arrive in time."""
+
+    code = "request_timeout"
+    http_status = 408
+
+
+class PdUnavailableError(MmCacheError):
+    """No PD worker is alive, or none of them takes the request."""
+
+    code = "pd_unavailable"
+    http_status = 503
+    retryable = True
+
+
+class PdLostError(PdUnavailableError):
+    """The PD worker went away in the middle of an answer."""
+
+    code = "pd_lost"
+
+
 class OverloadedError(MmCacheError):
-    """The PD worker has as many requests or images under way as its settings allow."""
+    """A process has as many requests or as many bytes of them under way as its settings allow."""
 
     code = "overloaded"
     http_status = 503
@@ -226,6 +259,13 @@ class EmbeddingMismatchError(TransferError):
     """Size, shape, dtype, row count or hidden width disagree with what was announced or expected."""
 
     code = "embedding_mismatch"
+
+
+class NotAMemberError(MmCacheError):
+    """Another process did not prove that it belongs to this deployment: asking it again cannot help."""
+
+    code = "not_a_member"
+    http_status = 502
 
 
 class GenerationError(MmCacheError):

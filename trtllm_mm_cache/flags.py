@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 
@@ -37,15 +37,20 @@ def flag(name: str) -> str:
 def arguments(given: BaseModel, role: type[BaseModel]) -> list[str]:
     """Return the command line by which a process of `role` gets the settings that it shares with `given`.
 
-    Shared is what both have by the same name. What is `role`'s own default is left out, unless a variable of
-    the environment could say otherwise.
+    Shared is what both have by the same name, but no secret: every user can see a command line. What is
+    `role`'s own default is left out, unless a variable of the environment could say otherwise.
     """
     values = {path[-1]: _value(given, path) for path, _ in leaves(type(given))}
     line: list[str] = []
     for path, field in leaves(role):
         name = path[-1]
         value = values.get(name)
-        if is_constant(field) or value is None or (value == field.default and "env" not in extra(field)):
+        if (
+            is_constant(field)
+            or value is None
+            or isinstance(value, SecretStr)
+            or (value == field.default and "env" not in extra(field))
+        ):
             continue
         if field.annotation is bool:
             line += [flag(name)] if value else []

@@ -11,11 +11,12 @@ Units: GB = 1024**3 bytes, MB = 1024**2 bytes, times in seconds.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 from trtllm_mm_cache.flags import flag
 
@@ -31,6 +32,10 @@ DEFAULT_NAMESPACE = "dynamo"
 DEFAULT_PD_ENDPOINT = f"dyn://{DEFAULT_NAMESPACE}.pd.generate"
 DEFAULT_ENCODE_ENDPOINT = f"dyn://{DEFAULT_NAMESPACE}.encode.encode"
 
+_PROXY = re.compile(
+    r"https?://(?:[^\s/@]+@)?(?:[^\s/@:\[\]?#]+|\[[0-9a-f:.]+\])(?::(?P<port>\d{1,5}))?/?", re.IGNORECASE
+)
+
 Seconds = Annotated[float, Field(gt=0, le=3600)]
 
 
@@ -42,7 +47,8 @@ def constant(value: Any, reason: str, **bounds: Any) -> Any:
 class Settings(BaseModel):
     """Base of all settings: immutable, and an unknown name is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    # Errors without the input: it may be a password.
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
 
 
 class DiscoverySettings(Settings):
@@ -53,6 +59,13 @@ class DiscoverySettings(Settings):
         description="Where processes find each other: `file` on one machine (folder DYN_FILE_KV), "
         "`etcd` (ETCD_ENDPOINTS) or `kubernetes` in a cluster.",
         json_schema_extra={"env": "DYN_DISCOVERY_BACKEND"},
+    )
+    secret_file: Path | None = Field(
+        None,
+        description="File with the secret by which the processes of a deployment know each other: 32 bytes "
+        "or more, closed to other users. Default with `file` discovery: `secret` in the folder DYN_FILE_KV, "
+        "made by the first process. With etcd or Kubernetes it must be set.",
+        json_schema_extra={"env": "MM_CACHE_SECRET_FILE"},
     )
 
 
@@ -67,8 +80,8 @@ class RuntimeSettings(DiscoverySettings):
     )
 
 
-class FrontendSettings(RuntimeSettings):
-    """The OpenAI-compatible HTTP server."""
+class FrontendOptions(RuntimeSettings):
+    """What is set of a frontend whatever its model."""
 
     http_host: str = Field(
         "127.0.0.1", description="Address to listen on.", json_schema_extra={"env": "DYN_HTTP_HOST"}
@@ -76,11 +89,48 @@ class FrontendSettings(RuntimeSettings):
     http_port: int = Field(
         8000, ge=1, le=65535, description="Port to listen on.", json_schema_extra={"env": "DYN_HTTP_PORT"}
     )
+    max_request_mb: float = Field(
+        128, gt=0, le=1024, description="Largest request body in MB: its data: URLs and its text together."
+    )
+    request_memory_mb: float = Field(
+        1024,
+        ge=1,
+        description="Memory in MB that the bodies under way may take together. A body counts three times: as "
+        "received, decoded, and on its way to a PD worker. Large ones wait for their turn, then get 503.",
+    )
+    max_waiting_s: Seconds = constant(10, "A large body's turn: what clients wait for before they retry.")
+    body_timeout_s: Seconds = constant(60, "To receive a body once it is its turn: 128 MB at 17 Mbit/s.")
+    header_timeout_s: Seconds = constant(
+        15, "A connection on which no request arrives is closed: strangers must not hold them all.", le=600
+    )
+    max_connections: int = constant(4096, "Connections at a time; beyond it the answer is 503.", ge=1)
+
+
+class FrontendSettings(FrontendOptions):
+    """The OpenAI-compatible HTTP server, for one model."""
+
+    model_path: str = Field(
+        description="Model directory, or a name on the Hugging Face hub: its tokenizer and chat template."
+    )
+    served_model_name: str | None = Field(
+        None, description="Model name that clients use. Default: the last part of --model-path."
+    )
+    pd_endpoint: str = Field(DEFAULT_PD_ENDPOINT, description="Dynamo endpoint of the PD workers.")
+    max_images_per_request: int = Field(32, ge=1, le=4096, description="Most images in one request.")
+
+    @property
+    def model_name(self) -> str:
+        """The name clients use."""
+        return self.served_model_name or Path(self.model_path).name
 
 
 class ImageLimits(Settings):
-    """What one image may be. The PD worker reads headers, the encode worker decodes: with equal flags both
-    refuse the same images, whatever their names or declared types say."""
+    """What one image may be, and what its transparent pixels show.
+
+    The PD worker reads headers, the encode worker decodes: with equal flags both refuse the same images,
+    whatever their names or declared types say. The background must be equal: it decides embeddings, so it
+    is part of their keys, and workers that differ in it refuse each other.
+    """
 
     max_file_size_mb: float = Field(
         50, gt=0, le=1024, description="Largest image file accepted, in MB of encoded bytes."
@@ -90,6 +140,14 @@ class ImageLimits(Settings):
         gt=0,
         le=178.9,
         description="Largest image accepted, in millions of pixels, checked before decoding.",
+    )
+    transparent_background: str = Field(
+        "ffffff",
+        pattern="^([0-9A-Fa-f]{6}|none)$",
+        description="Colour behind transparent pixels, as RRGGBB: white by default, as vLLM and TensorRT-LLM "
+        "have it. `none` drops transparency, as SGLang and transformers do: a transparent pixel then has the "
+        "colour that its file happens to give it, mostly black. Equal on both kinds of worker.",
+        json_schema_extra={"form": "six hexadecimal digits, as ffffff for white, or none"},
     )
     max_side: int = constant(65_535, "Longest side in pixels: JPEG's own limit.", ge=1)
     max_aspect_ratio: float = constant(
@@ -114,6 +172,14 @@ class ImageLimits(Settings):
         """`max_image_megapixels` in pixels."""
         return int(self.max_image_megapixels * 1e6)
 
+    @property
+    def background(self) -> tuple[int, int, int] | None:
+        """`transparent_background` as red, green, blue from 0 to 255; None drops transparency."""
+        if self.transparent_background == "none":
+            return None
+        red, green, blue = bytes.fromhex(self.transparent_background)
+        return red, green, blue
+
 
 class MediaSettings(Settings):
     """Where media may come from. The defaults are safe for a server that strangers can reach."""
@@ -125,6 +191,13 @@ class MediaSettings(Settings):
         False,
         description="Let http(s) image URLs lead to private and loopback addresses. Link-local addresses and "
         "the metadata services of cloud providers stay refused.",
+    )
+    media_proxy: SecretStr | None = Field(
+        None,
+        description="Proxy for http(s) image URLs, as http://user:password@host:port, or https. With "
+        "it nothing is fetched directly, and where a name leads is the proxy's to judge. Give a password in "
+        "the variable: every user of the machine can see flags. HTTP_PROXY and the like are not looked at.",
+        json_schema_extra={"env": "MM_CACHE_MEDIA_PROXY"},
     )
     media_timeout_s: Seconds = Field(
         30, description="Deadline for fetching one image, redirects and the wait for its turn included."
@@ -139,6 +212,17 @@ class MediaSettings(Settings):
         "Memory in MB for fetched files that may be used again or revalidated: some tens of photographs.",
         ge=0,
     )
+
+    @field_validator("media_proxy")
+    @classmethod
+    def _is_a_proxy(cls, value: SecretStr | None) -> SecretStr | None:
+        """Refuse what names no proxy, without repeating it: it may hold a password."""
+        found = None if value is None else _PROXY.fullmatch(value.get_secret_value())
+        if value is not None and (found is None or not 0 < int(found["port"] or 80) < 65536):
+            raise ValueError(
+                "must be http://host:port or https://host:port, with user:password@ before the host"
+            )
+        return value
 
 
 class WorkerSettings(RuntimeSettings):
@@ -159,7 +243,7 @@ class WorkerSettings(RuntimeSettings):
 
 
 class EngineSettings(WorkerSettings):
-    """One worker: the model, and the engine that runs it."""
+    """One worker: the model, the engine that runs it, and the port for probes."""
 
     model_path: str = Field(description="Model directory, or a name on the Hugging Face hub.")
     engine: EngineName = Field(
@@ -167,6 +251,18 @@ class EngineSettings(WorkerSettings):
     )
     extra_engine_args: Path | None = Field(
         None, description="YAML file with the engine's own settings; see configs/."
+    )
+    system_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="Port for probes and metrics: /health, /live and /metrics. Not set: none is opened.",
+        json_schema_extra={"env": "DYN_SYSTEM_PORT"},
+    )
+    system_host: str | None = Field(
+        None,
+        description="Address that --system-port listens on. Default: loopback with `file` discovery, or all.",
+        json_schema_extra={"env": "DYN_SYSTEM_HOST"},
     )
 
 
@@ -255,6 +351,12 @@ class PdOptions(WorkerSettings):
     max_concurrent_requests: int = Field(
         1024, ge=1, description="Requests taken at a time; beyond it the answer is 503."
     )
+    allow_unproven_requests: bool = Field(
+        False,
+        description="Answer requests without the deployment's secret too, such as those of Dynamo's own "
+        "frontend. Whoever reaches this worker's ports can then ask it, with any cache_salt.",
+        json_schema_extra={"env": "MM_CACHE_ALLOW_UNPROVEN_REQUESTS"},
+    )
     max_images_per_request: int = Field(32, ge=1, le=4096, description="Most images in one request.")
     media: MediaSettings = MediaSettings()
 
@@ -278,8 +380,8 @@ class PdSettings(PdOptions, EngineSettings):
         return self.served_model_name or Path(self.model_path).name
 
 
-class ServeSettings(PdOptions):
-    """A whole stack on this machine: frontend, encode workers and PD workers, with the latter's options.
+class ServeSettings(FrontendOptions, PdOptions):
+    """A whole stack on this machine: frontend, encode workers and PD workers, with the options of all.
 
     What processes must agree on counts for all of them.
     """
@@ -333,12 +435,6 @@ class ServeSettings(PdOptions):
         None,
         description="GPUs of the PD workers.",
         json_schema_extra={"env": "PD_CUDA_VISIBLE_DEVICES"},
-    )
-    http_host: str = Field(
-        "127.0.0.1", description="Address to listen on.", json_schema_extra={"env": "DYN_HTTP_HOST"}
-    )
-    http_port: int = Field(
-        8000, ge=1, le=65535, description="Port to listen on.", json_schema_extra={"env": "DYN_HTTP_PORT"}
     )
     run_dir: Path | None = Field(
         None,

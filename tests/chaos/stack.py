@@ -9,10 +9,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import openai
-
 from tests.chaos.questions import MODEL
-from tests.e2e.stack import free_port, wait_until
+from tests.e2e.stack import free_port, pd_workers_seen, wait_until
 from tests.services import CLI, WITH_US, Service
 
 CACHE_GB = "0.001"
@@ -69,7 +67,9 @@ def chaos_stack(
 
     stack = ChaosStack(
         f"http://127.0.0.1:{port}/v1",
-        service("frontend", "frontend listens", "frontend", "--http-port", str(port)),
+        service(
+            "frontend", "frontend listens", "frontend", "--model-path", str(MODEL), "--http-port", str(port)
+        ),
         [pd_worker(number) for number in range(1, pd_workers + 1)],
         [encode_worker(number) for number in range(1, encode_workers + 1)],
     )
@@ -84,8 +84,8 @@ def wait_until_serving(stack: ChaosStack) -> None:
     """Return when every worker is ready and the frontend lists the model."""
     for worker in stack.workers:
         worker.wait_ready()
-    with openai.OpenAI(base_url=stack.url, api_key="none", max_retries=0) as client:
-        wait_until(lambda: bool(client.models.list().data), 30, "the frontend lists no model")
+    workers = sum(worker.name.startswith("PD") for worker in stack.workers)
+    wait_until(lambda: pd_workers_seen(stack.url) == workers, 30, "the frontend finds no PD worker")
 
 
 def _system_ports(count: int) -> list[int]:

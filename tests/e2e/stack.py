@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import json
 import os
 import random
 import signal
@@ -151,6 +152,16 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, failure: str) ->
     while not condition():
         assert time.monotonic() < deadline, f"{failure} within {timeout_s} s"
         time.sleep(0.05)
+
+
+def pd_workers_seen(url: str) -> int:
+    """Return how many PD workers the frontend at `url` has found; -1 while it does not answer."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{url.removesuffix('/v1')}/health", timeout=5) as answer:
+            return int(json.load(answer)["pd_workers"])
+    except OSError:
+        return -1
 
 
 def free_port() -> int:

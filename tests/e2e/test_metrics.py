@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import openai
 import pytest
@@ -56,7 +57,7 @@ def busy(stack: Stack) -> Stack:
         stack.ask(known, QUESTION)
     stack.ask(known, new_image(), QUESTION)
     stack.ask(QUESTION)
-    with pytest.raises(openai.BadRequestError):
+    with pytest.raises(openai.APIStatusError):
         stack.ask("data:image/png;base64,AAAA", QUESTION)
     return stack
 
@@ -189,9 +190,10 @@ def test_the_encode_worker_is_seen_and_nothing_is_left_over(busy: Stack) -> None
             assert process.metric(f"trtllm_mm_cache_{name}") == 0, name
 
 
-def test_dashboard_and_alerts_ask_for_what_workers_expose(busy: Stack) -> None:
+def test_dashboard_and_alerts_ask_for_what_is_exposed(busy: Stack) -> None:
     exposed: dict[str, set[str]] = {}
-    for process in [*busy.workers("PD"), *busy.workers("encode")]:
+    frontend = Process("frontend", 0, int(urlsplit(busy.url).port or 0), busy.log)  # on its HTTP port
+    for process in [frontend, *busy.workers("PD"), *busy.workers("encode")]:
         for _, family in families(process):
             for sample in family.samples:
                 exposed.setdefault(sample.name, set()).update(sample.labels)

@@ -108,7 +108,7 @@ def test_one_line_a_request_with_its_numbers(stack: Stack) -> None:
     before = len(request_lines(stack))
     picture = new_image()
     stack.ask(picture, new_image(), QUESTION, max_tokens=3)
-    with pytest.raises(openai.BadRequestError):
+    with pytest.raises(openai.APIStatusError):
         stack.ask("data:image/png;base64,AAAA", QUESTION)
     wait_until(lambda: len(request_lines(stack)) == before + 2, 5, "there are not two lines")
     by_outcome = {line["outcome"]: line for line in request_lines(stack)[-2:]} | {

@@ -84,14 +84,15 @@ CLIENT_MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", CLIENT_MISTAKES)
-def test_a_bad_image_is_a_400_that_names_it_and_spoils_nothing(stack: Stack, mistake: str) -> None:
+def test_a_bad_image_is_an_error_that_names_it_and_spoils_nothing(stack: Stack, mistake: str) -> None:
     make, says = CLIENT_MISTAKES[mistake]
     good = image_part(data_url(png(new_image())))
     content = [good, make(), {"type": "text", "text": QUESTION}]
-    with pytest.raises(openai.BadRequestError) as caught:
+    with pytest.raises(openai.APIStatusError) as caught:
         stack.client.chat.completions.create(
             model=stack.model, messages=[{"role": "user", "content": content}], max_tokens=1
         )
+    assert caught.value.status_code in (400, 415)
     assert "image 2" in str(caught.value)
     assert says in str(caught.value)
     assert stack.ask(new_image(), QUESTION)

@@ -92,7 +92,7 @@ class Bench:
 
     @property
     def fingerprint(self) -> str:
-        return self.encoder.fingerprint
+        return self.pipeline.fingerprint
 
     def key(self, media: bytes, salt: str | None = None) -> str:
         return embedding_key(media, fingerprint=self.fingerprint, scope=Scope.of(salt)).hex

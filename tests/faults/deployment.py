@@ -12,7 +12,7 @@ from pathlib import Path
 import openai
 
 from tests.e2e.cards import MAX_TOKENS, Asked
-from tests.e2e.stack import REPOSITORY, free_port, message, wait_until
+from tests.e2e.stack import REPOSITORY, free_port, message, pd_workers_seen, wait_until
 from tests.services import CLI, WITH_US, Service
 
 TRANSFER_TIMEOUT_S = 1
@@ -139,7 +139,11 @@ def deployed(folder: Path, model: Path, *pd_options: str) -> Iterator[Deployment
             )
         )
     frontend = Service(
-        "frontend", [*WITH_US, *CLI, "frontend", "--http-port", str(port)], folder, "listens", environment
+        "frontend",
+        [*WITH_US, *CLI, "frontend", "--model-path", str(model), "--http-port", str(port)],
+        folder,
+        "listens",
+        environment,
     )
     with ExitStack() as stack:
         for service in (frontend, pd, *peers):
@@ -152,15 +156,8 @@ def deployed(folder: Path, model: Path, *pd_options: str) -> Iterator[Deployment
         )
         stack.callback(client.close)
         deployment = Deployment(folder, model, client, frontend, pd, peers)
-        wait_until(lambda: _lists_model(deployment), 30, "the frontend does not list the model")
+        wait_until(lambda: pd_workers_seen(str(client.base_url)) == 1, 30, "the frontend finds no PD worker")
         yield deployment
-
-
-def _lists_model(deployment: Deployment) -> bool:
-    try:
-        return deployment.model.name in [model.id for model in deployment.client.models.list().data]
-    except openai.APIError:
-        return False
 
 
 def _system_ports(count: int) -> list[int]:

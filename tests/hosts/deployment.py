@@ -14,7 +14,7 @@ from typing import Any
 import openai
 from PIL import Image
 
-from tests.e2e.stack import message, wait_until
+from tests.e2e.stack import message, pd_workers_seen, wait_until
 from tests.hosts.network import INTERFACE, Cable, Host, two_hosts
 from tests.services import CLI, Service
 
@@ -84,7 +84,7 @@ def deployed(folder: Path, *, lease_ttl_s: int = 20) -> Iterator[Deployment]:
         pd = _worker(near, model, "pd", "pd", environment, _METRICS_PORT)
         frontend = Service(
             "frontend",
-            near.command(*CLI, "frontend", "--http-host", near.address),
+            near.command(*CLI, "frontend", "--model-path", str(model), "--http-host", near.address),
             folder,
             "frontend listens",
             environment,
@@ -106,7 +106,9 @@ def deployed(folder: Path, *, lease_ttl_s: int = 20) -> Iterator[Deployment]:
         )
         stack.callback(client.close)
         wait_until(
-            lambda: near.do(lambda: _lists_model(client, model.name)), 30, "the frontend lists no model"
+            lambda: near.do(lambda: pd_workers_seen(str(client.base_url))) == 1,
+            30,
+            "the frontend finds no PD worker",
         )
         deployment = Deployment(near, far, cable, folder, model, client, pd, encoder)
         wait_until(
@@ -115,13 +117,6 @@ def deployed(folder: Path, *, lease_ttl_s: int = 20) -> Iterator[Deployment]:
             "the PD worker sees no encoder",
         )
         yield deployment
-
-
-def _lists_model(client: openai.OpenAI, name: str) -> bool:
-    try:
-        return name in [model.id for model in client.models.list().data]
-    except openai.APIConnectionError:
-        return False
 
 
 def _etcd(host: Host, folder: Path) -> Service:

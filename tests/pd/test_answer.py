@@ -11,7 +11,7 @@ import pytest
 from dynamo.llm.exceptions import HttpError, InvalidArgument
 from dynamo.runtime import Context
 
-from tests.pd.bench import Bench, image_url
+from tests.pd.bench import Bench, admit_all, image_url
 from trtllm_mm_cache.cache.manager import Lease
 from trtllm_mm_cache.engines.base import GenerationRequest, TokenDelta
 from trtllm_mm_cache.errors import EncodeUnavailableError
@@ -59,7 +59,7 @@ def generator() -> PeerGenerator:
 
 @pytest.fixture
 def worker(bench: Bench, generator: PeerGenerator) -> PdWorker:
-    return PdWorker(generator, bench.resolver, bench.metrics, PdSettings(model_path="m"))
+    return PdWorker(generator, bench.resolver, bench.metrics, PdSettings(model_path="m"), admit_all)
 
 
 def request(*references: str) -> dict[str, Any]:

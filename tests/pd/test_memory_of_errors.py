@@ -18,7 +18,7 @@ import pytest
 
 from tests.e2e.stack import new_image, png
 from tests.encode.bench import Caller
-from tests.pd.bench import ROWS, WIDTH, Bench, image_url, pd_settings
+from tests.pd.bench import ROWS, WIDTH, Bench, admit_all, image_url, pd_settings
 from tests.pd.test_answer import PeerGenerator, request
 from trtllm_mm_cache.errors import (
     EncodeFailedError,
@@ -115,7 +115,7 @@ def spoil(bench: Bench, generator: PeerGenerator, kind: str) -> None:
 )
 async def test_a_failed_request_keeps_no_bytes(bench: Bench, kind: str) -> None:
     generator = PeerGenerator()
-    worker = PdWorker(generator, bench.resolver, bench.metrics, pd_settings())
+    worker = PdWorker(generator, bench.resolver, bench.metrics, pd_settings(), admit_all)
 
     async def rounds(first: int, count: int) -> None:
         for number in range(first, first + count):
@@ -135,7 +135,7 @@ async def test_a_failed_request_keeps_no_bytes(bench: Bench, kind: str) -> None:
 
 @pytest.mark.usefixtures("traced")
 async def test_a_request_that_is_cancelled_keeps_no_bytes(bench: Bench) -> None:
-    worker = PdWorker(PeerGenerator(), bench.resolver, bench.metrics, pd_settings())
+    worker = PdWorker(PeerGenerator(), bench.resolver, bench.metrics, pd_settings(), admit_all)
     bench.peer.gate.clear()
     before = tracemalloc.get_traced_memory()[0]
     for number in range(ROUNDS):

@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 from dynamo.runtime import Context
 
-from trtllm_mm_cache.errors import EncodeUnavailableError, EncodeUnreachableError
+from trtllm_mm_cache.errors import EncodeUnavailableError, EncodeUnreachableError, NotAMemberError
 from trtllm_mm_cache.runtime.encode_client import EncodeClient
-from trtllm_mm_cache.runtime.messages import EncodeReady, EncodeRequest
+from trtllm_mm_cache.runtime.membership import Membership
+from trtllm_mm_cache.runtime.messages import ENCODE, EncodeReady, EncodeRequest
+from trtllm_mm_cache.runtime.streaming import RequestContext
 
+MEMBERS = Membership(b"the deployment's secret" * 2)
 REQUEST = EncodeRequest(fingerprint="ab" * 32, key="cd" * 32, media=b"image")
 READY = EncodeReady(
     fingerprint=REQUEST.fingerprint,
@@ -39,6 +42,7 @@ class PeerClient:
         self.let = asyncio.Event()
         self.context: Context | None = None
         self.failure: Exception | None = None
+        self.members = MEMBERS
 
     def instance_ids(self) -> list[int]:
         return [1]
@@ -48,11 +52,12 @@ class PeerClient:
         if self.failure is not None:
             raise self.failure
 
-        async def answers() -> AsyncIterator[dict[str, Any]]:
+        async def answers(payload: Any, context: RequestContext) -> AsyncIterator[dict[str, Any]]:
+            assert payload["media"] == REQUEST.media
             await self.let.wait()
             yield READY.model_dump()
 
-        return answers()
+        return self.members.guarded(ENCODE, instance, answers)(request, context)
 
 
 @pytest.fixture
@@ -74,13 +79,34 @@ async def left(client: EncodeClient, peer: PeerClient, unwanted: list[EncodeRead
 async def test_an_answer_reaches_its_caller_alone(peer: PeerClient) -> None:
     unwanted: list[EncodeReady] = []
     peer.let.set()
-    assert await EncodeClient(peer).encode(1, REQUEST, unwanted.append) == READY
+    assert await EncodeClient(peer, MEMBERS).encode(1, REQUEST, unwanted.append) == READY
     assert unwanted == []
+
+
+async def test_an_encode_worker_with_another_secret_is_not_believed(peer: PeerClient) -> None:
+    peer.let.set()
+    peer.members = Membership(b"another deployment's secret" * 2)
+    with pytest.raises(NotAMemberError, match="says that this process does not"):
+        await EncodeClient(peer, MEMBERS).encode(1, REQUEST, pytest.fail)
+
+
+async def test_an_encode_worker_without_a_secret_is_not_believed(peer: PeerClient) -> None:
+    class Impostor(PeerClient):
+        async def direct(
+            self, request: Any, instance: int, context: Context
+        ) -> AsyncIterator[dict[str, Any]]:
+            async def answers() -> AsyncIterator[dict[str, Any]]:
+                yield READY.model_dump()
+
+            return answers()
+
+    with pytest.raises(NotAMemberError, match="did not prove"):
+        await EncodeClient(Impostor(), MEMBERS).encode(1, REQUEST, pytest.fail)
 
 
 async def test_an_answer_whose_caller_has_gone_is_released(peer: PeerClient) -> None:
     unwanted: list[EncodeReady] = []
-    client = EncodeClient(peer)
+    client = EncodeClient(peer, MEMBERS)
     await left(client, peer, unwanted)
     peer.let.set()
     async with asyncio.timeout(5):
@@ -92,7 +118,7 @@ async def test_an_answer_whose_caller_has_gone_is_released(peer: PeerClient) -> 
 
 async def test_closing_waits_for_no_answer(peer: PeerClient) -> None:
     unwanted: list[EncodeReady] = []
-    client = EncodeClient(peer)
+    client = EncodeClient(peer, MEMBERS)
     await left(client, peer, unwanted)
     async with asyncio.timeout(5):
         await client.close()
@@ -112,5 +138,5 @@ async def test_dynamos_words_tell_what_never_left_from_what_may_have(
 ) -> None:
     peer.failure = Exception(words)  # Dynamo raises bare ones
     with pytest.raises(EncodeUnavailableError) as caught:
-        await EncodeClient(peer).encode(1, REQUEST, pytest.fail)
+        await EncodeClient(peer, MEMBERS).encode(1, REQUEST, pytest.fail)
     assert type(caught.value) is error

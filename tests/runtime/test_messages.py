@@ -17,7 +17,7 @@ from trtllm_mm_cache.errors import (
     ProtocolMismatchError,
 )
 from trtllm_mm_cache.runtime.messages import EncodeFault, EncodeReady, EncodeRequest, parse, parse_answer
-from trtllm_mm_cache.tiers.encode_remote import rendezvous_rank
+from trtllm_mm_cache.runtime.rendezvous import rendezvous_rank
 
 DIGEST = "ab" * 32
 
@@ -173,21 +173,21 @@ keys = st.binary(min_size=32, max_size=32).map(EmbeddingKey)
 
 @given(keys, instances)
 def test_every_pd_worker_ranks_alike_whatever_order_it_sees(key: EmbeddingKey, ids: list[int]) -> None:
-    ranked = rendezvous_rank(key, ids)
-    assert ranked == rendezvous_rank(key, ids[::-1])
+    ranked = rendezvous_rank(key.digest, ids)
+    assert ranked == rendezvous_rank(key.digest, ids[::-1])
     assert sorted(ranked) == sorted(ids)
 
 
 @given(keys, instances)
 def test_an_instance_that_goes_moves_only_its_own_keys(key: EmbeddingKey, ids: list[int]) -> None:
-    ranked = rendezvous_rank(key, ids)
+    ranked = rendezvous_rank(key.digest, ids)
     for gone in ids:
         rest = [instance for instance in ids if instance != gone]
-        assert rendezvous_rank(key, rest) == [instance for instance in ranked if instance != gone]
+        assert rendezvous_rank(key.digest, rest) == [instance for instance in ranked if instance != gone]
 
 
 def test_keys_spread_evenly() -> None:
     ids = [11, 22, 33, 44]
-    homes = [rendezvous_rank(EmbeddingKey(n.to_bytes(32, "big")), ids)[0] for n in range(4000)]
+    homes = [rendezvous_rank(n.to_bytes(32, "big"), ids)[0] for n in range(4000)]
     deviation = math.sqrt(4000 * 0.25 * 0.75)
     assert all(abs(homes.count(instance) - 1000) < 5 * deviation for instance in ids)

@@ -49,10 +49,10 @@ def _read_salt() -> str:
 
 
 async def _drop(settings: DropSettings, request: DropRequest) -> None:
-    runtime = connect(settings)
+    runtime, members = connect(settings)
     try:
-        encode = await ControlClient.connect(runtime, "encode", settings.encode_endpoint)
-        pd = await ControlClient.connect(runtime, "PD", settings.endpoint)
+        encode = await ControlClient.connect(runtime, "encode", settings.encode_endpoint, members)
+        pd = await ControlClient.connect(runtime, "PD", settings.endpoint, members)
         encode_workers, pd_workers = await asyncio.gather(
             encode.workers(wait_s=settings.discovery_wait_s), pd.workers(wait_s=settings.discovery_wait_s)
         )

@@ -74,7 +74,7 @@ def warm_start(engine: EngineName) -> None:
 @settings_options(FrontendSettings)
 def frontend(settings: FrontendSettings) -> None:
     """Serve the OpenAI HTTP API and route requests to the PD workers."""
-    from trtllm_mm_cache.runtime.frontend import run_frontend
+    from trtllm_mm_cache.frontend.process import run_frontend
 
     run_frontend(settings)
 

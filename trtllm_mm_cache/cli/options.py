@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from trtllm_mm_cache.flags import extra, flag, is_constant, leaves
@@ -102,7 +102,7 @@ def _click_type(annotation: Any, field: FieldInfo) -> click.ParamType[Any] | typ
         return click.Choice(parts)
     if parts:
         return _click_type(parts[0], field)
-    if annotation is str:
+    if annotation in (str, SecretStr):
         return str
     if annotation is Path:
         return click.Path(path_type=Path)

@@ -33,7 +33,7 @@ from trtllm_mm_cache.errors import (
     EncodeOverloadedError,
     MmCacheError,
 )
-from trtllm_mm_cache.media import decode_image
+from trtllm_mm_cache.media import decode_image, pixels_fingerprint
 from trtllm_mm_cache.observability.cache_metrics import CacheCollector, FlightCollector
 from trtllm_mm_cache.observability.metrics import Step
 from trtllm_mm_cache.observability.traces import span
@@ -99,6 +99,7 @@ class EncodePipeline:
         self._encoder = encoder
         self._manager = manager
         self._limits = settings.images
+        self._fingerprint = pixels_fingerprint(encoder.fingerprint, settings.images)
         self._preparing = Step.new(
             registry, "preprocess", "Decoding and preprocessing one image, the wait for a thread included."
         )
@@ -119,8 +120,8 @@ class EncodePipeline:
 
     @property
     def fingerprint(self) -> str:
-        """The encoder's."""
-        return self._encoder.fingerprint
+        """Digest of everything that decides an embedding's bytes besides the file and the item's kwargs."""
+        return self._fingerprint
 
     async def encode(self, job: EncodeJob) -> tuple[Lease, Origin]:
         """Return a lease on the embedding of `job`, which the caller releases, and where it came from.

@@ -18,8 +18,9 @@ from trtllm_mm_cache.engines.registry import load_engine
 from trtllm_mm_cache.observability.logs import configure_logging
 from trtllm_mm_cache.observability.metrics import Exposition
 from trtllm_mm_cache.observability.traces import configure_tracing
-from trtllm_mm_cache.runtime.connect import connect, drain_on_signals, endpoint_path
-from trtllm_mm_cache.runtime.control import Control, control_path
+from trtllm_mm_cache.runtime.connect import endpoint_path, join
+from trtllm_mm_cache.runtime.control import CONTROL, Control, control_path
+from trtllm_mm_cache.runtime.messages import ENCODE
 from trtllm_mm_cache.runtime.model import local_model_path
 from trtllm_mm_cache.runtime.presence import serve_present
 from trtllm_mm_cache.runtime.readiness import announce_ready
@@ -39,8 +40,7 @@ def run_encode_worker(settings: EncodeSettings) -> None:
 
 
 async def _serve(settings: EncodeSettings) -> None:
-    runtime = connect(settings)
-    draining = drain_on_signals(runtime)
+    deployment = join(settings)
     model_path = await local_model_path(settings.model_path)
     await asyncio.to_thread(check_fits, settings.arena_bytes)
     engine = await asyncio.to_thread(load_engine, settings.engine)
@@ -58,17 +58,19 @@ async def _serve(settings: EncodeSettings) -> None:
     pipeline = EncodePipeline(encoder, manager, settings, registry)
     server = EncodeServer(pipeline, exporter, agent.metadata, EncodeMetrics(registry))
     exposition = Exposition(registry, {"dynamo_component": "encode", "model": Path(model_path).name})
-    endpoint = runtime.endpoint(endpoint_path(settings.endpoint))
-    endpoint.metrics.register_prometheus_expfmt_callback(exposition.render)
+    endpoint = deployment.runtime.endpoint(endpoint_path(settings.endpoint))
+    control_endpoint = deployment.runtime.endpoint(control_path(settings.endpoint))
     control = Control(server.drop, exposition.render)
+    me, guarded, draining = endpoint.connection_id(), deployment.members.guarded, deployment.draining
+    deployment.status.render = exposition.render
     logger.info(
-        "encode worker ready: arena %.2f GB, fingerprint %s…", capacity / GB, encoder.fingerprint[:12]
+        "encode worker ready: arena %.2f GB, fingerprint %s…", capacity / GB, pipeline.fingerprint[:12]
     )
-    announce_ready(runtime)
+    announce_ready(deployment.status)
     try:
         await asyncio.gather(
-            serve_present(endpoint, server.handle, draining),
-            serve_present(runtime.endpoint(control_path(settings.endpoint)), control.handle, draining),
+            serve_present(endpoint, guarded(ENCODE, me, server.handle), draining),
+            serve_present(control_endpoint, guarded(CONTROL, me, control.handle), draining),
         )
     finally:
         await pipeline.close()

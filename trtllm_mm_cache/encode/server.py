@@ -74,8 +74,9 @@ class EncodeServer:
     def _check_fingerprint(self, request: EncodeRequest) -> None:
         if request.fingerprint != self._pipeline.fingerprint:
             raise ProtocolMismatchError(
-                "the PD worker and the encode worker run different models, engines or stored dtypes; "
-                "start both with the same --model-path, --engine and embedding dtype"
+                "the PD worker and the encode worker run different models, engines, stored dtypes or "
+                "backgrounds; start both with the same --model-path, --engine, embedding dtype and "
+                "--transparent-background"
             )
 
     async def _export(self, lease: Lease, origin: Origin) -> EncodeReady:

@@ -29,9 +29,9 @@ def decode_data_url(reference: str, max_bytes: int) -> bytes:
     if reference[len("data:") : comma].rstrip(" ").lower().endswith(";base64"):
         return _decode_base64(payload, max_bytes)
     # At least this many; a % that begins no escape stands for itself and makes it more.
-    _check_size(len(payload) - 2 * payload.count("%"), max_bytes)
+    check_size(len(payload) - 2 * payload.count("%"), max_bytes)
     decoded = unquote_to_bytes(payload)
-    _check_size(len(decoded), max_bytes)
+    check_size(len(decoded), max_bytes)
     return decoded
 
 
@@ -40,13 +40,13 @@ def _decode_base64(text: str, max_bytes: int) -> bytes:
         # Nearly every client's decodes as it is; looking for what does not costs more than the decoding.
         with contextlib.suppress(ValueError):
             decoded = pybase64.b64decode(text, validate=True)
-            _check_size(len(decoded), max_bytes)
+            check_size(len(decoded), max_bytes)
             return decoded
     if any(each in text for each in "%\t\n\f\r "):
         text = unquote_to_bytes(text).translate(None, b"\t\n\f\r ").decode("latin-1")
     ending = text[-2:]
     padding = len(ending) - len(ending.rstrip("="))
-    _check_size((len(text) - padding) * 3 // 4, max_bytes)
+    check_size((len(text) - padding) * 3 // 4, max_bytes)
     if padding == 0:
         text += "=" * (-len(text) % 4)
     try:
@@ -57,7 +57,8 @@ def _decode_base64(text: str, max_bytes: int) -> bytes:
         ) from None
 
 
-def _check_size(size: int, max_bytes: int) -> None:
+def check_size(size: int, max_bytes: int) -> None:
+    """Raise `MediaTooLargeError` for more than `max_bytes`."""
     if size > max_bytes:
         raise MediaTooLargeError(
             f"the data: URL carries {size} bytes, more than the limit of {max_bytes}; send a smaller image"

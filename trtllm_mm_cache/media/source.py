@@ -10,8 +10,9 @@ from typing import Self
 
 from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.errors import MediaFetchError, MediaReferenceError, MediaTooLargeError
-from trtllm_mm_cache.media.data_url import decode_data_url
+from trtllm_mm_cache.media.data_url import check_size, decode_data_url
 from trtllm_mm_cache.media.file import read_file_url
+from trtllm_mm_cache.media.freshness import Clock, now
 from trtllm_mm_cache.media.http import HttpFetcher
 from trtllm_mm_cache.media.network import Resolver
 from trtllm_mm_cache.settings import ImageLimits, MediaSettings
@@ -28,22 +29,30 @@ class MediaSource:
 
     Belongs to one event loop. Any number of fetches may run at a time; cancelling one leaves
     nothing behind but, for a file or a DNS look-up, a thread that ends on its own.
-    `resolver` replaces the system's name resolution; its addresses are judged all the same.
+    `resolver` replaces the system's name resolution; its addresses are judged all the same. `clock` tells how
+    old a response is that was fetched over HTTP.
     """
 
     def __init__(
-        self, settings: MediaSettings, limits: ImageLimits, *, resolver: Resolver | None = None
+        self,
+        settings: MediaSettings,
+        limits: ImageLimits,
+        *,
+        resolver: Resolver | None = None,
+        clock: Clock = now,
     ) -> None:
         self._allowed_folder = settings.allowed_local_media_path
         self._max_bytes = limits.max_file_bytes
-        self._http = HttpFetcher(settings, self._max_bytes, resolver)
+        self._http = HttpFetcher(settings, self._max_bytes, resolver, clock)
         # Apart from each other: a file system that hangs must not hold up data: URLs.
         self._decoders = ThreadPoolExecutor(max_workers=4, thread_name_prefix="media-data")
         self._readers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="media-file")
         self._closed = False
 
-    async def fetch(self, reference: str, scope: Scope) -> bytes:
+    async def fetch(self, reference: str | bytes, scope: Scope) -> bytes:
         """Return the bytes that `reference` stands for, unchanged and not yet looked into.
+
+        Bytes, which the frontend decoded from a data: URL, are only measured.
 
         What is fetched over HTTP for one salt is reused for that salt alone: a URL that answers at once would
         tell the others that it was asked for. For a scope without `retain` nothing is reused or kept.
@@ -54,8 +63,11 @@ class MediaSource:
         """
         if self._closed:
             raise MediaFetchError("the server is shutting down")
-        scheme = reference[:8].partition(":")[0].lower()
         limit = self._max_bytes
+        if isinstance(reference, bytes):
+            check_size(len(reference), limit)
+            return reference
+        scheme = reference[:8].partition(":")[0].lower()
         if scheme == "data":
             # Nothing decodes from more than three characters a byte; longer is refused unread.
             if len(reference) > 4 * limit + 4096:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing, nullcontext
 from functools import partial
 from typing import Any
 
 from opentelemetry.trace import SpanKind
 
-from trtllm_mm_cache.engines.base import Generator, TokenDelta
+from trtllm_mm_cache.engines.base import Generator, PlaceLogprobs, TokenDelta
 from trtllm_mm_cache.errors import MmCacheError, OverloadedError
 from trtllm_mm_cache.observability.logs import request_id
 from trtllm_mm_cache.observability.traces import remote_parent, span
@@ -22,6 +22,7 @@ from trtllm_mm_cache.pd.resolve import ItemResolver
 from trtllm_mm_cache.runtime.admission import Admission
 from trtllm_mm_cache.runtime.control import DropReport, DropRequest
 from trtllm_mm_cache.runtime.faults import as_dynamo_error
+from trtllm_mm_cache.runtime.generation import FrontendMark, error_message, heartbeats
 from trtllm_mm_cache.runtime.streaming import (
     Emit,
     RequestContext,
@@ -35,12 +36,23 @@ Output = dict[str, Any]
 """One message to Dynamo's frontend, in the form it expects of a worker."""
 
 
+Admit = Callable[[Any], Output]
+"""Takes the caller's proof off a request, and returns what the answer's first message is in return; raises
+`NotAMemberError`. See `runtime.membership.Membership.admit`."""
+
+
 class PdWorker:
     """Answers generation requests of Dynamo's frontend. For use from one event loop."""
 
     def __init__(
-        self, generator: Generator, resolver: ItemResolver, metrics: PdMetrics, settings: PdSettings
+        self,
+        generator: Generator,
+        resolver: ItemResolver,
+        metrics: PdMetrics,
+        settings: PdSettings,
+        admit: Admit,
     ) -> None:
+        self._admit = admit
         self._generator = generator
         self._resolver = resolver
         self._metrics = metrics
@@ -72,11 +84,12 @@ class PdWorker:
         """Emit the answer, record how it ended, and raise what Dynamo's frontend is to be told."""
         name = context.id() or ""
         request_id.set(name)
-        parent = remote_parent(context.trace_headers())
+        mark = FrontendMark.of(payload)
+        parent = remote_parent(context.trace_headers() if mark is None else mark.trace_headers)
         with span("request", parent=parent, kind=SpanKind.SERVER) as current:
             record = AnswerRecord(name, self._metrics, current)
             try:
-                with self._running.admitted():
+                with self._running.admitted(), nullcontext() if mark is None else heartbeats(emit):
                     async with stopped_with(context):
                         await self._serve(payload, name, record, emit)
             except RequestStoppedError:
@@ -86,20 +99,26 @@ class PdWorker:
                 raise
             except MmCacheError as error:
                 record.ended("failed", error)
-                raise as_dynamo_error(error) from None
-            except Exception as error:  # noqa: BLE001 - it is raised as an error of ours
+                _report(error, mark, emit)
+            except Exception as error:  # noqa: BLE001 - it is reported as an error of ours
                 # An engine may raise anything; its text may hold paths and addresses: for the log alone.
-                raise as_dynamo_error(_engine_failure(record, error)) from None
+                _report(_engine_failure(record, error), mark, emit)
             else:
                 record.ended("served")
 
     async def _serve(self, payload: Any, name: str, record: AnswerRecord, emit: Emit[Output]) -> None:
+        proof = self._admit(payload)
+        if proof:
+            emit(proof)
         with span("references"):
             request = parse_request(payload, name, max_images=self._max_images)
         variant = self._generator.variant(len(request.references))
         items = await self._resolver.resolve(request, variant=variant)
         try:
             record.resolved(items)
+            if FrontendMark.of(payload) is not None:
+                counts = {"hits": items.hits, "misses": items.misses, "hit_rows": items.hit_rows}
+                emit({"items": counts})
             with span("generate"):
                 # The leases are held until the engine is done with them: until its iterator is closed.
                 async with aclosing(self._generator.generate(request.generation, items.leases)) as deltas:
@@ -118,6 +137,13 @@ def _engine_failure(record: AnswerRecord, error: Exception) -> MmCacheError:
     return failure
 
 
+def _report(error: MmCacheError, mark: FrontendMark | None, emit: Emit[Output]) -> None:
+    """Tell our frontend what failed by a message; Dynamo's own frontend learns it by the exception."""
+    if mark is None:
+        raise as_dynamo_error(error) from None
+    emit(error_message(error))
+
+
 def _output(delta: TokenDelta, completion_tokens: int) -> Output:
     # With every delta: the frontend ends an answer by itself at the end token and looks no further.
     output: Output = {
@@ -128,6 +154,22 @@ def _output(delta: TokenDelta, completion_tokens: int) -> Output:
             "total_tokens": delta.prompt_tokens + completion_tokens,
         },
     }
+    if delta.logprobs:
+        output |= _logprobs(delta.logprobs)
     if delta.finish_reason is not None:
         output["finish_reason"] = delta.finish_reason
+    return output
+
+
+def _logprobs(places: Sequence[PlaceLogprobs]) -> Output:
+    """Return one entry a token, in the form of Dynamo's workers."""
+    output: Output = {"log_probs": [place.chosen.logprob for place in places]}
+    if places[0].likeliest:
+        output["top_logprobs"] = [
+            [
+                {"rank": rank, "token_id": token.token_id, "logprob": token.logprob}
+                for rank, token in enumerate(place.likeliest, start=1)
+            ]
+            for place in places
+        ]
     return output

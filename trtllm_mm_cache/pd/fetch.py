@@ -30,7 +30,7 @@ class MediaFetcher:
         self._wait_s = settings.media.media_timeout_s
         self._metrics = metrics
 
-    async def fetch(self, reference: str, scope: Scope) -> tuple[bytes, ImageInfo]:
+    async def fetch(self, reference: str | bytes, scope: Scope) -> tuple[bytes, ImageInfo]:
         """Return the bytes of the image and what its header says. Raises `RequestError`, `OverloadedError`.
 
         What was fetched in a `scope` is used again in that scope alone.

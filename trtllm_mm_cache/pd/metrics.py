@@ -80,8 +80,10 @@ class PdMetrics:
         return Counter(f"{PREFIX}_{name}", text, labels, registry=self.registry)
 
 
-def scheme_of(reference: str) -> str:
-    """Return the scheme of a media reference, or "other": a label of few values."""
+def scheme_of(reference: str | bytes) -> str:
+    """Return the scheme of a media reference, or "other": few values. Bytes came in a data: URL."""
+    if isinstance(reference, bytes):
+        return "data"
     scheme = reference[:8].partition(":")[0].lower()
     return scheme if scheme in _SCHEMES else "other"
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from pathlib import Path
 
 from trtllm_mm_cache.engines.base import Generator
 from trtllm_mm_cache.engines.ranks import place_in_job
 from trtllm_mm_cache.engines.registry import Engine, load_engine
+from trtllm_mm_cache.media import pixels_fingerprint
 from trtllm_mm_cache.observability.cache_metrics import CacheCollector, WhatIfCollector
 from trtllm_mm_cache.observability.logs import configure_logging
 from trtllm_mm_cache.observability.metrics import Exposition
@@ -17,8 +19,8 @@ from trtllm_mm_cache.pd.answer import PdWorker
 from trtllm_mm_cache.pd.memory import PdMemory
 from trtllm_mm_cache.pd.metrics import PdMetrics
 from trtllm_mm_cache.pd.resolve import ItemResolver
-from trtllm_mm_cache.runtime.connect import DistributedRuntime, connect, drain_on_signals, endpoint_path
-from trtllm_mm_cache.runtime.control import Control, control_path
+from trtllm_mm_cache.runtime.connect import Deployment, endpoint_path, join
+from trtllm_mm_cache.runtime.control import CONTROL, Control, control_path
 from trtllm_mm_cache.runtime.encode_client import EncodeClient
 from trtllm_mm_cache.runtime.model import local_model_path, offer_model
 from trtllm_mm_cache.runtime.presence import serve_present
@@ -45,8 +47,7 @@ def run_pd_worker(settings: PdSettings) -> None:
 
 
 async def _serve(settings: PdSettings) -> None:
-    runtime = connect(settings)
-    draining = drain_on_signals(runtime)
+    deployment = join(settings)
     model_path = await local_model_path(settings.model_path)
     # Memory first: a host that cannot hold it says so before minutes of model loading. Mapping the pages of
     # 10 GB takes seconds in which Python is free to import the engine.
@@ -57,29 +58,28 @@ async def _serve(settings: PdSettings) -> None:
         importing.cancel()
         raise
     try:
-        await _serve_model(runtime, draining, memory, await importing, Path(model_path), settings)
+        await _serve_model(deployment, memory, await importing, Path(model_path), settings)
     finally:
         await memory.close()
         logger.info("PD worker ended")
 
 
 async def _serve_model(
-    runtime: DistributedRuntime,
-    draining: asyncio.Event,
-    memory: PdMemory,
-    engine: Engine,
-    model_path: Path,
-    settings: PdSettings,
+    deployment: Deployment, memory: PdMemory, engine: Engine, model_path: Path, settings: PdSettings
 ) -> None:
+    runtime, members = deployment.runtime, deployment.members
     generator = await asyncio.to_thread(engine.load_generator, model_path, settings.extra_engine_args)
     client = await runtime.endpoint(endpoint_path(settings.encode_endpoint)).client()
     metrics = PdMetrics()
-    resolver = make_resolver(settings, memory, EncodeClient(client), generator, metrics)
-    worker = PdWorker(generator, resolver, metrics, settings)
+    resolver = make_resolver(settings, memory, EncodeClient(client, members), generator, metrics)
+    me = runtime.endpoint(endpoint_path(settings.endpoint)).connection_id()
+    admit = partial(members.admit, me, required=not settings.allow_unproven_requests)
+    worker = PdWorker(generator, resolver, metrics, settings, admit)
     exposition = Exposition(metrics.registry, {"dynamo_component": "pd", "model": settings.model_name})
     control = Control(worker.drop, exposition.render)
     try:
-        await _serve_endpoints(runtime, draining, worker, exposition, control, model_path, settings)
+        deployment.status.render = exposition.render
+        await _serve_endpoints(deployment, worker, control, model_path, settings)
     finally:
         await worker.close()
 
@@ -98,22 +98,18 @@ def make_resolver(
     if memory.what_if is not None:
         registry.register(WhatIfCollector(memory.what_if))
     receiver = Receiver(memory.cache, memory.transit, memory.what_if, generator.check_embedding, registry)
-    encoders = EncodeTier(encode_workers, memory.reader, generator.fingerprint, settings, registry)
+    fingerprint = pixels_fingerprint(generator.fingerprint, settings.images)
+    encoders = EncodeTier(encode_workers, memory.reader, fingerprint, settings, registry)
     tiers = TierChain([encoders], receiver)
-    return ItemResolver(memory.cache, memory.what_if, tiers, generator.fingerprint, settings, metrics)
+    return ItemResolver(memory.cache, memory.what_if, tiers, fingerprint, settings, metrics)
 
 
 async def _serve_endpoints(
-    runtime: DistributedRuntime,
-    draining: asyncio.Event,
-    worker: PdWorker,
-    exposition: Exposition,
-    control: Control,
-    model_path: Path,
-    settings: PdSettings,
+    deployment: Deployment, worker: PdWorker, control: Control, model_path: Path, settings: PdSettings
 ) -> None:
+    runtime, draining = deployment.runtime, deployment.draining
     endpoint = runtime.endpoint(endpoint_path(settings.endpoint))
-    endpoint.metrics.register_prometheus_expfmt_callback(exposition.render)
+    guarded_control = deployment.members.guarded(CONTROL, endpoint.connection_id(), control.handle)
 
     async def offer_again() -> None:
         await offer_model(endpoint, str(model_path), settings.model_name)
@@ -125,7 +121,7 @@ async def _serve_endpoints(
         settings.model_name,
         settings.multimodal_embedding_cache_capacity_gb,
     )
-    announce_ready(runtime)
+    announce_ready(deployment.status)
     await asyncio.gather(
         serve_present(
             endpoint,
@@ -134,5 +130,5 @@ async def _serve_endpoints(
             register=offer_again,
             metrics_labels=[("model", settings.model_name)],
         ),
-        serve_present(runtime.endpoint(control_path(settings.endpoint)), control.handle, draining),
+        serve_present(runtime.endpoint(control_path(settings.endpoint)), guarded_control, draining),
     )

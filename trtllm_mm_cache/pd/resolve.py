@@ -134,7 +134,7 @@ class ItemResolver:
         """Steps 2 to 7 for one item."""
         try:
             watch = self._drops.watch(scope.tag)
-            media, info = await self._fetcher.fetch(reference.url, scope)
+            media, info = await self._fetcher.fetch(reference.source, scope)
             description = ItemDescription(info.width, info.height, processor_kwargs, variant, reference.kind)
             key = await self._key(media, description, scope)
             item = MissingItem(key, media, description, scope, watch)

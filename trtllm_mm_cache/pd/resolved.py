@@ -25,13 +25,15 @@ class Found:
 class ResolvedItems:
     """Leases in prompt order, to be released by the caller, and what they cost.
 
-    `joined` of the `misses` waited for a flight that was under way. Each distinct reference counts once.
+    `joined` of the `misses` waited for a flight that was under way. Each distinct reference counts once; of
+    the prompt's rows, all that hits stand for are `hit_rows`.
     """
 
     leases: tuple[Lease, ...]
     hits: int
     misses: int
     joined: int
+    hit_rows: int
     nbytes: int
     seconds: float
 
@@ -55,6 +57,11 @@ class ResolvedItems:
             hits=outcomes.count("hit"),
             misses=len(outcomes) - outcomes.count("hit"),
             joined=outcomes.count("joined"),
+            hit_rows=sum(
+                found[reference].lease.shape[0]
+                for reference in references
+                if found[reference].outcome == "hit"
+            ),
             nbytes=sum(lease.nbytes for lease in leases),
             seconds=seconds,
         )

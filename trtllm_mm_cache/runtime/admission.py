@@ -17,7 +17,8 @@ class Admission(Collector):
     """Admits at most `max_items` items of at most `max_bytes` bytes together. For use from one event loop.
 
     An item of more than `max_bytes` is admitted when it is the only one. Who is refused gets the error
-    that `refusal` makes; none waits. `what` is admitted: requests, or images by their bytes.
+    that `refusal` makes; none waits. `what` is admitted: requests, images by
+    their bytes, or texts by their characters.
 
     `items` and `nbytes` are under way now, `refused` counts since the start.
     """
@@ -28,7 +29,7 @@ class Admission(Collector):
         max_items: int,
         max_bytes: int,
         refusal: Callable[[], MmCacheError],
-        what: Literal["request", "image"] = "image",
+        what: Literal["request", "image", "text"] = "image",
     ) -> None:
         self._max_items = max_items
         self._max_bytes = max_bytes

@@ -1,14 +1,14 @@
 """The control endpoint beside a worker's own: drops embeddings on demand and hands out the metrics.
 
-Every worker serves it as `control` in its component, next to `generate` or `encode`. Like them it trusts
-whoever can reach Dynamo's request plane.
+Every worker serves it as `control` in its component, next to `generate` or `encode`, behind the same guard:
+it answers members of the deployment alone (`membership.py`).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,6 +19,9 @@ from trtllm_mm_cache.runtime.messages import PROTOCOL_VERSION, EncodeFault, HexD
 from trtllm_mm_cache.runtime.streaming import RequestContext
 
 logger = logging.getLogger(__name__)
+
+CONTROL: Final = "control"
+"""The purpose of these calls, for `membership`."""
 
 
 def control_path(endpoint_url: str) -> str:

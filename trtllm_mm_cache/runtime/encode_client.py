@@ -12,7 +12,8 @@ from dynamo.runtime import Client, Context
 
 from trtllm_mm_cache.errors import EncodeFailedError, EncodeUnavailableError, EncodeUnreachableError
 from trtllm_mm_cache.observability.traces import trace_headers
-from trtllm_mm_cache.runtime.messages import EncodeReady, EncodeRequest, parse_answer
+from trtllm_mm_cache.runtime.membership import Membership
+from trtllm_mm_cache.runtime.messages import ENCODE, EncodeReady, EncodeRequest, parse_answer
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,9 @@ Unwanted = Callable[[EncodeReady], None]
 class EncodeClient:
     """Calls encode workers through Dynamo. For use from one event loop; no deadline of its own."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, members: Membership) -> None:
         self._client = client
+        self._members = members
         self._calls: set[asyncio.Task[EncodeReady]] = set()
 
     @property
@@ -42,7 +44,7 @@ class EncodeClient:
 
         Raises what the encode worker reports, `EncodeUnreachableError` when it is not there,
         `EncodeUnavailableError` when it goes away before it answers, `ProtocolMismatchError` for an
-        answer of another protocol.
+        answer of another protocol, `NotAMemberError` for one without the deployment's secret.
         Cancelling the call tells the encode worker that no caller waits any more; an answer that comes all
         the same is an export that will not be READ, and goes to `unwanted`.
         """
@@ -71,11 +73,13 @@ class EncodeClient:
 
     async def _call(self, instance: int, request: EncodeRequest, context: Context) -> EncodeReady:
         try:
-            message = request.model_dump() | {"trace_headers": trace_headers()}
+            call = self._members.call(ENCODE, instance)
+            fields = request.model_dump(exclude={"media"}) | {"trace_headers": trace_headers()}
+            message = call.seal(fields, media=request.media)
             stream = await self._client.direct(message, instance, context=context)
             del request, message  # megabytes, which a call without a caller need not keep
             async for item in stream:
-                return parse_answer(_data(item))
+                return parse_answer(call.open(_data(item)))
         except (ValueError, ConnectionError) as error:
             raise _unreachable(error) from error
         except Exception as error:  # the runtime raises bare Exception for a lost connection

@@ -22,6 +22,9 @@ from trtllm_mm_cache.runtime.processor_kwargs import check_processor_kwargs
 
 PROTOCOL_VERSION: Final = 2
 
+ENCODE: Final = "encode"
+"""The purpose of a PD worker's call of an encode worker, for `membership`."""
+
 MAX_EMBEDDING_BYTES = 4 * 1024**3
 MAX_MEDIA_BYTES = 1024**3
 """The most that `--max-file-size-mb` can be set to; each worker has its own, smaller limit besides."""
@@ -109,8 +112,9 @@ class EncodeReady(Message):
         """Raise `ProtocolMismatchError` unless this is the embedding that `request` asked for."""
         if self.fingerprint != request.fingerprint:
             raise ProtocolMismatchError(
-                "the encode worker offers an embedding that another model, engine or stored dtype made; "
-                "start both workers with the same --model-path, --engine and embedding dtype"
+                "the encode worker offers an embedding of another model, engine, stored dtype or background; "
+                "start both workers with the same --model-path, --engine, embedding dtype and "
+                "--transparent-background"
             )
         if self.key != request.key:
             raise ProtocolMismatchError("the encode worker offers the embedding of another item")

@@ -11,8 +11,8 @@ from dynamo.runtime import Endpoint
 from trtllm_mm_cache.errors import ConfigurationError
 
 
-async def local_model_path(model: str) -> str:
-    """Return the directory of `model`, downloading a hub name's files first if need be.
+async def local_model_path(model: str, *, weights: bool = True) -> str:
+    """Return the directory of `model`, downloading a hub name's files first if need be, `weights` or not.
 
     Raises `ConfigurationError` when it is neither a directory nor a name the hub can serve.
     """
@@ -22,7 +22,7 @@ async def local_model_path(model: str) -> str:
     if path.is_absolute() or model.startswith("."):
         raise ConfigurationError(f"--model-path {model} is not a directory")
     try:
-        return str(await fetch_model(model))
+        return str(await fetch_model(model, ignore_weights=not weights))
     except Exception as error:
         raise ConfigurationError(
             f"--model-path {model} is no directory here, and the hub gave no model of that name: {error}"

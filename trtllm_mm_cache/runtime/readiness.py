@@ -6,16 +6,16 @@ import gc
 import os
 import socket
 
-from dynamo.runtime import DistributedRuntime
+from trtllm_mm_cache.runtime.status import StatusServer
 
 
-def announce_ready(runtime: DistributedRuntime) -> None:
+def announce_ready(status: StatusServer) -> None:
     """Let `/health` answer 200, and tell the supervisor (`notify`).
 
     What was loaded until now is taken out of the garbage collector's sight: it stays for good.
     """
     gc.freeze()
-    runtime.set_health_status(True)
+    status.ready = True
     notify("READY=1")
 
 

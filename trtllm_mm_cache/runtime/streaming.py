@@ -26,7 +26,15 @@ _running: set[asyncio.Task[None]] = set()
 """The event loop itself keeps only weak references to tasks."""
 
 
-class RequestContext(Protocol):
+class Stoppable(Protocol):
+    """Something whose answer may become unwanted."""
+
+    def async_killed_or_stopped(self) -> Awaitable[Any]:
+        """Wait until no answer is wanted any more."""
+        ...
+
+
+class RequestContext(Stoppable, Protocol):
     """What Dynamo's `Context` tells of one request."""
 
     def id(self) -> str | None:
@@ -41,17 +49,13 @@ class RequestContext(Protocol):
         """W3C trace headers of the caller, where it sent some."""
         ...
 
-    def async_killed_or_stopped(self) -> Awaitable[Any]:
-        """Wait until no answer is wanted any more."""
-        ...
-
 
 class RequestStoppedError(Exception):
     """The client is gone or has cancelled: nothing reads the answer."""
 
 
 @asynccontextmanager
-async def stopped_with(context: RequestContext) -> AsyncIterator[None]:
+async def stopped_with(context: Stoppable) -> AsyncIterator[None]:
     """Run a block no longer than its answer is wanted.
 
     When the request is stopped or killed, the block is cancelled where it waits, and `RequestStoppedError` is

@@ -48,7 +48,8 @@ class Plan:
 
     def frontend_arguments(self) -> list[str]:
         """Return the command line of the frontend."""
-        return ["frontend", *arguments(self.settings, FrontendSettings)]
+        own = [flag("pd_endpoint"), self.settings.endpoint]
+        return ["frontend", *arguments(self.settings, FrontendSettings), *own]
 
     def encode_arguments(self) -> list[str]:
         """Return the command line of an encode worker."""

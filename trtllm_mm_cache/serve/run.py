@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import math
 import os
 import signal
 import time
@@ -64,7 +63,7 @@ async def _serve(plan: Plan, folder: RunFolder, environment: Mapping[str, str]) 
 async def _keep_serving(stack: Stack, plan: Plan, folder: RunFolder, environment: Mapping[str, str]) -> None:
     began = time.monotonic()
     await stack.start()
-    await _wait_listed(plan)
+    await _wait_found(plan)
     print(hints(plan, folder, environment, time.monotonic() - began), flush=True)
     await stack.keep_up()
 
@@ -129,19 +128,12 @@ def _specs(plan: Plan) -> Iterator[Spec]:
 
 def _frontend(plan: Plan) -> Spec:
     """Return how the frontend is started: everything of it that is not as with the workers."""
-    settings = plan.settings
-    variables = {
-        "DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS": f"{settings.drain_timeout_s:.0f}",
-        "DYN_MM_MAX_DATA_URL_MB": f"{math.ceil(settings.images.max_file_size_mb * 4 / 3) + 1}",
-    }
-    if settings.media.allow_private_addresses:
-        variables["DYN_MM_ALLOW_INTERNAL"] = "1"
     return Spec(
         Kind.FRONTEND,
         Kind.FRONTEND.value,
         plan.frontend_arguments(),
-        variables=variables,
-        probe=f"{plan.url}/v1/models",
+        variables={"DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS": f"{plan.settings.drain_timeout_s:.0f}"},
+        probe=f"{plan.url}/live",
     )
 
 
@@ -163,6 +155,8 @@ def _variables(plan: Plan, folder: RunFolder) -> dict[str, str]:
     variables["DYN_DISCOVERY_BACKEND"] = plan.settings.discovery_backend
     if plan.settings.discovery_backend == "file":
         variables[DISCOVERY_VARIABLE] = str(folder.claim_discovery(os.environ.get(DISCOVERY_VARIABLE)))
+    if plan.settings.media.media_proxy is not None:
+        variables["MM_CACHE_MEDIA_PROXY"] = plan.settings.media.media_proxy.get_secret_value()
     if SECRET_VARIABLE not in os.environ:
         variables[SECRET_VARIABLE] = str(folder.make_secret())
     return variables
@@ -198,18 +192,18 @@ def _count(count: int, kind: Kind) -> str:
     return f"{count} {kind.value}{'s' if count > 1 else ''}"
 
 
-async def _wait_listed(plan: Plan) -> None:
-    """Wait until the frontend lists the model, which it learns a moment after the PD worker is ready."""
+async def _wait_found(plan: Plan) -> None:
+    """Wait until the frontend has found a PD worker, which it does a moment after that is ready."""
     import httpx2
 
     deadline = time.monotonic() + plan.settings.ready_timeout_s
     async with httpx2.AsyncClient(trust_env=False) as client:  # loopback needs no proxy
         while time.monotonic() < deadline:
             try:
-                answer = await client.get(f"{plan.url}/v1/models")
-                if answer.is_success and plan.name in [each["id"] for each in answer.json()["data"]]:
+                answer = await client.get(f"{plan.url}/health")
+                if answer.is_success and answer.json()["pd_workers"] > 0:
                     return
             except (httpx2.HTTPError, ValueError):
                 pass
             await asyncio.sleep(_LIST_PAUSE_S)
-    raise StackError(f"the frontend does not list {plan.name}")
+    raise StackError("the frontend finds no PD worker")

@@ -14,12 +14,10 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Protocol
 
-import xxhash
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from trtllm_mm_cache.cache.key import EmbeddingKey
 from trtllm_mm_cache.cache.manager import Lease, Reservation
 from trtllm_mm_cache.errors import (
     ChecksumMismatchError,
@@ -30,10 +28,12 @@ from trtllm_mm_cache.errors import (
     EncodeUnreachableError,
     InvalidEmbeddingError,
     MmCacheError,
+    NotAMemberError,
     TransferError,
 )
 from trtllm_mm_cache.observability.metrics import Step, counter, gauge, samples
 from trtllm_mm_cache.runtime.messages import EncodeReady, EncodeRequest
+from trtllm_mm_cache.runtime.rendezvous import rendezvous_rank
 from trtllm_mm_cache.settings import PdSettings
 from trtllm_mm_cache.tiers.base import MissingItem, Receive
 from trtllm_mm_cache.tiers.breaker import STATES, CircuitBreakers
@@ -61,19 +61,6 @@ class EncodeWorkers(Protocol):
     async def close(self) -> None:
         """Stop waiting for answers."""
         ...
-
-
-def rendezvous_rank(key: EmbeddingKey, instances: list[int]) -> list[int]:
-    """Order `instances` by rendezvous hashing: the first one is the key's home.
-
-    Every PD worker that sees the same instances finds the same order, and when one instance goes,
-    only the keys whose home it was move.
-    """
-
-    def weight(instance: int) -> tuple[int, int]:
-        return xxhash.xxh3_64_intdigest(instance.to_bytes(8, "big") + key.digest), instance
-
-    return sorted(instances, key=weight, reverse=True)
 
 
 class ExportedEmbedding:
@@ -141,7 +128,7 @@ class EncodeTier(Collector):
         The first of two attempts gets half of the time, the last one what is left. Raises the last
         attempt's error, `EncodeUnavailableError` at once when no instance is alive or admitted.
         """
-        ranked = rendezvous_rank(item.key, self._workers.instances)
+        ranked = rendezvous_rank(item.key.digest, self._workers.instances)
         self.breakers.keep(ranked)
         alone, left = len(ranked) == 1, _ATTEMPTS
         deadline = asyncio.get_running_loop().time() + self._settings.encode_timeout_s
@@ -254,7 +241,7 @@ def _was_wrong(failure: MmCacheError | None) -> bool:
 
 def _another_attempt_helps(error: MmCacheError, *, alone: bool) -> bool:
     """Whether to ask again: another instance, or where there is `alone` one, that one for other bytes."""
-    return isinstance(error, TransferError if alone else (EncodeError, TransferError))
+    return isinstance(error, TransferError if alone else (EncodeError, NotAMemberError, TransferError))
 
 
 def _unavailable(ranked: list[int]) -> EncodeUnavailableError:

@@ -66,7 +66,7 @@ class DiscoverySource:
         from trtllm_mm_cache.runtime.connect import connect
         from trtllm_mm_cache.runtime.control_client import ControlClient
 
-        self._runtime = connect(settings)
+        self._runtime, self._members = connect(settings)
         self._endpoints = {"PD": settings.endpoint, "encode": settings.encode_endpoint}
         self._connect = ControlClient.connect
         self._clients: list[ControlClient] = []
@@ -77,7 +77,7 @@ class DiscoverySource:
         """Ask all at the same time; only the first call waits for discovery."""
         if not self._clients:
             for role, endpoint in self._endpoints.items():
-                self._clients.append(await self._connect(self._runtime, role, endpoint))
+                self._clients.append(await self._connect(self._runtime, role, endpoint, self._members))
         wait_s, self._wait_s = self._wait_s, 0.0
         texts = await asyncio.gather(*(client.metrics(wait_s, self._timeout_s) for client in self._clients))
         return {name: text for each in texts for name, text in each.items()}

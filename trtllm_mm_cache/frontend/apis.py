@@ -1,0 +1,101 @@
+"""The ways to ask for text, /v1/chat/completions and /v1/completions: from a body to a PD worker's call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from trtllm_mm_cache.errors import UnknownModelError
+from trtllm_mm_cache.frontend.answer import Answer, ChatForm, Form, TextForm
+from trtllm_mm_cache.frontend.body import Body
+from trtllm_mm_cache.frontend.call import add_chat_options, items_of, messages_of, payload_of
+from trtllm_mm_cache.frontend.prompt import Prompts
+from trtllm_mm_cache.frontend.request import ChatRequest, CompletionRequest, GenerationOptions, read_request
+from trtllm_mm_cache.settings import FrontendSettings
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request that is ready for a PD worker; `items` are digests of its media references."""
+
+    options: GenerationOptions
+    payload: dict[str, Any] = field(repr=False)
+    prompt_tail: Sequence[int] = ()
+    items: Sequence[bytes] = ()
+    logprobs: bool = False
+
+
+class Api(Protocol):
+    """What one endpoint of the OpenAI API takes and answers."""
+
+    async def read(self, body: Body) -> Call:
+        """Turn a body, which may be emptied, into a call. Raises `RequestError` that names the field."""
+        ...
+
+    def form(self, answer: Answer) -> Form:
+        """Return the form of the endpoint's answers."""
+        ...
+
+
+class ChatApi:
+    """/v1/chat/completions."""
+
+    def __init__(self, prompts: Prompts, settings: FrontendSettings) -> None:
+        self._prompts = prompts
+        self._settings = settings
+
+    async def read(self, body: Body) -> Call:
+        """See `Api.read`."""
+        request = read_request(ChatRequest, body.fields)
+        check_model(request.model, self._settings.model_name)
+        messages = messages_of(request, body)
+        items = await items_of(request, body.cut, self._settings.max_images_per_request)
+        prompt = await self._prompts.chat(
+            messages,
+            chat_template_kwargs=request.chat_template_kwargs,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+        )
+        payload = payload_of(request, prompt, self._prompts.eos_token_ids)
+        add_chat_options(payload, request, items)
+        return Call(
+            request,
+            payload,
+            prompt.token_ids[-8:],
+            [item.digest for item in items],
+            logprobs=request.logprobs,
+        )
+
+    def form(self, answer: Answer) -> Form:
+        """See `Api.form`."""
+        return ChatForm(answer)
+
+
+class TextApi:
+    """/v1/completions: a text, or token ids, to be continued as they are."""
+
+    def __init__(self, prompts: Prompts, settings: FrontendSettings) -> None:
+        self._prompts = prompts
+        self._settings = settings
+
+    async def read(self, body: Body) -> Call:
+        """See `Api.read`."""
+        request = read_request(CompletionRequest, body.fields)
+        check_model(request.model, self._settings.model_name)
+        if isinstance(request.prompt, str):
+            prompt = await self._prompts.plain(body.whole(request.prompt))
+        else:
+            prompt = await self._prompts.tokens(request.prompt)
+        payload = payload_of(request, prompt, self._prompts.eos_token_ids)
+        return Call(request, payload, prompt.token_ids[-8:])
+
+    def form(self, answer: Answer) -> Form:
+        """See `Api.form`."""
+        return TextForm(answer)
+
+
+def check_model(name: str, served: str) -> None:
+    """Raise `UnknownModelError` unless `name` is the model that is `served`."""
+    if name != served:
+        raise UnknownModelError(f"model: no model of this name is served here; {served} is")

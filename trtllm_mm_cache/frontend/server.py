@@ -1,0 +1,152 @@
+"""The HTTP server: its routes, and uvicorn with the bounds that strangers meet."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from trtllm_mm_cache.errors import InvalidRequestError, UnknownModelError
+from trtllm_mm_cache.frontend.apis import Api
+from trtllm_mm_cache.frontend.endpoint import Completions
+from trtllm_mm_cache.frontend.responses import error_object
+from trtllm_mm_cache.observability.metrics import Exposition
+from trtllm_mm_cache.runtime.pd_client import PdWorkers
+from trtllm_mm_cache.settings import FrontendSettings
+
+DRAIN_VARIABLE = "DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS"
+_DRAIN_S = 60
+
+
+class Endpoint:
+    """One API of `completions` as an ASGI application."""
+
+    def __init__(self, completions: Completions, api: Api) -> None:
+        self._answer = partial(completions.answer, api)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        await self._answer(scope, receive, send)
+
+
+def make_app(
+    chat: Endpoint, text: Endpoint, exposition: Exposition, workers: PdWorkers, model: str
+) -> Starlette:
+    """Return the application, which serves one `model` from now on."""
+    created = int(time.time())
+    described = {"id": model, "object": "model", "created": created, "owned_by": "trtllm-mm-cache"}
+
+    async def models(request: Request) -> Response:
+        del request
+        return JSONResponse({"object": "list", "data": [described]})
+
+    async def one_model(request: Request) -> Response:
+        if request.path_params["name"] != model:
+            error = UnknownModelError(f"model: no model of this name is served here; {model} is")
+            return JSONResponse(error_object(error), error.http_status)
+        return JSONResponse(described)
+
+    async def alive(request: Request) -> Response:
+        del request
+        return JSONResponse({"status": "ready", "pd_workers": len(workers.instances)})
+
+    async def metrics(request: Request) -> Response:
+        del request
+        return PlainTextResponse(await asyncio.to_thread(exposition.render))
+
+    routes = [
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/completions", text, methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", one_model),
+        Route("/health", alive),
+        Route("/live", alive),
+        Route("/metrics", metrics),
+    ]
+    served = ", ".join(route.path for route in routes)
+
+    async def unknown_path(request: Request, error: Exception) -> Response:
+        del request, error
+        text = f"nothing is served under this path; {served} are"
+        return JSONResponse(error_object(InvalidRequestError(text)), 404)
+
+    async def wrong_method(request: Request, error: Any) -> Response:
+        text = f"{request.method} is not served under this path"
+        return JSONResponse(error_object(InvalidRequestError(text)), 405, headers=error.headers)
+
+    return Starlette(routes=routes, exception_handlers={404: unknown_path, 405: wrong_method})
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn, stopped by its owner: signals are the owner's."""
+
+    @classmethod
+    def of(cls, app: Starlette, settings: FrontendSettings) -> HttpServer:
+        """Return a server for `app`; it listens once `serve` runs."""
+
+        class Protocol(_BoundedProtocol):
+            header_timeout_s = settings.header_timeout_s
+
+        return cls(
+            uvicorn.Config(
+                app,
+                host=settings.http_host,
+                port=settings.http_port,
+                http=Protocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                limit_concurrency=settings.max_connections,
+                timeout_graceful_shutdown=int(os.environ.get(DRAIN_VARIABLE, _DRAIN_S)),
+            )
+        )
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone."""
+        yield
+
+    def stop(self) -> None:
+        """Take nothing new, finish what runs; `serve` returns then."""
+        self.should_exit = True
+
+
+class _BoundedProtocol(HttpToolsProtocol):
+    """Closes a connection on which no request comes; uvicorn bounds only the time after a first one."""
+
+    header_timeout_s = 0.0
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        # uvicorn stops this timer as soon as a byte arrives, and so would a head that never ends.
+        self._head_timer = self.loop.call_later(self.header_timeout_s, self._no_head)
+
+    def on_headers_complete(self) -> None:
+        self._head_timer.cancel()
+        super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._head_timer = self.loop.call_later(self.header_timeout_s, self._no_head)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_timer.cancel()
+        super().connection_lost(exc)
+
+    def _no_head(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()
