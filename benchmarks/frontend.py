@@ -106,7 +106,7 @@ async def one_stream(port: int, tokens: int) -> float:
     ).encode()
     began = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = f"host: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"host: x\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     writer.write(b"POST /v1/chat/completions HTTP/1.1\r\n" + head.encode() + body)
     try:
         await reader.readuntil(b"data: ")
