@@ -30,7 +30,7 @@ MANIFESTS: list[Manifest] = [
 RELEASES = ("1.30", "1.37")
 """The oldest release with the `sleep` of a preStop hook on by default, and the newest."""
 
-OURS_TO_SET = re.compile(r"(UCX|HF)_[A-Z_]+")
+OURS_TO_SET = re.compile(r"(UCX|HF)_[A-Z_]+|MM_CACHE_SECRET_FILE")
 
 
 def manifest(kind: str, name: str) -> Manifest:

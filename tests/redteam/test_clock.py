@@ -21,6 +21,7 @@ LIBRARY = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 pytestmark = [
     pytest.mark.skipif(LIBRARY is None, reason="needs libfaketime (apt-get install faketime)"),
     pytest.mark.timeout(600),
+    pytest.mark.long,  # libfaketime slows every process down
 ]
 
 WATCHED_S = 14.0
