@@ -2,8 +2,8 @@
 
     python -m benchmarks.routing [--images 60] [--requests 300] [--workers 1 2 4]
 
-The stack of the launch script with 1, 2 and 4 PD workers, asked about images of unequal popularity (Zipf, 0.9):
-first through our frontend, which sends a request where its images' cache is, then, after everything was
+The stack of the launch script with 1, 2 and 4 PD workers, asked about images of unequal popularity (Zipf,
+0.9): first through our frontend, which sends a request where its images' cache is, then, after everything was
 dropped, through Dynamo's own, which takes the workers in turn. One request at a time, so that every miss is a
 first sight or a second copy. The last line is one JSON object.
 """
@@ -11,7 +11,10 @@ first sight or a second copy. The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import asyncio
+import os
 import random
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -62,8 +65,6 @@ def counts(stack: Stack) -> dict[str, float]:
 
 def measure(workers: int, images: int, requests: int, folder: Path) -> dict[str, dict[str, float]]:
     """Return the figures of both frontends before so many PD workers."""
-    import asyncio
-
     drawn = random.Random(1).choices(
         range(images), weights=[1 / (rank + 1) ** ZIPF for rank in range(images)], k=requests
     )
@@ -97,9 +98,6 @@ def measure(workers: int, images: int, requests: int, folder: Path) -> dict[str,
 
 def drop_all(stack: Stack) -> None:
     """Drop everything on every worker."""
-    import os
-    import subprocess
-
     environment = os.environ | {
         "DYN_DISCOVERY_BACKEND": "file",
         "DYN_FILE_KV": str(stack.run_dir / "discovery"),
