@@ -6,6 +6,7 @@ The short run sends 100 images of 2 MiB, as many at once as there are clients; t
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +16,12 @@ import pytest
 
 from tests.chaos.questions import MODEL
 from tests.chaos.stack import ChaosStack, chaos_stack, wait_until_serving
+from tests.e2e.stack import wait_until
 from tests.redteam.large_images import LargeImages, PeakMemory
 from trtllm_mm_cache.settings import MB
 
-REQUEST_MEMORY_MB, INCOMING_MB, WAITING_MB, PREPARED_MB = 96, 32, 32, 8
+REQUEST_MEMORY_MB, INCOMING_MB, WAITING_MB, PREPARED_MB = 96, 16, 16, 8
+ENCODE_TIMEOUT_S = 15
 NOISE_MB = 48
 """What a process takes besides under load: threads, the engine's activations, what is about to be freed."""
 
@@ -32,7 +35,10 @@ def serving(folder: Path) -> Iterator[ChaosStack]:
         1,
         None,
         frontend=("--request-memory-mb", str(REQUEST_MEMORY_MB)),
-        pd=("--max-incoming-image-mb", str(INCOMING_MB), "--max-waiting-image-mb", str(WAITING_MB)),
+        pd=(
+            *("--max-incoming-image-mb", str(INCOMING_MB), "--max-waiting-image-mb", str(WAITING_MB)),
+            *("--encode-timeout-s", str(ENCODE_TIMEOUT_S)),
+        ),
         encode=("--max-waiting-image-mb", str(WAITING_MB), "--max-prepared-mb", str(PREPARED_MB)),
     ) as stack:
         wait_until_serving(stack)
@@ -78,3 +84,20 @@ def test_large_images_take_down_neither_hits_nor_text_nor_the_budget(
     file_mb = load.file_bytes / MB
     assert memory.grown(pd) / MB < pd_budget_mb(file_mb) + NOISE_MB
     assert memory.grown(encode) / MB < encode_budget_mb(file_mb, side) + NOISE_MB
+
+
+def test_100_misses_that_cannot_be_encoded_take_no_more_than_the_budget(tmp_path: Path) -> None:
+    """The encode worker stands still, so that whatever the PD worker takes on stays with it."""
+    with serving(tmp_path / "stack") as stack:
+        load = LargeImages(stack.url, MODEL.name, 1400)
+        load.warm()
+        pd, encode = stack.pd_workers[0], stack.encode_workers[0]
+        encode.signal(signal.SIGSTOP)
+        with PeakMemory([pd.popen.pid]) as memory:
+            load.run(100, lambda done: done == 0)
+        encode.signal(signal.SIGCONT)
+        wait_until(lambda: pd.process.metric("trtllm_mm_cache_waiting_image_bytes") == 0, 30, "images wait")
+    print(load.outcomes, memory.grown(pd.popen.pid) / MB)
+    assert load.outcomes["large"].keys() == {503}
+    assert load.outcomes["hit"].keys() == load.outcomes["text"].keys() == {200}
+    assert memory.grown(pd.popen.pid) / MB < pd_budget_mb(load.file_bytes / MB) + NOISE_MB
