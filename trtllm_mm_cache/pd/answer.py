@@ -21,7 +21,7 @@ from trtllm_mm_cache.pd.request import parse_request
 from trtllm_mm_cache.pd.resolve import ItemResolver
 from trtllm_mm_cache.runtime.admission import Admission
 from trtllm_mm_cache.runtime.control import DropReport, DropRequest
-from trtllm_mm_cache.runtime.faults import as_dynamo_error
+from trtllm_mm_cache.runtime.faults import as_dynamo_message
 from trtllm_mm_cache.runtime.streaming import (
     Emit,
     RequestContext,
@@ -69,7 +69,7 @@ class PdWorker:
         await self._generator.close()
 
     async def _answer(self, payload: Any, context: RequestContext, emit: Emit[Output]) -> None:
-        """Emit the answer, record how it ended, and raise what Dynamo's frontend is to be told."""
+        """Emit the answer or what Dynamo's frontend is to be told instead, and record how it ended."""
         name = context.id() or ""
         request_id.set(name)
         parent = remote_parent(context.trace_headers())
@@ -86,10 +86,10 @@ class PdWorker:
                 raise
             except MmCacheError as error:
                 record.ended("failed", error)
-                raise as_dynamo_error(error) from None
-            except Exception as error:  # noqa: BLE001 - it is raised as an error of ours
+                emit(as_dynamo_message(error))
+            except Exception as error:  # noqa: BLE001 - it is sent as an error of ours
                 # An engine may raise anything; its text may hold paths and addresses: for the log alone.
-                raise as_dynamo_error(_engine_failure(record, error)) from None
+                emit(as_dynamo_message(_engine_failure(record, error)))
             else:
                 record.ended("served")
 
