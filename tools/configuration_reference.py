@@ -28,7 +28,6 @@ from trtllm_mm_cache.settings import (
     FrontendSettings,
     PdSettings,
     PlanSettings,
-    TopSettings,
 )
 from trtllm_mm_cache.transfer.environment import DEFAULT_SETTINGS
 
@@ -40,7 +39,6 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "encode": EncodeSettings,
     "pd": PdSettings,
     "drop": DropSettings,
-    "top": TopSettings,
     "ask": AskSettings,
     "plan": PlanSettings,
 }

@@ -57,7 +57,7 @@ async def _serve(settings: EncodeSettings) -> None:
     exposition = Exposition(registry, {"dynamo_component": "encode", "model": Path(model_path).name})
     endpoint = runtime.endpoint(endpoint_path(settings.endpoint))
     endpoint.metrics.register_prometheus_expfmt_callback(exposition.render)
-    control = Control(server.drop, exposition.render)
+    control = Control(server.drop)
     logger.info(
         "encode worker ready: arena %.2f GB, fingerprint %s…", capacity / GB, encoder.fingerprint[:12]
     )

@@ -70,7 +70,7 @@ async def _serve_model(
     resolver = make_resolver(settings, memory, EncodeClient(client), generator, metrics)
     worker = PdWorker(generator, resolver, metrics, settings)
     exposition = Exposition(metrics.registry, {"dynamo_component": "pd", "model": settings.model_name})
-    control = Control(worker.drop, exposition.render)
+    control = Control(worker.drop)
     try:
         await _serve_endpoints(runtime, draining, worker, exposition, control, model_path, settings)
     finally:
