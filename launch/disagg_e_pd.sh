@@ -295,11 +295,10 @@ cat <<TEXT
 
   curl -s http://127.0.0.1:$DYN_HTTP_PORT/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": "$name", "max_tokens": 32, "messages": [{"role": "user", "content": [{"type": "text", "text": "$question"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,$(base64 <"$root/models/card.png" | tr -d '\n')"}}]}]}'
 
-[launch] To watch the workers, or to drop what they hold, copy this into another terminal:
+[launch] To drop what the workers hold, copy this into another terminal:
 
   $discovery
 
-  $python -m trtllm_mm_cache.cli top
   $python -m trtllm_mm_cache.cli drop --all
 
 [launch] Ctrl-C stops everything.

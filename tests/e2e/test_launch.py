@@ -80,21 +80,17 @@ def test_without_a_model_path_the_printed_lines_answer_truly_and_find_the_worker
         assert asked.stdout.strip() == "top right"
         assert "first token after" in asked.stderr
         visit = next(line for line in lines if line.startswith("export "))
-        for command, shows in (
-            ("top", "PD workers 1, encode workers 1"),
-            ("drop --all", "dropped 1 embedding"),
-        ):
-            line = next(line for line in lines if line.endswith(f".cli {command}"))
-            done = subprocess.run(
-                ["bash", "-c", f"{visit}; {line}"],
-                env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
-                capture_output=True,
-                text=True,
-                timeout=60,
-                check=True,
-            )
-            assert shows in done.stdout
-            assert not done.stderr, "Dynamo's log would bury what the command prints"
+        line = next(line for line in lines if line.endswith(".cli drop --all"))
+        done = subprocess.run(
+            ["bash", "-c", f"{visit}; {line}"],
+            env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        assert "dropped 1 embedding" in done.stdout
+        assert not done.stderr, "Dynamo's log would bury what the command prints"
 
 
 @pytest.mark.parametrize(
