@@ -28,7 +28,6 @@ from trtllm_mm_cache.settings import (
     PdSettings,
     PlanSettings,
     ServeSettings,
-    TopSettings,
 )
 from trtllm_mm_cache.transfer.environment import DEFAULT_SETTINGS
 
@@ -41,7 +40,6 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "encode": EncodeSettings,
     "pd": PdSettings,
     "drop": DropSettings,
-    "top": TopSettings,
     "ask": AskSettings,
     "plan": PlanSettings,
 }

@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import pytest
-from dynamo.llm.exceptions import HttpError, InvalidArgument
 from dynamo.runtime import Context
 
 from tests.pd.bench import Bench, admit_all, image_url
@@ -69,6 +68,13 @@ def request(*references: str) -> dict[str, Any]:
 
 async def run(worker: PdWorker, payload: Any) -> list[dict[str, Any]]:
     return [output async for output in worker.handle(payload, Context())]
+
+
+def refusal(output: dict[str, Any]) -> tuple[str, str]:
+    """Return the class and the text of the message that ends an answer with an error."""
+    assert output["_dynamo_annotated"]
+    assert output["event"] == "error"
+    return output["error"]["class"], output["error"]["public"]["message"]
 
 
 def errors(bench: Bench) -> dict[str, float]:
@@ -136,23 +142,28 @@ async def test_an_engines_own_failure_is_a_500_whose_text_stays_in_the_log(
     worker: PdWorker, generator: PeerGenerator, bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
     generator.failure = RuntimeError("CUDA error at /secret/path.cu")
-    with caplog.at_level(logging.ERROR), pytest.raises(HttpError) as caught:
-        await run(worker, request(image_url()))
-    assert caught.value.code == 500
-    assert "secret" not in str(caught.value)
+    with caplog.at_level(logging.ERROR):
+        *_, last = await run(worker, request(image_url()))
+    assert refusal(last)[0] == "Internal"
+    assert "secret" not in str(last)
     assert "/secret/path.cu" in caplog.text
     assert errors(bench) == {"internal_error": 1}
     await bench.nothing_held()
 
 
-async def test_a_clients_mistake_is_an_invalid_argument(worker: PdWorker, bench: Bench) -> None:
-    with pytest.raises(InvalidArgument, match=r"image 1: .* \[media_reference\]"):
-        await run(worker, request("gopher://x"))
+async def test_a_clients_mistake_is_an_invalid_request_and_raises_nothing(
+    worker: PdWorker, bench: Bench
+) -> None:
+    """What a handler raises, Dynamo prints with its traceback."""
+    (only,) = await run(worker, request("gopher://x"))
+    kind, text = refusal(only)
+    assert kind == "InvalidRequest"
+    assert text.startswith("image 1: ")
+    assert text.endswith(" [media_reference]")
     assert errors(bench) == {"media_reference": 1}
 
 
 async def test_no_encode_worker_is_a_503_and_never_a_504(worker: PdWorker, bench: Bench) -> None:
     bench.peer.changes = [EncodeUnavailableError("gone"), EncodeUnavailableError("gone")]
-    with pytest.raises(HttpError) as caught:
-        await run(worker, request(image_url()))
-    assert caught.value.code == 503
+    (only,) = await run(worker, request(image_url()))
+    assert refusal(only) == ("Unavailable", "image 1: gone [encode_unavailable]")

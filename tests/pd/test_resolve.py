@@ -65,7 +65,7 @@ async def test_leases_stand_in_prompt_order(bench: Bench) -> None:
 async def test_one_content_under_two_references_is_one_call(bench: Bench) -> None:
     body = png(new_image(32, 32))
     images = await bench.resolve([data_url(body), data_url(body).replace("image/png", "image/x-png")])
-    assert bench.peer.calls == [1]
+    assert len(bench.peer.calls) == 1
     assert images.leases[0].key == images.leases[1].key
     images.release()
 

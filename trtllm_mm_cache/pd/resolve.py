@@ -22,7 +22,7 @@ import sys
 import time
 
 from trtllm_mm_cache.cache.flight import SingleFlight
-from trtllm_mm_cache.cache.key import EmbeddingKey, embedding_key
+from trtllm_mm_cache.cache.key import EmbeddingKey, content_digest, embedding_key
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.cache.what_if import WhatIf
@@ -178,7 +178,7 @@ class ItemResolver:
             description = ItemDescription(
                 info.width, info.height, request.processor_kwargs, variant, reference.kind
             )
-            key = await self._key(media, description, scope)
+            key, watch.content = await self._key(media, description, scope)
             item = MissingItem(key, media, description, scope, watch, needs)
             del media, watch  # the item's now, which may forget them
             incoming.shrink(reference.nbytes + fetched)
@@ -199,16 +199,22 @@ class ItemResolver:
         return found
 
     # 3 key
-    async def _key(self, media: bytes, description: ItemDescription, scope: Scope) -> EmbeddingKey:
-        def compute() -> EmbeddingKey:
-            return embedding_key(
-                media,
+    async def _key(
+        self, media: bytes, description: ItemDescription, scope: Scope
+    ) -> tuple[EmbeddingKey, bytes]:
+        """Return the key and the digest of the content, which the key holds: the media are hashed once."""
+
+        def compute() -> tuple[EmbeddingKey, bytes]:
+            content = content_digest(media)
+            key = embedding_key(
+                content,
                 fingerprint=self._fingerprint,
                 kind=description.kind,
                 processor_kwargs=description.processor_kwargs,
                 scope=scope,
                 variant=description.variant,
             )
+            return key, content
 
         with self._metrics.key.time():
             return await asyncio.to_thread(compute) if len(media) > OFF_LOOP_BYTES else compute()

@@ -51,7 +51,6 @@ def hints(plan: Plan, folder: RunFolder, environment: Mapping[str, str], seconds
 
   export {export}
 
-  {command} top
   {command} drop --all
 
 [launch] Ctrl-C stops everything."""

@@ -122,7 +122,13 @@ class Receiver(Collector):
         """Reserve room in the cache; where every byte is leased, in the transit arena: served, not cached."""
         try:
             if item.retained:
-                return self._cache.reserve(item.key.hex, nbytes, owner="resolver", tag=item.scope.tag)
+                return self._cache.reserve(
+                    item.key.hex,
+                    nbytes,
+                    owner="resolver",
+                    tag=item.scope.tag,
+                    content=item.watch.content,
+                )
         except (ArenaFullError, EntryTooLargeError):
             if self._transit is self._cache:
                 raise
