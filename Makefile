@@ -6,7 +6,8 @@ PYTEST_ARGS ?=
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: test test-parts lint check docs faults demo bench-cache bench-transfer bench-serving bench-burst soak soak-serving fuzz chaos format clean
+.PHONY: test test-parts lint check docs demo format clean
+.PHONY: bench-cache bench-transfer bench-serving bench-burst soak soak-serving fuzz faults chaos redteam
 
 test: lint check
 
@@ -84,6 +85,10 @@ CHAOS_SECONDS ?= 300
 CHAOS_ARGS ?=
 chaos: $(STAMP)
 	python -m tests.chaos.run --seconds $(CHAOS_SECONDS) $(CHAOS_ARGS)
+
+# Bad people on one machine: another user, false workers, idle connections, clock steps. As root, with `faketime`.
+redteam: $(STAMP)
+	pytest -m "long or not long" $(PYTEST_ARGS) tests/redteam
 
 format: $(STAMP)
 	ruff check --fix .

@@ -493,33 +493,24 @@ class ControlSettings(DiscoverySettings):
 class DropSettings(ControlSettings):
     """What to drop."""
 
+    image: str | None = Field(
+        None,
+        description="Drop everything that was made of one image, for every salt and with every setting. A "
+        "file, or an http(s) or data: URL whose bytes are fetched for that.",
+    )
     key: str | None = Field(
         None,
         pattern="^[0-9a-f]{64}$",
         description="Drop one embedding, by its key in hex.",
-        json_schema_extra={"form": "64 hexadecimal digits in lower case, as the log at DEBUG has them"},
+        json_schema_extra={
+            "form": "64 hexadecimal digits in lower case, as each request's log line has them"
+        },
     )
     salt: bool = Field(
         False, description="Drop what was stored under one cache_salt, which is read from standard input."
     )
     all: bool = Field(False, description="Drop everything.")
     wait_s: Seconds = constant(10, "How long to wait for embeddings that are on their way to a PD worker.")
-
-
-class TopSettings(ControlSettings):
-    """What to show of a running deployment, and where to find it."""
-
-    url: tuple[str, ...] = Field(
-        (),
-        description="System port of a worker, as host:port or a whole URL; may be given several times. "
-        "Default: every worker that discovery names.",
-    )
-    interval_s: Seconds = Field(2, description="Time between two scrapes.")
-    count: int | None = Field(
-        None, ge=1, description="Frames to print. Default: until Ctrl-C on a terminal, one otherwise."
-    )
-    window_s: Seconds = constant(30, "Ratios, rates and latencies are those of this long: some scrapes.")
-    timeout_s: Seconds = constant(2, "How long to wait for a worker that does not answer.")
 
 
 class AskSettings(Settings):

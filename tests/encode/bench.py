@@ -13,7 +13,7 @@ import torch
 from dynamo.runtime import Context
 from prometheus_client import CollectorRegistry
 
-from trtllm_mm_cache.cache.key import embedding_key
+from trtllm_mm_cache.cache.key import content_digest, embedding_key
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.encode.metrics import EncodeMetrics
@@ -98,7 +98,7 @@ class Bench:
         return self.pipeline.fingerprint
 
     def key(self, media: bytes, salt: str | None = None) -> str:
-        return embedding_key(media, fingerprint=self.fingerprint, scope=Scope.of(salt)).hex
+        return embedding_key(content_digest(media), fingerprint=self.fingerprint, scope=Scope.of(salt)).hex
 
     def request(
         self, media: bytes, *, retain: bool = True, salt: str | None = None, fresh: bool = False

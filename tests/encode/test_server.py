@@ -10,6 +10,7 @@ from dynamo.runtime import Context
 
 from tests.e2e.stack import new_image, png
 from tests.encode.bench import Bench, running
+from trtllm_mm_cache.cache.key import content_digest
 from trtllm_mm_cache.cache.scope import salt_tag
 from trtllm_mm_cache.engines.transformers import TransformersVisionEncoder
 from trtllm_mm_cache.errors import EncodeOverloadedError
@@ -51,17 +52,22 @@ async def test_salts_join_no_flight_of_each_other(bench: Bench) -> None:
     assert bench.pipeline.batcher.items == 2
 
 
+DROPS = ("its key", "its salt", "its image", "everything", "another key", "another salt", "another image")
+
+
 def drops(bench: Bench, media: bytes) -> dict[str, DropRequest]:
     return {
         "its key": DropRequest(key=bench.key(media, "one")),
+        "its image": DropRequest(content=content_digest(media).hex()),
         "its salt": DropRequest(tag=salt_tag("one").hex()),
         "everything": DropRequest(everything=True),
         "another key": DropRequest(key=bench.key(b"other", "one")),
+        "another image": DropRequest(content="0" * 64),
         "another salt": DropRequest(tag=salt_tag("two").hex()),
     }
 
 
-@pytest.mark.parametrize("what", ["its key", "its salt", "everything", "another key", "another salt"])
+@pytest.mark.parametrize("what", DROPS)
 async def test_what_is_stored_is_dropped_and_its_export_stays(bench: Bench, what: str) -> None:
     media = png(new_image(32, 32))
     ready = await bench.call(media, salt="one")
@@ -74,7 +80,7 @@ async def test_what_is_stored_is_dropped_and_its_export_stays(bench: Bench, what
     assert bench.manager.statistics().arena.used_bytes == (0 if concerned else ready.nbytes)
 
 
-@pytest.mark.parametrize("what", ["its key", "its salt", "everything", "another key", "another salt"])
+@pytest.mark.parametrize("what", DROPS)
 async def test_what_is_being_encoded_when_it_is_dropped_is_delivered_and_not_stored(
     bench: Bench, what: str
 ) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from tests.e2e.stack import data_url, new_image, png
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
-from trtllm_mm_cache.cache.key import Kind, embedding_key
+from trtllm_mm_cache.cache.key import Kind, content_digest, embedding_key
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.what_if import WhatIf
 from trtllm_mm_cache.engines.base import GenerationRequest, ItemDescription, SamplingParams
@@ -169,8 +169,10 @@ class Bench:
     what_if: WhatIf
     clock: SetClock
 
-    async def resolve(self, references: Sequence[str], *, salt: str | None = None) -> ResolvedItems:
-        return await self.resolver.resolve(asking(references, salt=salt), variant="")
+    async def resolve(
+        self, references: Sequence[str], *, salt: str | None = None, variant: str = ""
+    ) -> ResolvedItems:
+        return await self.resolver.resolve(asking(references, salt=salt), variant=variant)
 
     async def nothing_held(self) -> None:
         """Wait until no lease, reservation or quarantine is left; what a thread had begun ends by itself."""
@@ -239,7 +241,8 @@ def image_url() -> str:
     """Return a new image whose key's home, without a salt, is instance 1 of the two."""
     while True:
         file = png(new_image(32, 32))
-        if rendezvous_rank(embedding_key(file, fingerprint=FINGERPRINT).digest, [1, 2])[0] == 1:
+        key = embedding_key(content_digest(file), fingerprint=FINGERPRINT)
+        if rendezvous_rank(key.digest, [1, 2])[0] == 1:
             return data_url(file)
 
 

@@ -8,7 +8,7 @@ To use it elsewhere, take this folder and `errors.py`, which is all of this proj
 (import-linter holds it to that); besides it wants torch, NumPy, sortedcontainers, psutil and blake3::
 
     cache = MultimodalEmbeddingCacheManager(2 * 1024**3)          # committed now, never exceeded
-    key = embedding_key(image_bytes, fingerprint=model_digest).hex
+    key = embedding_key(content_digest(image_bytes), fingerprint=model_digest).hex
 
     lease = cache.lease(key)
     if lease is None:

@@ -1,4 +1,4 @@
-"""The command line: `trtllm-mm-cache serve|frontend|encode|pd|drop|top|ask|plan`.
+"""The command line: `trtllm-mm-cache serve|frontend|encode|pd|drop|ask|plan`.
 
 Every subcommand imports what it needs when it runs, so that `--help` answers at once and no
 command loads an engine it does not use.
@@ -26,18 +26,21 @@ from trtllm_mm_cache.settings import (
     PdSettings,
     PlanSettings,
     ServeSettings,
-    TopSettings,
 )
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="trtllm-mm-cache")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Multimodal serving that never runs the vision encoder twice on the same image.
 
     `serve` starts everything on this machine; then `ask photo.jpg "What is this?"`. Elsewhere start
     `frontend`, one or more `encode` workers and one or more `pd` workers, in any order.
     """
+    # Dynamo reads these when it is imported. A command that prints results shows none of its lines.
+    os.environ.setdefault("DYN_LOG", "off" if context.invoked_subcommand == "drop" else "warn")
+    os.environ.setdefault("DYN_SDK_DISABLE_ANSI_LOGGING", "1")
 
 
 @cli.command()
@@ -102,28 +105,16 @@ def pd(settings: PdSettings) -> None:
 @cli.command()
 @settings_options(DropSettings)
 def drop(settings: DropSettings) -> None:
-    """Drop cached embeddings on every worker: one key, all of one salt, or everything.
+    """Drop cached embeddings on every worker: of one image, one key, all of one salt, or everything.
 
     What a request holds remains valid for it, what is on its way is served and not kept. Fetched http(s)
     files are dropped too.
     """
-    _silence_dynamo()
+    # In a worker's container that port is the worker's.
+    os.environ.pop("DYN_SYSTEM_PORT", None)
     from trtllm_mm_cache.cli.drop import run_drop
 
     run_drop(settings)
-
-
-@cli.command()
-@settings_options(TopSettings)
-def top(settings: TopSettings) -> None:
-    """Watch the workers: hit ratio, bytes, latency by hit and miss, each encode worker.
-
-    One plain text frame where the output is no terminal.
-    """
-    _silence_dynamo()
-    from trtllm_mm_cache.cli.top.run import run_top
-
-    run_top(settings)
 
 
 @cli.command()
@@ -152,21 +143,6 @@ def plan(settings: PlanSettings) -> None:
     click.echo(make_plan(settings).text())
 
 
-def _silence_dynamo() -> None:
-    """Keep Dynamo's log and its system port out of a command that only calls workers; before it is imported.
-
-    Dynamo writes its log to file descriptor 2, and a line for each call whatever DYN_LOG says. It would bury
-    what the command prints, so it goes nowhere unless DYN_LOG asks for it; Python's stderr goes on as before.
-    """
-    os.environ.pop("DYN_SYSTEM_PORT", None)  # in a worker's container that port is the worker's
-    if "DYN_LOG" in os.environ:
-        return
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    os.close(nowhere)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line (sys.argv's, if not given) and exit; an operator's mistake ends in one line."""
     try:
@@ -188,7 +164,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _exit(message: str, status: int) -> NoReturn:
-    click.echo(f"error: {message}", err=True)
+    from trtllm_mm_cache.observability.logs import say
+
+    say(f"error: {message}")
     sys.exit(status)
 
 

@@ -23,6 +23,7 @@ from prometheus_client import CollectorRegistry
 
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.cache.flight import SingleFlight
+from trtllm_mm_cache.cache.key import content_digest
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager, Reservation
 from trtllm_mm_cache.cache.scope import Dropped, Scope, Selection
 from trtllm_mm_cache.encode.batcher import BatchedItem, MicroBatcher
@@ -168,7 +169,7 @@ class EncodePipeline:
         with self.queue.admitted(len(job.media)) as admitted:
             with self._preparing.time():
                 async with self.room.turn():
-                    prepared = await loop.run_in_executor(self._threads, self._prepare, job)
+                    prepared, watch.content = await loop.run_in_executor(self._threads, self._prepare, job)
             job.release_media()
             admitted.shrink(admitted.nbytes)
             with self.room.held(self._encoder.prepared_bytes(prepared)), span("encode") as current:
@@ -178,16 +179,17 @@ class EncodePipeline:
                 current.set_attribute("encode_seconds", result.encode_seconds)
             logger.debug("encoded %s… in %.3f s", job.key[:12], result.encode_seconds)
             with span("store"):
-                stored = await in_thread(
-                    partial(self._store, job, result), undo=_Stored.abandon, executor=self._threads
-                )
+                store = partial(self._store, job, watch.content, result)
+                stored = await in_thread(store, undo=_Stored.abandon, executor=self._threads)
             # On the event loop, so that no drop comes between this look at the watch and the commit.
             return stored.commit(retain=job.scope.retain and not watch.dropped(job.key))
 
-    def _prepare(self, job: EncodeJob) -> Any:
+    def _prepare(self, job: EncodeJob) -> tuple[Any, bytes]:
+        """Return the encoder's input and the digest of the media."""
         try:
             image = decode_image(job.media, self._limits)
-            return self._encoder.preprocess(EncodeItem(image, job.processor_kwargs, job.variant))
+            prepared = self._encoder.preprocess(EncodeItem(image, job.processor_kwargs, job.variant))
+            return prepared, content_digest(job.media)
         except MmCacheError:
             raise
         except Exception as error:
@@ -197,7 +199,7 @@ class EncodePipeline:
                 "this image could not be prepared for the vision tower; see the encode worker's log"
             ) from error
 
-    def _store(self, job: EncodeJob, result: BatchedItem) -> _Stored:
+    def _store(self, job: EncodeJob, content: bytes | None, result: BatchedItem) -> _Stored:
         """Copy the tower's output into the arena. Runs in a thread: a copy of megabytes.
 
         What the encode cost is kept with the entry, so that a later hit knows what it saved, and so is
@@ -208,7 +210,9 @@ class EncodePipeline:
             raise EncodeFailedError(f"the engine made an embedding of {tensor.dim()} dimensions instead of 2")
         nbytes = tensor.numel() * tensor.element_size()
         try:
-            reservation = self._manager.reserve(job.key, nbytes, owner="encode worker", tag=job.scope.tag)
+            reservation = self._manager.reserve(
+                job.key, nbytes, owner="encode worker", tag=job.scope.tag, content=content
+            )
         except ArenaFullError as error:
             raise EncodeOverloadedError(
                 "every byte of the encode worker's arena is leased until a PD worker's READ; retry in a "

@@ -64,7 +64,7 @@ async def _serve(settings: EncodeSettings) -> None:
     exposition = Exposition(registry, {"dynamo_component": "encode", "model": Path(model_path).name})
     endpoint = deployment.runtime.endpoint(endpoint_path(settings.endpoint))
     control_endpoint = deployment.runtime.endpoint(control_path(settings.endpoint))
-    control = Control(server.drop, exposition.render)
+    control = Control(server.drop)
     me, guarded, draining = endpoint.connection_id(), deployment.members.guarded, deployment.draining
     deployment.status.render = exposition.render
     logger.info(

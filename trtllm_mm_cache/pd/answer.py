@@ -21,7 +21,7 @@ from trtllm_mm_cache.pd.request import parse_request
 from trtllm_mm_cache.pd.resolve import ItemResolver
 from trtllm_mm_cache.runtime.admission import Admission
 from trtllm_mm_cache.runtime.control import DropReport, DropRequest
-from trtllm_mm_cache.runtime.faults import as_dynamo_error
+from trtllm_mm_cache.runtime.faults import as_dynamo_message
 from trtllm_mm_cache.runtime.generation import FrontendMark, error_message, heartbeats
 from trtllm_mm_cache.runtime.streaming import (
     Emit,
@@ -81,7 +81,7 @@ class PdWorker:
         await self._generator.close()
 
     async def _answer(self, payload: Any, context: RequestContext, emit: Emit[Output]) -> None:
-        """Emit the answer, record how it ended, and raise what Dynamo's frontend is to be told."""
+        """Emit the answer or what Dynamo's frontend is to be told instead, and record how it ended."""
         name = context.id() or ""
         request_id.set(name)
         mark = FrontendMark.of(payload)
@@ -99,10 +99,10 @@ class PdWorker:
                 raise
             except MmCacheError as error:
                 record.ended("failed", error)
-                _report(error, mark, emit)
-            except Exception as error:  # noqa: BLE001 - it is reported as an error of ours
+                emit(_failure(error, mark))
+            except Exception as error:  # noqa: BLE001 - it is sent as an error of ours
                 # An engine may raise anything; its text may hold paths and addresses: for the log alone.
-                _report(_engine_failure(record, error), mark, emit)
+                emit(_failure(_engine_failure(record, error), mark))
             else:
                 record.ended("served")
 
@@ -137,11 +137,9 @@ def _engine_failure(record: AnswerRecord, error: Exception) -> MmCacheError:
     return failure
 
 
-def _report(error: MmCacheError, mark: FrontendMark | None, emit: Emit[Output]) -> None:
-    """Tell our frontend what failed by a message; Dynamo's own frontend learns it by the exception."""
-    if mark is None:
-        raise as_dynamo_error(error) from None
-    emit(error_message(error))
+def _failure(error: MmCacheError, mark: FrontendMark | None) -> Output:
+    """Return the last message of an answer that failed, for our frontend or for Dynamo's own."""
+    return as_dynamo_message(error) if mark is None else error_message(error)
 
 
 def _output(delta: TokenDelta, completion_tokens: int) -> Output:

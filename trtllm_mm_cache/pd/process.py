@@ -79,7 +79,7 @@ async def _serve_model(
     admit = partial(members.admit, me, required=not settings.allow_unproven_requests)
     worker = PdWorker(generator, resolver, metrics, settings, admit)
     exposition = Exposition(metrics.registry, {"dynamo_component": "pd", "model": settings.model_name})
-    control = Control(worker.drop, exposition.render)
+    control = Control(worker.drop)
     try:
         deployment.status.render = exposition.render
         await _serve_endpoints(deployment, worker, control, model_path, settings)

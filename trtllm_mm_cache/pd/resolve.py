@@ -22,12 +22,18 @@ import sys
 import time
 
 from trtllm_mm_cache.cache.flight import SingleFlight
-from trtllm_mm_cache.cache.key import EmbeddingKey, embedding_key
+from trtllm_mm_cache.cache.key import EmbeddingKey, content_digest, embedding_key
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.cache.what_if import WhatIf
 from trtllm_mm_cache.engines.base import ItemDescription
-from trtllm_mm_cache.errors import MediaTooLargeError, MmCacheError, OverloadedError
+from trtllm_mm_cache.errors import (
+    ArenaFullError,
+    EntryTooLargeError,
+    MediaTooLargeError,
+    MmCacheError,
+    OverloadedError,
+)
 from trtllm_mm_cache.observability.cache_metrics import FlightCollector
 from trtllm_mm_cache.observability.traces import span
 from trtllm_mm_cache.pd.fetch import OFF_LOOP_BYTES, MediaFetcher
@@ -103,22 +109,28 @@ class ItemResolver:
         """Turn the references of one request into leases, in order.
 
         Each distinct reference is fetched once and each distinct content resolved once; the items
-        are worked on at the same time. Raises the first item's error, with the item's index.
+        are worked on at the same time. Raises the first item's error, with the item's index; or, where they
+        find no room and never could, an `InvalidRequestError`.
         """
         started = time.perf_counter()
         scope = Scope.of(request.generation.cache_salt, require_salt=self._require_salt)
         first_at: dict[Reference, int] = {}
         places = [first_at.setdefault(each, index) for index, each in enumerate(request.references)]
+        needs: dict[str, int] = {}
         with self.incoming.admitted(sum(each.nbytes for each in request.references)) as incoming:
             for index, reference in enumerate(request.references):
                 if places[index] != index:
                     reference.take()
                     incoming.shrink(reference.nbytes)
             works = [
-                self._resolve_one(index, reference, request, scope, variant, incoming)
+                self._resolve_one(index, reference, request, scope, variant, incoming, needs)
                 for reference, index in first_at.items()
             ]
-            found = dict(zip(first_at.values(), await all_or_first_error(works), strict=True))
+            try:
+                found = dict(zip(first_at.values(), await all_or_first_error(works), strict=True))
+            except (ArenaFullError, EntryTooLargeError):
+                self._tiers.check_can_fit(needs, retained=scope.retain)
+                raise
         return ResolvedItems.of(places, found, seconds=time.perf_counter() - started)
 
     async def drop(self, request: DropRequest) -> DropReport:
@@ -150,6 +162,7 @@ class ItemResolver:
         scope: Scope,
         variant: str,
         incoming: Admitted,
+        needs: dict[str, int],
     ) -> Found:
         """Steps 2 to 7 for one item, whose bytes are `incoming` until its key is known."""
         fetched = 0
@@ -165,14 +178,15 @@ class ItemResolver:
             description = ItemDescription(
                 info.width, info.height, request.processor_kwargs, variant, reference.kind
             )
-            key = await self._key(media, description, scope)
-            item = MissingItem(key, media, description, scope, watch)
+            key, watch.content = await self._key(media, description, scope)
+            item = MissingItem(key, media, description, scope, watch, needs)
             del media, watch  # the item's now, which may forget them
             incoming.shrink(reference.nbytes + fetched)
             looked_up = time.perf_counter()
             with span("lookup") as current:
                 found = await self._find(item)
                 current.set_attribute("outcome", found.outcome)
+            needs[key.hex] = found.lease.nbytes
             self._metrics.found(
                 found.outcome,
                 nbytes=found.lease.nbytes,
@@ -185,16 +199,22 @@ class ItemResolver:
         return found
 
     # 3 key
-    async def _key(self, media: bytes, description: ItemDescription, scope: Scope) -> EmbeddingKey:
-        def compute() -> EmbeddingKey:
-            return embedding_key(
-                media,
+    async def _key(
+        self, media: bytes, description: ItemDescription, scope: Scope
+    ) -> tuple[EmbeddingKey, bytes]:
+        """Return the key and the digest of the content, which the key holds: the media are hashed once."""
+
+        def compute() -> tuple[EmbeddingKey, bytes]:
+            content = content_digest(media)
+            key = embedding_key(
+                content,
                 fingerprint=self._fingerprint,
                 kind=description.kind,
                 processor_kwargs=description.processor_kwargs,
                 scope=scope,
                 variant=description.variant,
             )
+            return key, content
 
         with self._metrics.key.time():
             return await asyncio.to_thread(compute) if len(media) > OFF_LOOP_BYTES else compute()

@@ -58,6 +58,11 @@ class ResolvedItems:
             seconds=seconds,
         )
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of the items, in prompt order."""
+        return tuple(lease.key for lease in self.leases)
+
     def release(self) -> None:
         """Release every lease. Idempotent."""
         for lease in self.leases:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from dynamo.runtime import Client, DistributedRuntime
 
 from trtllm_mm_cache.errors import MmCacheError, from_wire
-from trtllm_mm_cache.runtime.control import CONTROL, MetricsReport, MetricsRequest, control_path
+from trtllm_mm_cache.runtime.control import CONTROL, control_path
 from trtllm_mm_cache.runtime.membership import Membership
 from trtllm_mm_cache.runtime.messages import EncodeFault, Message, parse
 from trtllm_mm_cache.settings import ControlSettings
@@ -64,27 +64,7 @@ class ControlClient:
             if now != known:
                 known, settled = now, loop.time() + _SETTLED_S
             await asyncio.sleep(0.02)
-        return self._known()
-
-    def _known(self) -> Sequence[Worker]:
         return [Worker(self._role, instance) for instance in sorted(self._client.instance_ids())]
-
-    async def metrics(self, wait_s: float, timeout_s: float) -> dict[str, str | MmCacheError]:
-        """Return every worker's own metrics by its name, or why a worker gave none."""
-        workers = await self.workers(wait_s=wait_s) if wait_s else self._known()
-        answers = await asyncio.gather(
-            *(self.call(worker, MetricsRequest(), MetricsReport, timeout_s=timeout_s) for worker in workers),
-            return_exceptions=True,
-        )
-        texts: dict[str, str | MmCacheError] = {}
-        for worker, answer in zip(workers, answers, strict=True):
-            if isinstance(answer, MetricsReport):
-                texts[str(worker)] = answer.text
-            elif isinstance(answer, MmCacheError):
-                texts[str(worker)] = answer
-            else:
-                raise answer
-        return texts
 
     async def call(
         self, worker: Worker, request: Message, report: type[Answer], *, timeout_s: float

@@ -131,6 +131,8 @@ class PdWorkers(Collector):
             raise PdLostError("the PD worker cannot be reached or has gone; retry in a moment") from None
         finally:
             self._running[instance] -= 1
+            if not self._running[instance]:
+                del self._running[instance]  # a restarted worker has another id
             if not ended:
                 context.stop_generating()
 

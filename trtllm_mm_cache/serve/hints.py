@@ -47,11 +47,10 @@ def hints(plan: Plan, folder: RunFolder, environment: Mapping[str, str], seconds
 
   curl -s {plan.url}/v1/chat/completions -H 'Content-Type: application/json' -d @{shlex.quote(str(body))}
 
-[launch] To watch the workers, or to drop what they hold, copy this into another terminal:
+[launch] To drop what the workers hold, copy this into another terminal:
 
   export {export}
 
-  {command} top
   {command} drop --all
 
 [launch] Ctrl-C stops everything."""
