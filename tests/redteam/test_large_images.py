@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -93,11 +94,18 @@ def test_100_misses_that_cannot_be_encoded_take_no_more_than_the_budget(tmp_path
         load.warm()
         pd, encode = stack.pd_workers[0], stack.encode_workers[0]
         encode.signal(signal.SIGSTOP)
-        with PeakMemory([pd.popen.pid]) as memory:
-            load.run(100, lambda done: done == 0)
+        most = dict.fromkeys(("incoming_image_bytes", "waiting_image_bytes"), 0.0)
+        with PeakMemory([pd.popen.pid]) as memory, ThreadPoolExecutor(1) as thread:
+            running = thread.submit(load.run, 100, lambda done: done == 0)
+            while wait([running], timeout=0.05).not_done:
+                for name, nbytes in most.items():
+                    most[name] = max(nbytes, pd.process.metric(f"trtllm_mm_cache_{name}"))
+            running.result()
         encode.signal(signal.SIGCONT)
         wait_until(lambda: pd.process.metric("trtllm_mm_cache_waiting_image_bytes") == 0, 30, "images wait")
-    print(load.outcomes, memory.grown(pd.popen.pid) / MB)
+    print(load.outcomes, memory.grown(pd.popen.pid) / MB, most)
+    assert 0 < most["waiting_image_bytes"] <= WAITING_MB * MB
+    assert most["incoming_image_bytes"] <= INCOMING_MB * MB
     assert load.outcomes["large"].keys() == {503}
     assert load.outcomes["hit"].keys() == load.outcomes["text"].keys() == {200}
     assert memory.grown(pd.popen.pid) / MB < pd_budget_mb(load.file_bytes / MB) + NOISE_MB
