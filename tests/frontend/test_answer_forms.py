@@ -1,4 +1,4 @@
-"""Answers are what OpenAI's own types say, strictly: nothing missing, nothing of another type, nothing more."""
+"""Answers are what OpenAI's own types say, strictly: nothing missing, of another type, or more."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_a_worker_with_much_more_under_way_is_passed_over_for_the_next_in_the_it
     digest = DIGESTS[0]
     home = pd._choose([digest], [])
     second = pd._choose([digest], [home])
-    busy(pd, {home: 2})
+    busy(pd, {home: 1})
     assert pd._choose([digest], []) == home  # a little more is no reason
     busy(pd, {home: 40, second: 3})
     assert pd._choose([digest], []) == second
@@ -83,8 +83,8 @@ def test_one_item_that_all_want_is_served_by_all() -> None:
     pd = workers()
     for _ in range(400):
         pd._running[pd._choose([DIGESTS[0]], [])] += 1
-    assert all(50 < running < 150 for running in pd._running.values())
     assert len(pd._running) == 4
+    assert max(pd._running.values()) <= 1.25 * 100 + 2
 
 
 def test_text_goes_to_the_worker_with_least_under_way() -> None:
