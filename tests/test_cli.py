@@ -99,8 +99,9 @@ def test_a_flag_may_be_repeated_where_the_setting_is_several() -> None:
 
 def test_a_variable_counts_where_its_flag_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DYN_HTTP_PORT", "8001")
-    assert parsed(FrontendSettings) == FrontendSettings(http_port=8001)
-    assert parsed(FrontendSettings, "--http-port", "8002") == FrontendSettings(http_port=8002)
+    model = ("--model-path", "m")
+    assert parsed(FrontendSettings, *model) == FrontendSettings(model_path="m", http_port=8001)
+    assert parsed(FrontendSettings, *model, "--http-port", "8002").http_port == 8002
 
 
 @pytest.mark.parametrize(

@@ -285,6 +285,12 @@ class EncodeSettings(EngineSettings):
     )
     max_batch_images: int = Field(8, ge=1, le=1024, description="Most images in one vision-tower batch.")
     preprocess_threads: int = Field(2, ge=1, le=256, description="Threads that decode and preprocess images.")
+    max_prepared_mb: float = Field(
+        1024,
+        ge=1,
+        description="Memory in MB for preprocessed images, in the vision tower or waiting for it; each of "
+        "--preprocess-threads may go beyond it by one image. Further images wait as files.",
+    )
     max_queued: int = constant(
         256, "Items that may wait for the vision tower: already minutes of a small tower's work.", ge=1
     )
@@ -358,6 +364,13 @@ class PdOptions(WorkerSettings):
         json_schema_extra={"env": "MM_CACHE_ALLOW_UNPROVEN_REQUESTS"},
     )
     max_images_per_request: int = Field(32, ge=1, le=4096, description="Most images in one request.")
+    max_incoming_image_mb: float = Field(
+        256,
+        ge=1,
+        description="Bytes of image files, in MB, that may be on their way in, inside requests or being "
+        "fetched, until their keys are known. Beyond it a request with large images is answered 503, and one "
+        "that has more alone 400.",
+    )
     media: MediaSettings = MediaSettings()
 
     @property

@@ -43,6 +43,9 @@ class GatedEncoder:
     def preprocess(self, item: EncodeItem) -> Any:
         return self.inner.preprocess(item)
 
+    def prepared_bytes(self, prepared: Any) -> int:
+        return self.inner.prepared_bytes(prepared)
+
     def encode(self, batch: Sequence[Any]) -> list[EncodedItem | MmCacheError]:
         self.reached.set()
         assert self.open.wait(30)
@@ -143,7 +146,8 @@ async def running(
     registry = CollectorRegistry()
     registry.register(exporter)
     gated = GatedEncoder(encoder)
-    pipeline = EncodePipeline(gated, manager, EncodeSettings(model_path="unused", **settings), registry)
+    unchecked = EncodeSettings(model_path="unused").model_copy(update=settings)  # limits may be tiny
+    pipeline = EncodePipeline(gated, manager, unchecked, registry)
     server = EncodeServer(pipeline, exporter, agent.metadata, EncodeMetrics(registry))
     yield Bench(server, pipeline, manager, exporter, gated, registry)
     gated.open.set()

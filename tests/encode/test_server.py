@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from dynamo.runtime import Context
@@ -13,6 +14,8 @@ from trtllm_mm_cache.cache.scope import salt_tag
 from trtllm_mm_cache.engines.transformers import TransformersVisionEncoder
 from trtllm_mm_cache.errors import EncodeOverloadedError
 from trtllm_mm_cache.runtime.control import DropRequest
+from trtllm_mm_cache.runtime.messages import EncodeCancel
+from trtllm_mm_cache.settings import MB
 
 
 async def test_what_may_be_retained_is_a_second_level(bench: Bench) -> None:
@@ -130,7 +133,7 @@ async def test_those_that_join_a_flight_are_not_charged(encoder: TransformersVis
             while bench.pipeline.flights.waiters < len(calls):
                 await asyncio.sleep(0)
         assert await asyncio.to_thread(bench.encoder.reached.wait, 30)
-        assert (bench.pipeline.queue.items, bench.pipeline.queue.nbytes) == (1, len(media))
+        assert (bench.pipeline.queue.items, bench.pipeline.queue.nbytes) == (1, 0)
         bench.encoder.open.set()
         origins = [ready.origin for ready in await asyncio.gather(*calls)]
         assert origins == ["encoded"] + ["joined"] * 7
@@ -145,3 +148,56 @@ async def test_an_answer_that_comes_when_the_caller_has_gone_exports_nothing(ben
     payload = bench.request(media).model_dump()
     assert [answer async for answer in bench.server.handle(payload, context)] == []
     assert bench.exporter.held == 0
+
+
+@pytest.mark.parametrize("early", [False, True])
+async def test_a_call_that_is_taken_back_ends_without_an_answer_or_an_export(
+    bench: Bench, early: bool
+) -> None:
+    """Also when the small message comes before the large one that it is about."""
+    media, context = png(new_image(32, 32)), Context("call-1")
+    take_back = EncodeCancel(cancel="call-1").model_dump()
+
+    async def answers(payload: Any, asker: Context) -> list[Any]:
+        return [answer async for answer in bench.server.handle(payload, asker)]
+
+    bench.encoder.open.clear()
+    if early:
+        assert await answers(take_back, Context("a")) == []
+    call = asyncio.create_task(answers(bench.request(media).model_dump(), context))
+    if not early:
+        assert await asyncio.to_thread(bench.encoder.reached.wait, 30)
+        assert await answers(take_back, Context("b")) == []
+    async with asyncio.timeout(30):
+        assert await call == []
+    bench.encoder.open.set()
+    assert bench.exporter.exported == 0
+    assert (await bench.call(media)).origin == "encoded", (
+        "the next call of that id, or of any other, is served"
+    )
+    assert len(await answers(bench.request(media).model_dump(), Context("call-1"))) == 1
+
+
+async def test_images_are_prepared_when_there_is_room_and_wait_as_files_until_then(
+    encoder: TransformersVisionEncoder,
+) -> None:
+    """The room is full with one image, so that no two are ever in one batch."""
+    files = [png(new_image(32, 32)) for _ in range(4)]
+    async with running(encoder, max_prepared_mb=1 / MB, preprocess_threads=1) as bench:
+        pipeline = bench.pipeline
+        bench.encoder.open.clear()
+        calls = [asyncio.create_task(bench.call(files[0]))]
+        assert await asyncio.to_thread(bench.encoder.reached.wait, 30)
+        one = pipeline.room.nbytes
+        assert one > 0
+        assert pipeline.queue.nbytes == 0, "its file is not held any more"
+        calls += [asyncio.create_task(bench.call(file)) for file in files[1:]]
+        async with asyncio.timeout(30):
+            while pipeline.queue.items < len(files):
+                await asyncio.sleep(0)
+        await asyncio.get_running_loop().run_in_executor(pipeline._threads, lambda: None)  # what it had to do
+        assert (pipeline.room.nbytes, pipeline.queue.nbytes) == (one, sum(map(len, files[1:])))
+        bench.encoder.open.set()
+        await asyncio.gather(*calls)
+        assert (pipeline.room.nbytes, pipeline.queue.nbytes) == (0, 0)
+        assert (pipeline.batcher.items, pipeline.batcher.batches) == (len(files), len(files))

@@ -79,7 +79,8 @@ async def test_a_pattern_that_would_blow_up_costs_little(small: Halves) -> None:
 
 async def test_whitespace_in_json_has_an_end(small: Halves) -> None:
     space = reference_processor(small.model_dir).tokenizer("a\nb", add_special_tokens=False)["input_ids"][-2]
-    schema = {"properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}
+    fields = {"properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}
+    schema = {"type": "object", **fields}
     answer = await constrained(small, "json_schema", schema, logit_bias={space: 100.0})
     assert answer.tokens.count(space) > 20
     assert (answer.finish_reason, json.loads(words(small, answer))) == ("stop", {"a": 1})

@@ -19,13 +19,15 @@ from trtllm_mm_cache.cache.what_if import WhatIf
 from trtllm_mm_cache.engines.base import GenerationRequest, ItemDescription, SamplingParams
 from trtllm_mm_cache.errors import EmbeddingMismatchError, MmCacheError
 from trtllm_mm_cache.pd.metrics import PdMetrics
-from trtllm_mm_cache.pd.request import PdRequest, Reference
+from trtllm_mm_cache.pd.reference import Reference
+from trtllm_mm_cache.pd.request import PdRequest
 from trtllm_mm_cache.pd.resolve import ItemResolver
 from trtllm_mm_cache.pd.resolved import ResolvedItems
 from trtllm_mm_cache.runtime.messages import EncodeReady, EncodeRequest
+from trtllm_mm_cache.runtime.rendezvous import rendezvous_rank
 from trtllm_mm_cache.settings import MB, MediaSettings, PdSettings
 from trtllm_mm_cache.tiers.chain import TierChain
-from trtllm_mm_cache.tiers.encode_remote import EncodeTier, rendezvous_rank
+from trtllm_mm_cache.tiers.encode_remote import EncodeTier
 from trtllm_mm_cache.tiers.receive import Receiver
 from trtllm_mm_cache.transfer import Exporter, Reader, TransferAgent
 
@@ -237,7 +239,7 @@ def image_url() -> str:
     """Return a new image whose key's home, without a salt, is instance 1 of the two."""
     while True:
         file = png(new_image(32, 32))
-        if rendezvous_rank(embedding_key(file, fingerprint=FINGERPRINT), [1, 2])[0] == 1:
+        if rendezvous_rank(embedding_key(file, fingerprint=FINGERPRINT).digest, [1, 2])[0] == 1:
             return data_url(file)
 
 

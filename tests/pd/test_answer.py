@@ -13,7 +13,7 @@ from dynamo.runtime import Context
 
 from tests.pd.bench import Bench, admit_all, image_url
 from trtllm_mm_cache.cache.manager import Lease
-from trtllm_mm_cache.engines.base import GenerationRequest, TokenDelta
+from trtllm_mm_cache.engines.base import GenerationRequest, PlaceLogprobs, TokenDelta, TokenLogprob
 from trtllm_mm_cache.errors import EncodeUnavailableError
 from trtllm_mm_cache.pd.answer import PdWorker
 from trtllm_mm_cache.settings import PdSettings
@@ -28,6 +28,7 @@ class PeerGenerator:
         self.failure: Exception | None = None
         self.stalls_after = 0
         self.held: list[int] = []
+        self.logprobs: tuple[PlaceLogprobs, ...] = ()
 
     def variant(self, image_count: int) -> str:
         return ""
@@ -39,12 +40,12 @@ class PeerGenerator:
         self, request: GenerationRequest, leases: Sequence[Lease]
     ) -> AsyncGenerator[TokenDelta, None]:
         self.held = [lease.nbytes for lease in leases if not lease.released]
-        yield TokenDelta((1,), 10)
+        yield TokenDelta((1,), 10, logprobs=self.logprobs[:1])
         if self.stalls_after == 1:
             await asyncio.Event().wait()
         if self.failure is not None:
             raise self.failure
-        yield TokenDelta((2, 3), 10, "stop")
+        yield TokenDelta((2, 3), 10, "stop", self.logprobs[1:])
         if self.stalls_after == 2:
             await asyncio.Event().wait()
 
@@ -93,6 +94,22 @@ async def test_tokens_and_usage_are_streamed_while_the_leases_are_held(
     }
     assert len(generator.held) == 2
     await bench.nothing_held()
+
+
+async def test_logprobs_go_in_the_form_of_dynamos_workers(worker: PdWorker, generator: PeerGenerator) -> None:
+    outputs = await run(worker, request())
+    assert not any({"log_probs", "top_logprobs"} & output.keys() for output in outputs)
+    best = (TokenLogprob(9, -0.25), TokenLogprob(1, -0.5))
+    generator.logprobs = tuple(PlaceLogprobs(TokenLogprob(token, -0.5), best) for token in (1, 2, 3))
+    first, second = await run(worker, request())
+    assert (first["log_probs"], second["log_probs"]) == ([-0.5], [-0.5, -0.5])
+    place = [
+        {"rank": 1, "token_id": 9, "logprob": -0.25},
+        {"rank": 2, "token_id": 1, "logprob": -0.5},
+    ]
+    assert (first["top_logprobs"], second["top_logprobs"]) == ([place], [place, place])
+    generator.logprobs = tuple(PlaceLogprobs(TokenLogprob(token, -0.5), ()) for token in (1, 2, 3))
+    assert "top_logprobs" not in (await run(worker, request()))[0]
 
 
 @pytest.mark.parametrize(("heard", "outcome"), [(1, "stopped"), (2, "served")], ids=["early", "at-the-end"])

@@ -30,6 +30,7 @@ from trtllm_mm_cache.settings import PdSettings
 
 FILE_BYTES = 4 * 1024**2
 ROUNDS = 4
+HEAD = png(new_image(32, 32))
 
 
 @pytest.fixture
@@ -153,6 +154,31 @@ async def test_a_request_that_is_cancelled_keeps_no_bytes(bench: Bench) -> None:
         while bench.resolver.flights.in_flight or bench.resolver.waiting.items:
             await asyncio.sleep(0.001)
     await down_to(before + FILE_BYTES // 2)
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("inline", ["url", "bytes"])
+async def test_a_request_that_generates_keeps_no_bytes_of_its_images(bench: Bench, inline: str) -> None:
+    """A miss and then a hit for each file; the engine stands still after their first tokens."""
+    generator = PeerGenerator()
+    generator.stalls_after = 1
+    worker = PdWorker(generator, bench.resolver, bench.metrics, pd_settings(), admit_all)
+    answers = []
+    before = tracemalloc.get_traced_memory()[0]
+    for number in (1, 1, 2, 2):
+        payload = request(large_url(number, HEAD))
+        if inline == "bytes":
+            (part,) = payload["multi_modal_data"]["image_url"]
+            part["Bytes"] = pybase64.b64decode(part.pop("Url").partition(",")[2])
+            del part
+        answers.append(worker.handle(payload, Caller()))
+        del payload
+        await anext(answers[-1])
+    assert bench.resolver.incoming.nbytes == bench.resolver.waiting.nbytes == 0
+    await down_to(before + FILE_BYTES // 2)
+    for answer in answers:
+        await answer.aclose()
+    await bench.nothing_held()
 
 
 @pytest.mark.usefixtures("traced")

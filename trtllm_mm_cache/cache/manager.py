@@ -97,6 +97,11 @@ class MultimodalEmbeddingCacheManager:
         return self._ledger.arena
 
     @property
+    def budget_bytes(self) -> int:
+        """Most bytes of all tensors together: the capacity, or the transfer bytes with capacity 0."""
+        return self._ledger.budget_bytes
+
+    @property
     def capacity_bytes(self) -> int:
         """The configured capacity; 0 where nothing is retained."""
         return self._capacity

@@ -26,6 +26,7 @@ from trtllm_mm_cache.cache.flight import SingleFlight
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager, Reservation
 from trtllm_mm_cache.cache.scope import Dropped, Scope, Selection
 from trtllm_mm_cache.encode.batcher import BatchedItem, MicroBatcher
+from trtllm_mm_cache.encode.room import PreparedRoom
 from trtllm_mm_cache.engines.base import EncodeItem, VisionEncoder
 from trtllm_mm_cache.errors import (
     ArenaFullError,
@@ -49,7 +50,7 @@ Origin = Literal["encoded", "joined", "cached"]
 """Where an embedding came from: the tower, a flight of another call, the worker's own arena."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class EncodeJob:
     """One item to encode. `fresh`: an embedding that lies in the arena already will not do."""
 
@@ -59,6 +60,10 @@ class EncodeJob:
     variant: str
     scope: Scope
     fresh: bool = False
+
+    def release_media(self) -> None:
+        """Forget the file's bytes: the image is prepared, or a flight that has its own is under way."""
+        self.media = b""
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ class _Stored:
 class EncodePipeline:
     """Makes embeddings for one encode worker. For use from one event loop; owns neither encoder nor manager.
 
-    Items that wait for the tower are bounded in number and in bytes; beyond it `EncodeOverloadedError`.
+    Items that wait for the tower are bounded in number and in bytes of their files; beyond it
+    `EncodeOverloadedError`. They are decoded and preprocessed when there is room for it.
     """
 
     def __init__(
@@ -114,8 +120,10 @@ class EncodePipeline:
                 "wait for the vision tower; retry in a moment"
             ),
         )
+        self.room = PreparedRoom(settings.preprocess_threads, int(settings.max_prepared_mb * MB))
         self._drops = Drops()
-        for part in (CacheCollector({manager.name: manager}), FlightCollector(self.flights), self.queue):
+        flights, cache = FlightCollector(self.flights), CacheCollector({manager.name: manager})
+        for part in (cache, flights, self.queue, self.room):
             registry.register(part)
 
     @property
@@ -136,7 +144,7 @@ class EncodePipeline:
         lease = self._manager.lease(job.key)
         if lease is None:
             if job.key in self.flights:
-                job = replace(job, media=b"")
+                job.release_media()
             lease, joined = await self.flights.run(job.key, partial(self._make, job, watch))
             origin = "joined" if joined else "encoded"
         if not job.scope.retain:
@@ -157,11 +165,16 @@ class EncodePipeline:
     async def _make(self, job: EncodeJob, watch: DropWatch) -> Lease:
         """One flight: bytes to image to preprocessed input to embedding to arena."""
         loop = asyncio.get_running_loop()
-        with self.queue.admitted(len(job.media)):
+        with self.queue.admitted(len(job.media)) as admitted:
             with self._preparing.time():
-                prepared = await loop.run_in_executor(self._threads, self._prepare, job)
-            with span("encode") as current:
-                result = await self.batcher.submit(prepared)
+                async with self.room.turn():
+                    prepared = await loop.run_in_executor(self._threads, self._prepare, job)
+            job.release_media()
+            admitted.shrink(admitted.nbytes)
+            with self.room.held(self._encoder.prepared_bytes(prepared)), span("encode") as current:
+                submitted = self.batcher.submit(prepared)
+                del prepared
+                result = await submitted
                 current.set_attribute("encode_seconds", result.encode_seconds)
             logger.debug("encoded %s… in %.3f s", job.key[:12], result.encode_seconds)
             with span("store"):

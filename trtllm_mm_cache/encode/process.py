@@ -16,8 +16,10 @@ from trtllm_mm_cache.encode.pipeline import EncodePipeline
 from trtllm_mm_cache.encode.server import EncodeServer
 from trtllm_mm_cache.engines.registry import load_engine
 from trtllm_mm_cache.observability.logs import configure_logging
+from trtllm_mm_cache.observability.memory import MemoryCollector
 from trtllm_mm_cache.observability.metrics import Exposition
 from trtllm_mm_cache.observability.traces import configure_tracing
+from trtllm_mm_cache.runtime.allocator import bound_heaps
 from trtllm_mm_cache.runtime.connect import endpoint_path, join
 from trtllm_mm_cache.runtime.control import CONTROL, Control, control_path
 from trtllm_mm_cache.runtime.messages import ENCODE
@@ -34,6 +36,7 @@ _CLOSE_DEADLINE_S = 5.0
 
 def run_encode_worker(settings: EncodeSettings) -> None:
     """Load the model, serve until SIGTERM or SIGINT, drain, return. Raises `ConfigurationError` at start."""
+    bound_heaps()
     configure_logging(settings.log_level, settings.log_format)
     configure_tracing("encode")
     asyncio.run(_serve(settings))
@@ -55,6 +58,7 @@ async def _serve(settings: EncodeSettings) -> None:
     registry = CollectorRegistry()
     exporter = Exporter(agent, lease_timeout_s=settings.lease_timeout_s)
     registry.register(exporter)
+    registry.register(MemoryCollector())
     pipeline = EncodePipeline(encoder, manager, settings, registry)
     server = EncodeServer(pipeline, exporter, agent.metadata, EncodeMetrics(registry))
     exposition = Exposition(registry, {"dynamo_component": "encode", "model": Path(model_path).name})

@@ -132,6 +132,10 @@ class VisionEncoder(Protocol):
         """
         ...
 
+    def prepared_bytes(self, prepared: Any) -> int:
+        """Return the memory that one image's `preprocess` result takes, in bytes."""
+        ...
+
     def encode(self, batch: Sequence[Any]) -> list[EncodedItem | MmCacheError]:
         """Run the tower over preprocessed images; one result or error for each, in order.
 

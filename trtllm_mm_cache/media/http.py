@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Callable
 from traceback import clear_frames
 
 import httpcore2
@@ -41,17 +42,18 @@ class HttpFetcher:
         self._forgettings = 0
         self._servers = MediaServers(settings, max_bytes, resolver)
 
-    async def fetch(self, reference: str, scope: Scope) -> bytes:
+    async def fetch(self, reference: str, scope: Scope, grow: Callable[[int], None]) -> bytes:
         """Return the body that `reference` leads to: from the cache while it is fresh, else from the server.
 
         Each salt has cached responses of its own; a scope without `retain` finds none and leaves none.
+        `grow` is told of the bytes as they arrive, and may raise an error of its own.
         Raises `MediaReferenceError`, `MediaForbiddenError`, `MediaFetchError`, `MediaTooLargeError`.
         """
         url = parse_url(reference)
         seconds = self._settings.media_timeout_s
         try:
             async with asyncio.timeout(seconds):
-                return await self._follow(url, scope)
+                return await self._follow(url, scope, grow)
         except (TimeoutError, httpcore2.TimeoutException) as error:
             # Raised below: asyncio's error leads to the task that had the deadline, and the task, when it
             # ends with an error, to that. As a cause it would keep what has arrived until the collector runs.
@@ -73,9 +75,11 @@ class HttpFetcher:
         await self._servers.close()
         self._cache.clear()
 
-    async def _follow(self, url: httpx2.URL, scope: Scope) -> bytes:
+    async def _follow(self, url: httpx2.URL, scope: Scope, grow: Callable[[int], None]) -> bytes:
         for _ in range(self._settings.max_redirects + 1):
-            response = await (self._through_cache(url, scope) if scope.retain else self._ask(url, None))
+            response = await (
+                self._through_cache(url, scope, grow) if scope.retain else self._ask(url, None, grow)
+            )
             if response.location is None:
                 return response.body
             url = redirected(url, response.location)
@@ -83,18 +87,22 @@ class HttpFetcher:
             f"the URL is redirected more than {self._settings.max_redirects} times; send the final one"
         )
 
-    async def _through_cache(self, url: httpx2.URL, scope: Scope) -> CachedResponse:
+    async def _through_cache(
+        self, url: httpx2.URL, scope: Scope, grow: Callable[[int], None]
+    ) -> CachedResponse:
         key = _cache_key(scope.salt or "", url)
         cached = self._cache.get(key)
         if cached is not None and cached.reuse.is_fresh(self._clock()):
             return cached
         forgettings = self._forgettings
-        response = await self._ask(url, cached)
+        response = await self._ask(url, cached, grow)
         if forgettings == self._forgettings:
             self._cache.put(key, response)
         return response
 
-    async def _ask(self, url: httpx2.URL, cached: CachedResponse | None) -> CachedResponse:
+    async def _ask(
+        self, url: httpx2.URL, cached: CachedResponse | None, grow: Callable[[int], None]
+    ) -> CachedResponse:
         """Return what the server has now, which may be what is `cached`."""
         asked = self._clock()
         answer = await self._servers.get(url, cached.reuse.conditions if cached is not None else {})
@@ -109,12 +117,12 @@ class HttpFetcher:
                 reuse = Reuse.of(fields, asked=asked, received=received)
                 if answer.status_code in _REDIRECTS:
                     return CachedResponse(reuse, location=answer.headers.get("location", ""))
-                return CachedResponse(reuse, await self._body(answer))
+                return CachedResponse(reuse, await self._body(answer, grow))
         finally:
             await answer.aclose()
-        return await self._ask(url, None)  # the 304 was about something that is not here
+        return await self._ask(url, None, grow)  # the 304 was about something that is not here
 
-    async def _body(self, answer: httpx2.Response) -> bytes:
+    async def _body(self, answer: httpx2.Response, grow: Callable[[int], None]) -> bytes:
         if answer.status_code not in {200, 203}:
             raise MediaFetchError(f"{self._servers.name} answered with status {answer.status_code}")
         declared = answer.headers.get("content-length", "0")
@@ -122,8 +130,9 @@ class HttpFetcher:
             check_size(int(declared), self._max_bytes)
         body = bytearray()
         async for chunk in answer.aiter_bytes():
+            check_size(len(body) + len(chunk), self._max_bytes)
+            grow(len(chunk))
             body += chunk
-            check_size(len(body), self._max_bytes)
             # A small coded chunk can decode into many large ones without a pause of its own.
             await asyncio.sleep(0)
         return bytes(body)

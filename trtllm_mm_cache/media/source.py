@@ -20,8 +20,14 @@ from trtllm_mm_cache.settings import ImageLimits, MediaSettings
 _INLINE_CHARACTERS = 128 * 1024
 """Up to this length a data: URL is decoded on the event loop: quicker than a thread's round trip."""
 
+Grow = Callable[[int], None]
+
 _FILE_TIMEOUT = 30.0
 """Seconds that a fetch waits for a file system that does not answer."""
+
+
+def _unbounded(nbytes: int) -> None:
+    """Take any number of bytes."""
 
 
 class MediaSource:
@@ -49,7 +55,7 @@ class MediaSource:
         self._readers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="media-file")
         self._closed = False
 
-    async def fetch(self, reference: str | bytes, scope: Scope) -> bytes:
+    async def fetch(self, reference: str | bytes, scope: Scope, grow: Grow = _unbounded) -> bytes:
         """Return the bytes that `reference` stands for, unchanged and not yet looked into.
 
         Bytes, which the frontend decoded from a data: URL, are only measured.
@@ -59,7 +65,8 @@ class MediaSource:
         Raises `MediaReferenceError` where it cannot be parsed or has another scheme,
         `MediaForbiddenError` where this server does not go, `MediaFetchError` where nothing usable
         came back in time, `MediaTooLargeError` beyond the limit on a file's bytes. No message repeats the
-        reference or where it led.
+        reference or where it led. `grow` is told of bytes before they are kept, of http(s) and file:
+        references alone; what it raises ends the fetch.
         """
         if self._closed:
             raise MediaFetchError("the server is shutting down")
@@ -76,12 +83,14 @@ class MediaSource:
                 return decode_data_url(reference, limit)
             return await _run_in(self._decoders, lambda: decode_data_url(reference, limit))
         if scheme in {"http", "https"}:
-            return await self._http.fetch(reference, scope)
+            return await self._http.fetch(reference, scope, grow)
         if scheme == "file":
             folder = self._allowed_folder
             try:
                 async with asyncio.timeout(_FILE_TIMEOUT):
-                    return await _run_in(self._readers, lambda: read_file_url(reference, folder, limit))
+                    media = await _run_in(self._readers, lambda: read_file_url(reference, folder, limit))
+                    grow(len(media))
+                    return media
             except TimeoutError:
                 pass  # raised below, without it as its context: see `HttpFetcher.fetch`
             raise MediaFetchError("the file could not be read in time")

@@ -13,12 +13,14 @@ from trtllm_mm_cache.engines.registry import Engine, load_engine
 from trtllm_mm_cache.media import pixels_fingerprint
 from trtllm_mm_cache.observability.cache_metrics import CacheCollector, WhatIfCollector
 from trtllm_mm_cache.observability.logs import configure_logging
+from trtllm_mm_cache.observability.memory import MemoryCollector
 from trtllm_mm_cache.observability.metrics import Exposition
 from trtllm_mm_cache.observability.traces import configure_tracing
 from trtllm_mm_cache.pd.answer import PdWorker
 from trtllm_mm_cache.pd.memory import PdMemory
 from trtllm_mm_cache.pd.metrics import PdMetrics
 from trtllm_mm_cache.pd.resolve import ItemResolver
+from trtllm_mm_cache.runtime.allocator import bound_heaps
 from trtllm_mm_cache.runtime.connect import Deployment, endpoint_path, join
 from trtllm_mm_cache.runtime.control import CONTROL, Control, control_path
 from trtllm_mm_cache.runtime.encode_client import EncodeClient
@@ -38,6 +40,7 @@ def run_pd_worker(settings: PdSettings) -> None:
 
     Under mpirun this is rank 0; every other rank only computes with it, and returns when it has ended.
     """
+    bound_heaps()
     configure_logging(settings.log_level, settings.log_format)
     configure_tracing("pd")
     if place_in_job().rank > 0:
@@ -95,6 +98,7 @@ def make_resolver(
     registry = metrics.registry
     registry.register(CacheCollector(memory.arenas))
     registry.register(memory.reader)
+    registry.register(MemoryCollector())
     if memory.what_if is not None:
         registry.register(WhatIfCollector(memory.what_if))
     receiver = Receiver(memory.cache, memory.transit, memory.what_if, generator.check_embedding, registry)

@@ -2,19 +2,22 @@
 
 Nothing is dropped silently and nothing converted: a modality, media form or sampling option that is not
 served, or a value of another type, is an `InvalidRequestError` that names the field.
+
+An image is `{"Url": "..."}`, as Dynamo sends it, or `{"Bytes": b"..."}`, its file as our own frontend does:
+the request plane carries bytes as they are, for half of the time and memory that a data: URL takes here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from trtllm_mm_cache.cache.key import Kind
 from trtllm_mm_cache.engines.base import GenerationRequest
 from trtllm_mm_cache.errors import InvalidRequestError
+from trtllm_mm_cache.pd.reference import Reference
 from trtllm_mm_cache.pd.sampling import (
     LENIENT,
     OutputOptions,
@@ -44,14 +47,6 @@ class _Request(BaseModel):
 
 
 @dataclass(frozen=True)
-class Reference:
-    """One media part of a request: what it is, and where its bytes come from, or the bytes themselves."""
-
-    kind: Kind
-    source: str | bytes = field(repr=False)
-
-
-@dataclass(frozen=True)
 class PdRequest:
     """One request: what to generate, and the items it is about, in prompt order."""
 
@@ -61,13 +56,17 @@ class PdRequest:
 
 
 def parse_request(payload: Any, request_id: str, *, max_images: int) -> PdRequest:
-    """Read one request; raises `InvalidRequestError` that names the field at fault."""
+    """Read one request; raises `InvalidRequestError` that names the field at fault.
+
+    Its media are taken out of `payload`, which others may keep for as long as the answer takes.
+    """
     try:
         request = _Request.model_validate(payload)
     except ValidationError as error:
         problem = error.errors()[0]
         field = ".".join(str(part) for part in problem["loc"])[:80] or "request"
         raise InvalidRequestError(f"{field}: {problem['msg']}") from None
+    payload.pop("multi_modal_data", None)
     references = _references(request.multi_modal_data or {}, max_images)
     extra = request.extra_args or {}
     prompt_text = extra.get("formatted_prompt")

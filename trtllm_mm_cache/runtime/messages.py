@@ -76,6 +76,16 @@ class EncodeRequest(Message):
         return Scope(tag=None if self.salt_tag is None else bytes.fromhex(self.salt_tag), retain=self.retain)
 
 
+class EncodeCancel(Message):
+    """Takes back the call whose context has the id `cancel`; it has no answer of its own.
+
+    A call that is answered already is not undone: the answer comes, and the asker releases the export.
+    """
+
+    version: Literal[2] = PROTOCOL_VERSION
+    cancel: str = Field(min_length=1, max_length=128)
+
+
 class EncodeReady(Message):
     """Says that the embedding lies in the encode worker's arena, pinned until the READ's notification.
 

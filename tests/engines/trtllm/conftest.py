@@ -76,6 +76,7 @@ def peer() -> Iterator[Any]:
 def trtllm_of(peer: Any, model_of: ModelFactory) -> Iterator[Callable[[str], TrtllmHalves]]:
     """Both halves of an architecture; all four processes start at once, at the first use."""
     loaded: dict[str, TrtllmHalves] = {}
+    args = TrtllmLlmArgs(guided_decoding_backend="xgrammar")
 
     def load_all() -> None:
         with ThreadPoolExecutor() as threads:
@@ -83,9 +84,7 @@ def trtllm_of(peer: Any, model_of: ModelFactory) -> Iterator[Callable[[str], Trt
                 name: threads.submit(TrtllmVisionEncoder, model_of(name), TrtllmEncoderArgs())
                 for name in SERVED
             }
-            generators = {
-                name: threads.submit(TrtllmGenerator, model_of(name), TrtllmLlmArgs()) for name in SERVED
-            }
+            generators = {name: threads.submit(TrtllmGenerator, model_of(name), args) for name in SERVED}
         for name in SERVED:
             loaded[name] = TrtllmHalves(model_of(name), encoders[name].result(), generators[name].result())
 
