@@ -149,9 +149,9 @@ ERRORS: dict[str, tuple[str, int, tuple[str, ...]]] = {
 @pytest.mark.parametrize("case", ERRORS)
 def test_an_error_has_its_status_its_image_and_its_reason(stack: Stack, case: str, stream: bool) -> None:
     url, status, says = ERRORS[case]
+    said = message(new_image(), QUESTION)
+    said["content"].insert(1, image_part(url))
     with pytest.raises(openai.APIStatusError) as caught:
-        said = message(new_image(), QUESTION)
-        said["content"].insert(1, image_part(url))
         ask(stack, messages=[said], stream=stream)
     assert caught.value.status_code == status
     text = str(caught.value)
