@@ -106,8 +106,14 @@ async def one_stream(port: int, tokens: int) -> float:
     ).encode()
     began = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = f"host: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\n" + head.encode() + body)
+    headers = (
+        "host: x",
+        "connection: close",
+        "content-type: application/json",
+        f"content-length: {len(body)}",
+    )
+    head = "\r\n".join(("POST /v1/chat/completions HTTP/1.1", *headers, "", ""))
+    writer.write(head.encode() + body)
     try:
         await reader.readuntil(b"data: ")
         first = time.perf_counter() - began

@@ -89,7 +89,7 @@ ENVIRONMENT = """\
 ## Environment
 
 Variables that stand for a flag are in the tables above. Dynamo's and OpenTelemetry's own count as they do
-elsewhere: `DYN_SYSTEM_PORT` is where a worker serves metrics and health, `DYN_REQUEST_PLANE` and
+elsewhere: `DYN_FILE_KV` is the discovery folder of one machine, `DYN_REQUEST_PLANE` and
 `DYN_EVENT_PLANE` are how processes talk; addresses and ports between hosts are in
 [multi-host.md](multi-host.md), traces in [observability.md](observability.md#traces).
 

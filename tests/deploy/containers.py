@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from trtllm_mm_cache.cli.main import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -123,3 +125,9 @@ def _bytes(size: str) -> int:
     """Return a size as compose (512m, 4g) and Kubernetes (4Gi) write it."""
     number, unit = re.fullmatch(r"(\d+)([kmg]|[KMG]i)", size).groups()  # type: ignore[union-attr]
     return int(number) << _UNITS[unit[0].lower()]
+
+
+def check_command(command: Sequence[str]) -> None:
+    """Let the command line read a command without running it. Raises `click.UsageError` where it refuses."""
+    role, *arguments = command
+    cli.commands[role].make_context(role, arguments).close()

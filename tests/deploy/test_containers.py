@@ -6,11 +6,20 @@ import re
 import tomllib
 from pathlib import Path
 
+import click
 import dynamo._core
 import pytest
 
-from tests.deploy.containers import COMPOSE, COMPOSE_TRTLLM, ROOT, Container, of_compose, of_graph
-from tests.docs.flags import unknown_flags
+from tests.deploy.containers import (
+    COMPOSE,
+    COMPOSE_TRTLLM,
+    ROLES,
+    ROOT,
+    Container,
+    check_command,
+    of_compose,
+    of_graph,
+)
 from trtllm_mm_cache.settings import GB, MB, PdSettings
 
 CONTAINERS = [*of_compose(COMPOSE), *of_compose(COMPOSE, COMPOSE_TRTLLM), *of_graph()]
@@ -31,10 +40,19 @@ def readers() -> bytes:
 
 
 @every_container
-def test_the_role_has_the_flags(container: Container) -> None:
-    assert container.role in ("frontend", "encode", "pd")
-    assert len(container.command) > 1
-    assert not unknown_flags(container.role, container.command[1:])
+def test_the_role_takes_the_command(container: Container) -> None:
+    assert container.role in ROLES
+    check_command(container.command)
+
+
+def test_a_wrong_command_is_not_taken() -> None:
+    for wrong in (
+        ["frontend"],
+        ["pd", "--model-path=/models/a", "--capacity-gb=1"],
+        ["encode", "--engine=torch"],
+    ):
+        with pytest.raises(click.UsageError):
+            check_command(wrong)
 
 
 @every_container

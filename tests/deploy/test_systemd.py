@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.flags import unknown_flags
+from tests.deploy.containers import check_command
 
 FOLDER = Path(__file__).resolve().parents[2] / "deploy/systemd"
 UNIT = FOLDER / "mm-cache@.service"
@@ -34,6 +34,14 @@ def test_systemd_reads_the_unit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("instance", INSTANCES)
-def test_the_role_of_an_instance_has_its_flags(instance: str) -> None:
+def test_the_role_of_an_instance_takes_its_options(instance: str) -> None:
     given = variables(instance)
-    assert not unknown_flags(given["ROLE"], given["OPTIONS"].split())
+    check_command([given["ROLE"], *given["OPTIONS"].split()])
+
+
+def test_what_an_instance_needs_is_in_the_examples() -> None:
+    assert set(INSTANCES) == {"encode-1", "frontend", "pd"}
+    common = variables("common")
+    assert common["MM_CACHE_SECRET_FILE"] == "/etc/mm-cache/secret"
+    workers = [variables(instance) for instance in INSTANCES if instance != "frontend"]
+    assert len({each["DYN_SYSTEM_PORT"] for each in workers}) == len(workers), "one host, one port each"

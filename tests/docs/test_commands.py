@@ -19,6 +19,7 @@ SERVE_VARIABLES = {extra(field).get("env") for _, field in leaves(ServeSettings)
 PROGRAMS = ("trtllm-mm-cache", "disagg_e_pd.sh", "make", "python")
 # Flags that the pages name of other programs: mpirun's, Docker's, kubectl's.
 FOREIGN_FLAGS = {
+    "--wait",  # docker compose
     "--allow-run-as-root",
     "--bind-to",
     "--oversubscribe",

@@ -261,10 +261,17 @@ def test_without_workers_the_tools_say_where_they_looked_and_the_way_out(tmp_pat
         assert "launch/disagg_e_pd.sh prints the line to copy" in done.stderr
 
 
-def test_discovery_that_cannot_begin_is_one_line() -> None:
+def test_discovery_that_cannot_begin_is_one_line(tmp_path: Path) -> None:
+    (secret := tmp_path / "secret").write_text("0123456789abcdef" * 2)
+    secret.chmod(0o600)
     done = subprocess.run(
         [sys.executable, "-m", "trtllm_mm_cache.cli", "top"],
-        env={**os.environ, "DYN_DISCOVERY_BACKEND": "kubernetes", "DYN_LOG": "off"},
+        env={
+            **os.environ,
+            "DYN_DISCOVERY_BACKEND": "kubernetes",
+            "DYN_LOG": "off",
+            "MM_CACHE_SECRET_FILE": str(secret),
+        },
         capture_output=True,
         text=True,
         timeout=60,
@@ -278,11 +285,11 @@ def test_discovery_that_cannot_begin_is_one_line() -> None:
 
 def test_a_worker_that_serves_says_that_it_is_healthy(stack: Stack) -> None:
     for process in workers(stack):
-        for path in ("health", "live"):
+        for path, status in (("health", "ready"), ("live", "live")):
             with urllib.request.urlopen(
                 f"http://127.0.0.1:{process.system_port}/{path}", timeout=5
             ) as answer:
-                assert json.load(answer)["status"] == "ready"
+                assert json.load(answer)["status"] == status
 
 
 def test_a_tool_in_a_workers_container_leaves_the_workers_port_alone(stack: Stack) -> None:

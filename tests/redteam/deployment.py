@@ -22,6 +22,7 @@ from trtllm_mm_cache.settings import DEFAULT_ENCODE_ENDPOINT, DEFAULT_PD_ENDPOIN
 
 MODEL = REPOSITORY / "models/shapes-qwen2-vl"
 ARGS = REPOSITORY / "configs/cpu-demo"
+READY_S = 240  # on a busy machine
 CACHE = ("--multimodal-embedding-cache-capacity-gb", "0.03125")
 
 
@@ -103,7 +104,7 @@ def deployed(folder: Path, *, prefix: tuple[str, ...] = WITH_US, **variables: st
             service.start()
             stack.callback(service.kill)
         for service in (frontend, pd, encode):
-            service.wait_ready()
+            service.wait_ready(READY_S)
         client = openai.OpenAI(
             base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=60, max_retries=0
         )

@@ -101,6 +101,10 @@ async def test_a_false_pd_worker_is_told_nothing(
     assert "refused a call of encode without the deployment's secret" in deployment.encode.log.read_text()
 
 
+def _members(secret: Path) -> Membership:
+    return Membership(secret.read_bytes().strip())
+
+
 def elsewhere(name: str) -> tuple[str, ...]:
     """Options of a PD worker to which no frontend sends requests about the deployment's model."""
     return "--endpoint", f"dyn://{name}.pd.generate", "--served-model-name", name
@@ -114,8 +118,7 @@ async def test_a_pd_worker_answers_only_who_belongs(
     strict.start()
     try:
         strict.wait_ready()
-        members = Membership((deployment.discovery / "secret").read_bytes().strip())
-        strangers = Membership(other_secret.read_bytes().strip())  # noqa: ASYNC240
+        members, strangers = _members(deployment.discovery / "secret"), _members(other_secret)
         async with caller("dyn://strict.pd.generate") as client:
             (instance,) = client.instance_ids()
             call = members.call("generate", instance)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tests.e2e.stack import REPOSITORY
 from trtllm_mm_cache.cli.options import parse
 from trtllm_mm_cache.errors import ConfigurationError
 from trtllm_mm_cache.flags import arguments
-from trtllm_mm_cache.serve.model import model_config
+from trtllm_mm_cache.serve.model import demo_model, model_config, shipped
 from trtllm_mm_cache.serve.plan import make_plan
 from trtllm_mm_cache.settings import (
     EncodeSettings,
@@ -154,3 +155,14 @@ def test_what_a_second_shell_would_split_is_refused(tmp_path: Path, monkeypatch:
     )
     with pytest.raises(ConfigurationError, match="would not survive trtllm-llmapi-launch"):
         make_plan(settings)
+
+
+def test_the_wheel_brings_what_is_looked_for_where_it_is_looked_for() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert included == {name: f"trtllm_mm_cache/shipped/{name}" for name in included}
+    assert all((REPOSITORY / name).exists() for name in included)
+    needed = [demo_model(), shipped("configs") / "cpu-demo", shipped("models") / "card.png"]
+    for path in needed:
+        relative = path.relative_to(REPOSITORY)
+        assert any(relative.is_relative_to(name) for name in included), relative
