@@ -4,7 +4,8 @@
 
 Discovery, membership and messages are the product's own; instead of an engine it follows the steps between
 `<<` and `>>` in the prompt, with `;` between them: see `PdPeer.steps`. While the file that PD_PEER_FULL names
-is there, it refuses every request. It prints what happens to it.
+is there, it refuses every request; where the file says "unproven" it does so without its proof, and as if the
+request were at fault. It prints what happens to it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dynamo.runtime import Context
 from tokenizers import Tokenizer
 
 from trtllm_mm_cache.cli.options import settings_options
-from trtllm_mm_cache.errors import MmCacheError, OverloadedError, from_wire
+from trtllm_mm_cache.errors import InvalidRequestError, MmCacheError, OverloadedError, from_wire
 from trtllm_mm_cache.runtime.connect import endpoint_path, join
 from trtllm_mm_cache.runtime.generation import error_message
 from trtllm_mm_cache.runtime.presence import serve_present
@@ -43,11 +44,13 @@ class PdPeer:
     async def handle(self, payload: Any, context: Context) -> AsyncIterator[Message]:
         """Answer one request, and print how it ended."""
         print("called", flush=True)
-        if self._full.exists():
-            yield error_message(OverloadedError("this peer is full"))
-            return
         try:
-            yield self._admit(payload)
+            proof = self._admit(payload)
+            if self._full.exists() and self._full.read_text() == "unproven":
+                raise InvalidRequestError("made up")
+            yield proof
+            if self._full.exists():
+                raise OverloadedError("this peer is full")
             async for message in self.steps(payload, context):
                 yield message
         except MmCacheError as error:

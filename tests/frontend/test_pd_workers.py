@@ -57,6 +57,10 @@ class Front:
         """Return how often a peer was called since its start."""
         return peer.log.read_text().count("called")
 
+    def unproven(self, peer: Service) -> None:
+        """Let a peer refuse every request as the client's mistake, without a proof that it may speak."""
+        (self.folder / f"{peer.name}.full").write_text("unproven")
+
     def full(self, peer: Service, full: bool = True) -> None:
         """Have a peer refuse everything, or not."""
         path = self.folder / f"{peer.name}.full"
@@ -201,6 +205,18 @@ def test_a_worker_that_refuses_is_left_for_another(front: Front) -> None:
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "overloaded"
     assert answer.headers["retry-after"] == "1"
+
+
+def test_what_a_worker_says_without_its_proof_is_not_believed(front: Front) -> None:
+    for liar in front.peers:
+        front.unproven(liar)
+        for _ in range(3):
+            assert front.say("say It works;finish") == "It works"
+        front.full(liar, False)
+    for peer in front.peers:
+        front.unproven(peer)
+    answer = front.ask("say No;finish")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_a_member")
 
 
 def test_no_request_is_repeated_once_a_worker_has_taken_it(front: Front) -> None:
