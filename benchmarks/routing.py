@@ -101,7 +101,6 @@ def drop_all(stack: Stack) -> None:
     environment = os.environ | {
         "DYN_DISCOVERY_BACKEND": "file",
         "DYN_FILE_KV": str(stack.run_dir / "discovery"),
-        "MM_CACHE_SECRET_FILE": str(stack.run_dir / "secret"),
     }
     command = [sys.executable, "-m", "trtllm_mm_cache.cli", "drop", "--all"]
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)

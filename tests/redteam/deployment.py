@@ -95,7 +95,11 @@ def deployed(folder: Path, *, prefix: tuple[str, ...] = WITH_US, **variables: st
     }
     port = free_port()
     frontend = Service(
-        "frontend", [*prefix, *CLI, "frontend", "--http-port", str(port)], folder, "listens", environment
+        "frontend",
+        [*prefix, *CLI, "frontend", "--model-path", str(MODEL), "--http-port", str(port)],
+        folder,
+        "listens",
+        environment,
     )
     pd = worker("pd", "pd", folder, environment, prefix)
     encode = worker("encode", "encode", folder, environment, prefix)

@@ -21,7 +21,8 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make what 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DYN_FILE_KV", "XDG_RUNTIME_DIR"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what the product sets is undone too
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture

@@ -154,11 +154,12 @@ def _variables(plan: Plan, folder: RunFolder) -> dict[str, str]:
     variables = {name: value for name, value in defaults.items() if name not in os.environ}
     variables["DYN_DISCOVERY_BACKEND"] = plan.settings.discovery_backend
     if plan.settings.discovery_backend == "file":
+        # The secret lies in that folder, where `drop` finds it too; the first process makes it.
         variables[DISCOVERY_VARIABLE] = str(folder.claim_discovery(os.environ.get(DISCOVERY_VARIABLE)))
+    elif SECRET_VARIABLE not in os.environ:
+        variables[SECRET_VARIABLE] = str(folder.make_secret())
     if plan.settings.media.media_proxy is not None:
         variables["MM_CACHE_MEDIA_PROXY"] = plan.settings.media.media_proxy.get_secret_value()
-    if SECRET_VARIABLE not in os.environ:
-        variables[SECRET_VARIABLE] = str(folder.make_secret())
     return variables
 
 
