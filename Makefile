@@ -6,7 +6,8 @@ PYTEST_ARGS ?=
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: test test-parts lint check docs faults demo bench-cache bench-transfer bench-serving bench-burst soak fuzz chaos format clean
+.PHONY: test test-parts lint check docs demo format clean
+.PHONY: bench-cache bench-transfer bench-serving bench-burst soak soak-serving fuzz faults chaos redteam
 
 test: lint check
 
@@ -65,6 +66,11 @@ SOAK_SECONDS ?= 600
 soak: $(STAMP)
 	python -m tests.cache.stress --seconds $(SOAK_SECONDS)
 
+# The whole stack under mixed, broken, cancelled and large requests; fails when the memory of a process grows.
+SOAK_ARGS ?=
+soak-serving: $(STAMP)
+	python -m tests.soak.run --seconds $(SOAK_SECONDS) $(SOAK_ARGS)
+
 # Damaged and made-up input for every parser, FUZZ_EXAMPLES for each: 20 minutes.
 FUZZ_EXAMPLES ?= 20000
 fuzz: $(STAMP)
@@ -79,6 +85,10 @@ CHAOS_SECONDS ?= 300
 CHAOS_ARGS ?=
 chaos: $(STAMP)
 	python -m tests.chaos.run --seconds $(CHAOS_SECONDS) $(CHAOS_ARGS)
+
+# Bad people on one machine: another user, false workers, idle connections, clock steps. As root, with `faketime`.
+redteam: $(STAMP)
+	pytest -m "long or not long" $(PYTEST_ARGS) tests/redteam
 
 format: $(STAMP)
 	ruff check --fix .

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.measuring import finish, interleave, median_ratio, median_us, say
-from trtllm_mm_cache.cache.key import embedding_key
+from trtllm_mm_cache.cache.key import content_digest, embedding_key
 from trtllm_mm_cache.media.data_url import decode_data_url
 
 JPEG_BYTES = 284 * 1024
@@ -51,8 +51,10 @@ def main() -> None:
     url = "data:image/jpeg;base64," + base64.b64encode(body).decode()
     spent = interleave(
         {
-            "key": lambda: embedding_key(decode_data_url(url, 2**30), fingerprint=FINGERPRINT),
-            "hash": lambda: embedding_key(body, fingerprint=FINGERPRINT),
+            "key": lambda: embedding_key(
+                content_digest(decode_data_url(url, 2**30)), fingerprint=FINGERPRINT
+            ),
+            "hash": lambda: embedding_key(content_digest(body), fingerprint=FINGERPRINT),
             "URL text": lambda: blake3.blake3(url.encode()).digest(),
         },
         repeats,

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,11 @@ CONCURRENCY = (1, 16, 64)
 FIGURES = ("tokens_s", "first_token_ms", "cpu_us_a_token")
 
 
-async def answer(payload: Any, context: Any) -> AsyncIterator[dict[str, Any]]:
+async def answer(admit: Callable[[Any], Any], payload: Any, context: Any) -> AsyncIterator[dict[str, Any]]:
     """Answer with as many tokens as asked for, one a message, at once."""
     del context
+    if proof := admit(payload):
+        yield proof
     prompt_tokens, count = len(payload["token_ids"]), payload["stop_conditions"]["max_tokens"]
     for number in range(1, count + 1):
         usage = {
@@ -53,10 +56,11 @@ async def serve_worker() -> None:
     from trtllm_mm_cache.runtime.model import offer_model
     from trtllm_mm_cache.settings import DEFAULT_PD_ENDPOINT, DiscoverySettings
 
-    runtime = connect(DiscoverySettings())
+    runtime, members = connect(DiscoverySettings())
     endpoint = runtime.endpoint(endpoint_path(DEFAULT_PD_ENDPOINT))
     await offer_model(endpoint, str(MODEL), MODEL.name)
-    await endpoint.serve_endpoint(answer)
+    admit = partial(members.admit, endpoint.connection_id(), required=False)
+    await endpoint.serve_endpoint(partial(answer, admit))
 
 
 async def serve_dynamo(port: int) -> None:
@@ -66,7 +70,7 @@ async def serve_dynamo(port: int) -> None:
     from trtllm_mm_cache.runtime.connect import connect
     from trtllm_mm_cache.settings import DiscoverySettings
 
-    runtime = connect(DiscoverySettings())
+    runtime, _ = connect(DiscoverySettings())
     arguments = EntrypointArgs(EngineType.Dynamic, http_host="127.0.0.1", http_port=port)
     await run_input(runtime, "http", await make_engine(runtime, arguments))
 
@@ -102,8 +106,14 @@ async def one_stream(port: int, tokens: int) -> float:
     ).encode()
     began = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = f"host: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\n" + head.encode() + body)
+    headers = (
+        "host: x",
+        "connection: close",
+        "content-type: application/json",
+        f"content-length: {len(body)}",
+    )
+    head = "\r\n".join(("POST /v1/chat/completions HTTP/1.1", *headers, "", ""))
+    writer.write(head.encode() + body)
     try:
         await reader.readuntil(b"data: ")
         first = time.perf_counter() - began

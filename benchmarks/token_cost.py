@@ -70,7 +70,7 @@ async def measure(rounds: int) -> dict[str, float]:
     cache = MultimodalEmbeddingCacheManager(1024**2)
     receiver = Receiver(cache, cache, None, generator.check_embedding, metrics.registry)
     resolver = ItemResolver(cache, None, TierChain([], receiver), generator.fingerprint, settings, metrics)
-    worker = PdWorker(generator, resolver, metrics, settings)
+    worker = PdWorker(generator, resolver, metrics, settings, lambda _: {})
     alone, served = [], []
     request: Any = None
     for _ in range(rounds):

@@ -21,6 +21,8 @@ WITH_US = ("setpriv", "--pdeathsig", "KILL")
 CLI = (sys.executable, "-m", "trtllm_mm_cache.cli")
 STOP_TIMEOUT_S = 30
 
+"""Dynamo's own frontend, which these stacks have, cannot carry the deployment's secret."""
+
 
 @dataclass
 class Service:

@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from tests.e2e.stack import free_port
 from trtllm_mm_cache.cli.ask import AskError, ask_server
 from trtllm_mm_cache.cli.main import cli
-from trtllm_mm_cache.cli.options import is_constant, leaves, settings_options
+from trtllm_mm_cache.cli.options import settings_options
+from trtllm_mm_cache.flags import is_constant, leaves
 from trtllm_mm_cache.settings import (
     AskSettings,
     DropSettings,
@@ -23,16 +24,16 @@ from trtllm_mm_cache.settings import (
     MediaSettings,
     PdSettings,
     PlanSettings,
+    ServeSettings,
     Settings,
-    TopSettings,
 )
 
 ROLES: dict[str, type[Settings]] = {
+    "serve": ServeSettings,
     "frontend": FrontendSettings,
     "encode": EncodeSettings,
     "pd": PdSettings,
     "drop": DropSettings,
-    "top": TopSettings,
     "ask": AskSettings,
     "plan": PlanSettings,
 }
@@ -87,17 +88,24 @@ def test_nested_values_arrive_where_they_belong() -> None:
 
 def test_nothing_given_is_the_settings_own_defaults() -> None:
     assert parsed(EncodeSettings, "--model-path", "m") == EncodeSettings(model_path="m")
-    assert parsed(TopSettings) == TopSettings()
+    assert parsed(DropSettings) == DropSettings()
+
+
+class Several(Settings):
+    """A setting of several values."""
+
+    url: tuple[str, ...] = ()
 
 
 def test_a_flag_may_be_repeated_where_the_setting_is_several() -> None:
-    assert parsed(TopSettings, "--url", "a", "--url", "b") == TopSettings(url=("a", "b"))
+    assert parsed(Several, "--url", "a", "--url", "b") == Several(url=("a", "b"))
 
 
 def test_a_variable_counts_where_its_flag_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DYN_HTTP_PORT", "8001")
-    assert parsed(FrontendSettings) == FrontendSettings(http_port=8001)
-    assert parsed(FrontendSettings, "--http-port", "8002") == FrontendSettings(http_port=8002)
+    model = ("--model-path", "m")
+    assert parsed(FrontendSettings, *model) == FrontendSettings(model_path="m", http_port=8001)
+    assert parsed(FrontendSettings, *model, "--http-port", "8002").http_port == 8002
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the settings classes and the launch script's --help.
+"""Write docs/configuration.md from the settings classes.
 
     python tools/configuration_reference.py [--check]
 
@@ -8,19 +8,18 @@ With --check nothing is written, and a file that differs is an error. `make docs
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from trtllm_mm_cache.cli.main import cli
-from trtllm_mm_cache.cli.options import flag, is_constant, leaves
 from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs
 from trtllm_mm_cache.engines.trtllm.settings import TrtllmEncoderArgs, TrtllmLlmArgs
+from trtllm_mm_cache.flags import flag, is_constant, leaves
 from trtllm_mm_cache.settings import (
     AskSettings,
     DropSettings,
@@ -28,7 +27,7 @@ from trtllm_mm_cache.settings import (
     FrontendSettings,
     PdSettings,
     PlanSettings,
-    TopSettings,
+    ServeSettings,
 )
 from trtllm_mm_cache.transfer.environment import DEFAULT_SETTINGS
 
@@ -36,15 +35,15 @@ ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "docs/configuration.md"
 
 COMMANDS: dict[str, type[BaseModel]] = {
+    "serve": ServeSettings,
     "frontend": FrontendSettings,
     "encode": EncodeSettings,
     "pd": PdSettings,
     "drop": DropSettings,
-    "top": TopSettings,
     "ask": AskSettings,
     "plan": PlanSettings,
 }
-TYPES = {int: "integer", float: "number", bool: "yes/no", str: "text", Path: "path"}
+TYPES = {int: "integer", float: "number", bool: "yes/no", str: "text", SecretStr: "text", Path: "path"}
 BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 INTRODUCTION = """\
@@ -88,11 +87,12 @@ ENVIRONMENT = """\
 ## Environment
 
 Variables that stand for a flag are in the tables above. Dynamo's and OpenTelemetry's own count as they do
-elsewhere: `DYN_SYSTEM_PORT` is where a worker serves metrics and health, `DYN_REQUEST_PLANE` and
+elsewhere: `DYN_FILE_KV` is the discovery folder of one machine, `DYN_REQUEST_PLANE` and
 `DYN_EVENT_PLANE` are how processes talk; addresses and ports between hosts are in
 [multi-host.md](multi-host.md), traces in [observability.md](observability.md#traces).
 
-### The launch script
+`launch/disagg_e_pd.sh` is `serve`, with a virtual environment made for it where the package is not
+installed: it takes the same options and variables.
 """
 
 NIXL = """\
@@ -110,9 +110,6 @@ What no flag changes, and why. A change is one line of `settings.py`.
 
 def page() -> str:
     """Return the whole page."""
-    usage = subprocess.run(
-        [ROOT / "launch/disagg_e_pd.sh", "--help"], capture_output=True, text=True, check=True, timeout=60
-    ).stdout
     variables = [[f"`{name}`", f"`{value}`"] for name, value in DEFAULT_SETTINGS.items()]
     parts = [
         INTRODUCTION,
@@ -122,7 +119,6 @@ def page() -> str:
         TRTLLM,
         _key_table(("`encode.yaml`", TrtllmEncoderArgs), ("`pd.yaml`", TrtllmLlmArgs)),
         ENVIRONMENT,
-        f"```text\n{usage.rstrip()}\n```\n",
         NIXL,
         _table(["variable", "value"], variables),
         FIXED,

@@ -28,6 +28,7 @@
     │   ├── PeerLostError                503  the exporting process is gone
     │   ├── ChecksumMismatchError        502  bytes differ from what was exported
     │   └── EmbeddingMismatchError       502  size, shape, dtype, rows or width disagree
+    ├── NotAMemberError              502  another process did not prove that it belongs to the deployment
     ├── GenerationError              500  the engine failed on a request that it had accepted
     ├── CacheError                   the cache core refuses
     │   ├── EntryTooLargeError           507  one entry larger than the arena
@@ -258,6 +259,13 @@ class EmbeddingMismatchError(TransferError):
     """Size, shape, dtype, row count or hidden width disagree with what was announced or expected."""
 
     code = "embedding_mismatch"
+
+
+class NotAMemberError(MmCacheError):
+    """Another process did not prove that it belongs to this deployment: asking it again cannot help."""
+
+    code = "not_a_member"
+    http_status = 502
 
 
 class GenerationError(MmCacheError):

@@ -1,4 +1,4 @@
-"""Dropping by key, by tag and everything: gone for look-ups at once, valid for its holders."""
+"""Dropping by key, by tag, by content and everything: gone for look-ups at once, valid for its holders."""
 
 from __future__ import annotations
 
@@ -16,16 +16,26 @@ NBYTES = 256
 @pytest.fixture
 def manager() -> Iterator[MultimodalEmbeddingCacheManager]:
     manager = MultimodalEmbeddingCacheManager(16 * NBYTES)
-    for key, tag in [("a", b"one"), ("b", b"one"), ("c", b"two"), ("d", None)]:
-        commit(manager, key, tag).release()
+    for key, tag, content in [
+        ("a", b"one", b"i"),
+        ("b", b"one", b"j"),
+        ("c", b"two", b"i"),
+        ("d", None, None),
+    ]:
+        commit(manager, key, tag, content).release()
     yield manager
     manager.close()
 
 
 def commit(
-    manager: MultimodalEmbeddingCacheManager, key: str, tag: bytes | None, *, retain: bool = True
+    manager: MultimodalEmbeddingCacheManager,
+    key: str,
+    tag: bytes | None,
+    content: bytes | None = None,
+    *,
+    retain: bool = True,
 ) -> Lease:
-    reservation = manager.reserve(key, NBYTES, owner="test", tag=tag)
+    reservation = manager.reserve(key, NBYTES, owner="test", tag=tag, content=content)
     reservation.view.fill_(ord(key))
     return reservation.commit(dtype=torch.uint8, shape=(NBYTES,), retain=retain)
 
@@ -37,6 +47,8 @@ def commit(
         (Selection(key="z"), ["a", "b", "c", "d"]),
         (Selection(tag=b"one"), ["c", "d"]),
         (Selection(tag=b"none"), ["a", "b", "c", "d"]),
+        (Selection(content=b"i"), ["b", "d"]),
+        (Selection(content=b"none"), ["a", "b", "c", "d"]),
         (Selection(), []),
     ],
 )

@@ -14,10 +14,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trtllm_mm_cache.cache.key import KEY_SCHEME, EmbeddingKey, Kind, canonical_json, embedding_key
+from trtllm_mm_cache.cache.key import (
+    KEY_SCHEME,
+    EmbeddingKey,
+    Kind,
+    canonical_json,
+    content_digest,
+    embedding_key,
+)
 from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.errors import InvalidRequestError
 
+X = content_digest(b"x")
 VECTORS = json.loads(Path(__file__).with_name("key_vectors.json").read_text("utf-8"))
 
 JSON = st.recursive(
@@ -46,8 +54,8 @@ def _media(vector: dict[str, Any]) -> bytes:
     return base64.b64decode(vector["media_base64"])
 
 
-def _key(*, salt: str | None, **inputs: Any) -> EmbeddingKey:
-    return embedding_key(**inputs, scope=Scope(salt))
+def _key(*, media: bytes, salt: str | None, **inputs: Any) -> EmbeddingKey:
+    return embedding_key(content_digest(media), **inputs, scope=Scope(salt))
 
 
 def _by_the_docstring(media: bytes, vector: dict[str, Any]) -> bytes:
@@ -66,7 +74,7 @@ def _by_the_docstring(media: bytes, vector: dict[str, Any]) -> bytes:
         field(b"V", vector["variant"].encode()),
         field(b"P", kwargs.encode()),
         field(b"S", vector["salt"].encode()) if vector["salt"] is not None else b"",
-        field(b"M", media),
+        field(b"C", blake3.blake3(media).digest()),
     ]
     return blake3.blake3(b"".join(fields)).digest()
 
@@ -88,9 +96,9 @@ def test_the_vectors_are_for_this_scheme_and_all_differ() -> None:
 
 
 def test_the_kind_is_part_of_the_key_and_of_a_scope_the_salt_alone() -> None:
-    image = embedding_key(b"x", fingerprint="f", kind="image")
-    assert image != embedding_key(b"x", fingerprint="f", kind=cast("Kind", "video"))
-    assert image == embedding_key(b"x", fingerprint="f", scope=Scope(None, tag=b"tag", retain=False))
+    image = embedding_key(X, fingerprint="f", kind="image")
+    assert image != embedding_key(X, fingerprint="f", kind=cast("Kind", "video"))
+    assert image == embedding_key(X, fingerprint="f", scope=Scope(None, tag=b"tag", retain=False))
 
 
 def test_int32s_are_what_tensorrt_llm_makes_of_the_hex() -> None:
@@ -120,23 +128,23 @@ def _sorted_repr(value: Any) -> str:
 
 def test_bytes_cannot_move_from_one_field_to_the_next() -> None:
     splits = [("ab", "", ""), ("a", "b", ""), ("", "ab", ""), ("a", "", "b"), ("", "a", "b"), ("", "", "ab")]
-    keys = {embedding_key(m.encode(), fingerprint=f, variant=v) for f, v, m in splits}
+    keys = {embedding_key(content_digest(m.encode()), fingerprint=f, variant=v) for f, v, m in splits}
     assert len(keys) == len(splits)
 
 
 def test_order_of_kwargs_does_not_matter_and_no_salt_is_not_the_empty_salt() -> None:
     orders = itertools.permutations([("min_pixels", 4), ("max_pixels", 8), ("do_pan_and_scan", True)])
-    keys = {embedding_key(b"x", fingerprint="f", processor_kwargs=dict(order)) for order in orders}
+    keys = {embedding_key(X, fingerprint="f", processor_kwargs=dict(order)) for order in orders}
     assert len(keys) == 1
-    assert embedding_key(b"x", fingerprint="f") != embedding_key(b"x", fingerprint="f", scope=Scope(""))
+    assert embedding_key(X, fingerprint="f") != embedding_key(X, fingerprint="f", scope=Scope(""))
 
 
 @pytest.mark.parametrize("container", [bytes, bytearray, memoryview])
 @pytest.mark.parametrize("nbytes", [0, 1024 * 1024 - 1, 1024 * 1024, 3 * 1024 * 1024])
 def test_container_and_threading_do_not_matter(container: Any, nbytes: int) -> None:
     media = bytes(range(251)) * (nbytes // 251 + 1)
-    expected = embedding_key(media[:nbytes], fingerprint="f")
-    assert embedding_key(container(media[:nbytes]), fingerprint="f") == expected
+    expected = embedding_key(content_digest(media[:nbytes]), fingerprint="f")
+    assert embedding_key(content_digest(container(media[:nbytes])), fingerprint="f") == expected
 
 
 @pytest.mark.parametrize(
@@ -169,6 +177,11 @@ def test_kwargs_nested_too_deeply_are_refused() -> None:
 def test_texts_that_utf8_cannot_write_are_refused(name: str) -> None:
     with pytest.raises(InvalidRequestError, match=name):
         _key(media=b"x", **{"fingerprint": "f", "salt": None, name: "\udc80"})
+
+
+def test_media_itself_are_no_digest() -> None:
+    with pytest.raises(InvalidRequestError, match="32 bytes, not 3"):
+        embedding_key(b"png", fingerprint="f")
 
 
 @pytest.mark.parametrize("text", ["", "zz" * 32, "ab" * 31, "ab" * 33])

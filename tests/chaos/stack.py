@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +37,16 @@ class ChaosStack:
 
 @contextmanager
 def chaos_stack(
-    folder: Path, pd_workers: int, encode_workers: int, ucx_tls: str | None
+    folder: Path,
+    pd_workers: int,
+    encode_workers: int,
+    ucx_tls: str | None,
+    **more: Sequence[str],
 ) -> Iterator[ChaosStack]:
-    """Start the processes; in the end kill what still runs. `ready` says when they serve."""
+    """Start the processes; in the end kill what still runs. `ready` says when they serve.
+
+    `more` are further options, by `frontend`, `pd` and `encode`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     environment = {
@@ -59,16 +66,18 @@ def chaos_stack(
 
     def pd_worker(number: int) -> Service:
         options = (*common, *cache, "--encode-timeout-s", str(ENCODE_TIMEOUT_S), "--transfer-arena-mb", "8")
+        options = (*options, *more.get("pd", ()))
         return service(f"PD-{number}", "PD worker ready", "pd", *options, system_port=next(ports))
 
     def encode_worker(number: int) -> Service:
-        options = (*common, *cache)
+        options = (*common, *cache, *more.get("encode", ()))
         return service(f"encode-{number}", "encode worker ready", "encode", *options, system_port=next(ports))
 
     stack = ChaosStack(
         f"http://127.0.0.1:{port}/v1",
         service(
-            "frontend", "frontend listens", "frontend", "--model-path", str(MODEL), "--http-port", str(port)
+            *("frontend", "frontend listens", "frontend", "--model-path", str(MODEL)),
+            *("--http-port", str(port), *more.get("frontend", ())),
         ),
         [pd_worker(number) for number in range(1, pd_workers + 1)],
         [encode_worker(number) for number in range(1, encode_workers + 1)],

@@ -40,6 +40,7 @@ def test_every_error_code_is_in_the_alert_that_it_belongs_to() -> None:
     alerts = {
         "MmCacheEncodeErrors": codes(errors.EncodeError)
         | codes(errors.TransferError)
+        | codes(errors.NotAMemberError)
         | codes(errors.CacheError) - {"integrity"},
         "MmCacheOverloaded": {"overloaded"},
         "MmCacheEngineErrors": {"internal_error", "generation_error", "integrity"},

@@ -11,7 +11,7 @@ from functools import cache
 
 from tests.docs.documents import ROOT, tracked_paths
 
-ROLES = ("frontend", "encode", "pd", "ask", "drop", "top", "plan")
+ROLES = ("serve", "frontend", "encode", "pd", "ask", "drop", "plan")
 
 
 @cache

@@ -12,10 +12,14 @@ import pytest
 
 from tests.docs.documents import ROOT, Document, present_documents, tracked_paths
 from tests.docs.flags import ROLES, role_flags, script_flags, unknown_flags
+from trtllm_mm_cache.flags import extra, leaves
+from trtllm_mm_cache.settings import ServeSettings
 
+SERVE_VARIABLES = {extra(field).get("env") for _, field in leaves(ServeSettings)}
 PROGRAMS = ("trtllm-mm-cache", "disagg_e_pd.sh", "make", "python")
 # Flags that the pages name of other programs: mpirun's, Docker's, kubectl's.
 FOREIGN_FLAGS = {
+    "--wait",  # docker compose
     "--allow-run-as-root",
     "--bind-to",
     "--oversubscribe",
@@ -53,10 +57,9 @@ def problem_of(program: str, before: Sequence[str], arguments: Sequence[str]) ->
         case "trtllm-mm-cache", [role, *_] if role.isalpha() and role.islower():
             return f"no command {role}"
         case "disagg_e_pd.sh", [*rest] if "--help" not in rest:
-            script = (ROOT / "launch/disagg_e_pd.sh").read_text(encoding="utf-8")
             names = [word.partition("=")[0] for word in before if "=" in word]
-            unknown = [name for name in names if not re.search(rf"\b{name}\b", script)]
-            unknown += unknown_flags("pd", rest)
+            unknown = [name for name in names if name not in SERVE_VARIABLES]
+            unknown += unknown_flags("serve", rest)
         case "make", targets:
             makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
             wanted = [re.sub("=.*", " ?=", target) for target in targets if target not in ("…", "...")]

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,6 @@ def launched(run_dir: Path, *pd_arguments: str, **environment: str) -> Iterator[
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RUN_DIR": str(run_dir),
         "DYN_HTTP_PORT": str(port),
-        "DYN_MM_ALLOW_INTERNAL": "1",  # the tests' image server is on loopback
         "HF_HUB_OFFLINE": "1",
         **environment,
     }
@@ -138,6 +137,13 @@ def launched(run_dir: Path, *pd_arguments: str, **environment: str) -> Iterator[
         if launcher.poll() is None:
             launcher.send_signal(signal.SIGTERM)
             launcher.wait(STOP_TIMEOUT_S)
+
+
+def arenas_of(pids: Iterable[int]) -> set[str]:
+    """Return the names of the arenas in shared memory that these processes made: torch_<pid>_..."""
+    folder = Path("/dev/shm")  # noqa: S108 - where the arenas are, not a temporary file
+    owners = {str(pid) for pid in pids}
+    return {path.name for path in folder.glob("torch_*") if path.name.split("_")[1] in owners}
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float, failure: str) -> None:

@@ -1,4 +1,4 @@
-"""What an operator does with a running deployment: logs, traces, `drop` and `top`.
+"""What an operator does with a running deployment: logs, traces and `drop`.
 
 Two PD workers and two encode workers, everything logged at DEBUG as JSON, spans sent to a collector here.
 """
@@ -59,9 +59,16 @@ def command(
     stack: Stack, *arguments: str, stdin: str = "", **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line against the stack's discovery."""
+    return command_in(stack.run_dir / "discovery", *arguments, stdin=stdin, **environment)
+
+
+def command_in(
+    discovery: Path, *arguments: str, stdin: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line with a folder of discovery."""
     return subprocess.run(
         [sys.executable, "-m", "trtllm_mm_cache.cli", *arguments],
-        env={**os.environ, "DYN_FILE_KV": str(stack.run_dir / "discovery"), **environment},
+        env={**os.environ, "DYN_FILE_KV": str(discovery), **environment},
         input=stdin,
         capture_output=True,
         text=True,
@@ -71,12 +78,8 @@ def command(
 
 
 def lines_of(process: Process) -> list[dict[str, Any]]:
-    """Our log lines; Dynamo's own are no JSON."""
-    found = []
-    for line in process.log.read_text().splitlines():
-        if line.startswith("{"):
-            found.append(json.loads(line))
-    return found
+    """Every line of its log: Dynamo's own are JSON too."""
+    return [json.loads(line) for line in process.log.read_text().splitlines()]
 
 
 def request_lines(stack: Stack) -> list[dict[str, Any]]:
@@ -118,6 +121,7 @@ def test_one_line_a_request_with_its_numbers(stack: Stack) -> None:
     assert (served["level"], failed["level"]) == ("INFO", "WARNING")
     assert (served["images"], served["hits"], served["misses"]) == (2, 0, 2)
     assert served["bytes"] > 0
+    assert [len(key) for key in served["keys"]] == [64, 64]
     assert 0 < served["images_s"] <= served["first_token_s"] <= served["total_s"]
     assert served["request_id"] != failed["request_id"]
     assert failed["code"] == "unsupported_media"
@@ -207,18 +211,51 @@ def test_one_salt_is_dropped_and_the_others_stay(stack: Stack) -> None:
     assert "tenant-one" not in done.stdout + done.stderr
 
 
-def test_one_key_is_dropped(stack: Stack) -> None:
+def test_one_key_is_dropped_as_the_requests_line_has_it(stack: Stack) -> None:
     command(stack, "drop", "--all")
     ask_both(stack, new_image(), QUESTION)
-    keys = {line["key"] for process in stack.workers("PD") for line in lines_of(process) if line.get("key")}
     assert command(stack, "drop", "--key", "0" * 64).returncode == 0
     assert sum(entries(stack)) == 3, "two PD workers and one encode worker have it"
-    newest = lines_of(stack.workers("PD")[0])
-    key = [line["key"] for line in newest if line.get("key")][-1]
-    assert key in keys
+    (key,) = max(request_lines(stack), key=lambda line: str(line["time"]))["keys"]
     done = command(stack, "drop", "--key", key)
     assert done.returncode == 0, done.stderr
     assert sum(entries(stack)) == 0
+
+
+@pytest.mark.parametrize("where", ["file", "URL", "data"])
+def test_an_image_is_dropped_for_every_tenant(
+    stack: Stack, images: ImageServer, tmp_path: Path, where: str
+) -> None:
+    command(stack, "drop", "--all")
+    picture = new_image()
+    (tmp_path / "image.png").write_bytes(png(picture))
+    named = {
+        "file": str(tmp_path / "image.png"),
+        "URL": images.put("/image.png?token=abc123", png(picture)),
+        "data": data_url(png(picture)),
+    }
+    for salt in ("tenant-one", "tenant-two", None):
+        ask_both(stack, picture, QUESTION, extra_body={"cache_salt": salt} if salt else {})
+    ask_both(stack, new_image(), QUESTION)
+    assert sum(entries(stack)) == 4 * 3
+    done = command(stack, "drop", "--image", named[where])
+    assert done.returncode == 0, done.stderr
+    assert sum(entries(stack)) == 3, "the other image stays on both PD workers and one encode worker"
+    assert f"the image has {len(png(picture))} bytes" in done.stdout
+    assert "abc123" not in done.stdout + done.stderr
+
+
+def test_an_image_that_cannot_be_read_drops_nothing(
+    stack: Stack, images: ImageServer, tmp_path: Path
+) -> None:
+    ask_both(stack, new_image(), QUESTION)
+    before = entries(stack)
+    for absent in (str(tmp_path / "none.png"), f"{images.url}/none.png?token=abc123"):
+        done = command(stack, "drop", "--image", absent)
+        assert done.returncode in (1, 2)
+        assert done.stderr.startswith("error: ")
+        assert "abc123" not in done.stderr
+    assert entries(stack) == before
 
 
 @pytest.mark.parametrize("arguments", [(), ("--all", "--key", "0" * 64), ("--key", "0")])
@@ -228,43 +265,27 @@ def test_what_to_drop_must_be_said(stack: Stack, arguments: tuple[str, ...]) -> 
     assert "--key" in done.stderr
 
 
-def test_top_finds_all_workers_by_discovery_and_shows_what_they_did(stack: Stack) -> None:
-    done = command(stack, "top", "--interval-s", "0.2")
-    assert done.returncode == 0, done.stderr
-    assert "PD workers 2, encode workers 2" in done.stdout
-    assert done.stdout.count("encode worker ") >= 2
-    assert "away" not in done.stdout
+def test_without_workers_it_says_where_it_looked_and_the_way_out(tmp_path: Path) -> None:
+    done = command_in(tmp_path, "drop", "--all")
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "error: no worker of dyn://dynamo.pd.generate or dyn://dynamo.encode.encode"
+    )
+    assert f"was found in {tmp_path} (DYN_FILE_KV)" in done.stderr
+    assert "launch/disagg_e_pd.sh prints the line to copy" in done.stderr
 
 
-def test_top_reads_system_ports(stack: Stack) -> None:
-    urls = [f"--url=127.0.0.1:{process.system_port}" for process in workers(stack)]
-    done = command(stack, "top", "--interval-s", "0.2", *urls)
-    assert done.returncode == 0, done.stderr
-    assert "PD workers 2, encode workers 2" in done.stdout
-
-
-def test_without_workers_the_tools_say_where_they_looked_and_the_way_out(tmp_path: Path) -> None:
-    for arguments in (("drop", "--all"), ("top",)):
-        done = subprocess.run(
-            [sys.executable, "-m", "trtllm_mm_cache.cli", *arguments],
-            env={**os.environ, "DYN_FILE_KV": str(tmp_path)},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert done.returncode == 1
-        assert done.stderr.startswith(
-            "error: no worker of dyn://dynamo.pd.generate or dyn://dynamo.encode.encode"
-        )
-        assert f"was found in {tmp_path} (DYN_FILE_KV)" in done.stderr
-        assert "launch/disagg_e_pd.sh prints the line to copy" in done.stderr
-
-
-def test_discovery_that_cannot_begin_is_one_line() -> None:
+def test_discovery_that_cannot_begin_is_one_line(tmp_path: Path) -> None:
+    (secret := tmp_path / "secret").write_text("0123456789abcdef" * 2)
+    secret.chmod(0o600)
     done = subprocess.run(
-        [sys.executable, "-m", "trtllm_mm_cache.cli", "top"],
-        env={**os.environ, "DYN_DISCOVERY_BACKEND": "kubernetes", "DYN_LOG": "off"},
+        [sys.executable, "-m", "trtllm_mm_cache.cli", "drop", "--all"],
+        env={
+            **os.environ,
+            "DYN_DISCOVERY_BACKEND": "kubernetes",
+            "DYN_LOG": "off",
+            "MM_CACHE_SECRET_FILE": str(secret),
+        },
         capture_output=True,
         text=True,
         timeout=60,
@@ -278,15 +299,15 @@ def test_discovery_that_cannot_begin_is_one_line() -> None:
 
 def test_a_worker_that_serves_says_that_it_is_healthy(stack: Stack) -> None:
     for process in workers(stack):
-        for path in ("health", "live"):
+        for path, status in (("health", "ready"), ("live", "live")):
             with urllib.request.urlopen(
                 f"http://127.0.0.1:{process.system_port}/{path}", timeout=5
             ) as answer:
-                assert json.load(answer)["status"] == "ready"
+                assert json.load(answer)["status"] == status
 
 
 def test_a_tool_in_a_workers_container_leaves_the_workers_port_alone(stack: Stack) -> None:
-    done = command(stack, "top", "--interval-s", "0.2", DYN_SYSTEM_PORT=str(workers(stack)[0].system_port))
+    done = command(stack, "drop", "--all", DYN_SYSTEM_PORT=str(workers(stack)[0].system_port))
     assert done.returncode == 0
     assert not done.stderr
 

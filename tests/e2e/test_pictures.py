@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -30,6 +31,30 @@ def test_a_picture_is_encoded_once_and_answered_truly_both_times(stack: Stack, d
     for _ in ("miss", "hit"):
         assert stack.ask(*asked.parts, max_tokens=MAX_TOKENS) == asked.answer
         assert stack.encodes() == before + 1
+
+
+def test_a_card_on_a_transparent_background_is_answered_truly(
+    stack: Stack, deal: Deal, oracle: Oracle
+) -> None:
+    """Transparent black, as most programs write it, shows white; as black it makes every answer wrong."""
+    asked = wrong = 0
+    while asked < 20:
+        card = deal("describe")
+        cut_out = without_background(card.pictures[0])
+        white = Image.new("RGB", cut_out.size, "white")
+        white.paste(cut_out, mask=cut_out.getchannel("A"))
+        if oracle([white], ["", card.text], MAX_TOKENS) == card.answer:
+            asked += 1
+            wrong += stack.ask(cut_out, card.text, max_tokens=MAX_TOKENS) != card.answer
+    assert wrong == 0
+
+
+def without_background(card: Image.Image) -> Image.Image:
+    """Return the card with transparent black where its background was."""
+    pixels = np.array(card.convert("RGBA"))
+    colours, counts = np.unique(pixels.reshape(-1, 4), axis=0, return_counts=True)
+    pixels[(pixels == colours[counts.argmax()]).all(axis=2)] = 0
+    return Image.fromarray(pixels)
 
 
 def test_one_content_from_three_sources_is_one_encode(stack: Stack, images: ImageServer, deal: Deal) -> None:

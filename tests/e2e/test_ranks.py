@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.cards import Deal
-from tests.e2e.stack import Stack, launched, message, new_image, wait_until
+from tests.e2e.stack import Stack, arenas_of, launched, message, new_image, wait_until
 from tests.mpi.jobs import END_TIMEOUT_S, children_of, runs
 from trtllm_mm_cache.settings import MB
 
@@ -59,6 +59,17 @@ def test_the_second_rank_has_no_memory_of_its_own(two_ranks: Stack) -> None:
     sizes = [_shared_bytes(pid) for pid in children_of(worker.pid)]
     assert sizes[0] > 128 * MB
     assert 0 < sizes[1] < 8 * MB
+
+
+def test_when_the_launcher_is_killed_mpirun_and_its_ranks_end(tmp_path: Path, model_dir: Path) -> None:
+    with launched(tmp_path / "run", MODEL_PATH=str(model_dir), PD_RANKS="2") as stack:
+        (worker,) = stack.workers("PD")
+        ranks = children_of(worker.pid)
+        assert len(ranks) == 2
+        stack.launcher.kill()
+        gone = (worker.pid, *ranks)
+        wait_until(lambda: not any(map(runs, gone)), END_TIMEOUT_S, "mpirun or a rank still runs")
+    wait_until(lambda: not arenas_of(ranks), END_TIMEOUT_S, "shared memory was left behind")
 
 
 def test_ctrl_c_drains_all_ranks(two_ranks: Stack) -> None:

@@ -13,7 +13,7 @@ import torch
 from dynamo.runtime import Context
 from prometheus_client import CollectorRegistry
 
-from trtllm_mm_cache.cache.key import embedding_key
+from trtllm_mm_cache.cache.key import content_digest, embedding_key
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.encode.metrics import EncodeMetrics
@@ -42,6 +42,9 @@ class GatedEncoder:
 
     def preprocess(self, item: EncodeItem) -> Any:
         return self.inner.preprocess(item)
+
+    def prepared_bytes(self, prepared: Any) -> int:
+        return self.inner.prepared_bytes(prepared)
 
     def encode(self, batch: Sequence[Any]) -> list[EncodedItem | MmCacheError]:
         self.reached.set()
@@ -92,10 +95,10 @@ class Bench:
 
     @property
     def fingerprint(self) -> str:
-        return self.encoder.fingerprint
+        return self.pipeline.fingerprint
 
     def key(self, media: bytes, salt: str | None = None) -> str:
-        return embedding_key(media, fingerprint=self.fingerprint, scope=Scope.of(salt)).hex
+        return embedding_key(content_digest(media), fingerprint=self.fingerprint, scope=Scope.of(salt)).hex
 
     def request(
         self, media: bytes, *, retain: bool = True, salt: str | None = None, fresh: bool = False
@@ -143,7 +146,8 @@ async def running(
     registry = CollectorRegistry()
     registry.register(exporter)
     gated = GatedEncoder(encoder)
-    pipeline = EncodePipeline(gated, manager, EncodeSettings(model_path="unused", **settings), registry)
+    unchecked = EncodeSettings(model_path="unused").model_copy(update=settings)  # limits may be tiny
+    pipeline = EncodePipeline(gated, manager, unchecked, registry)
     server = EncodeServer(pipeline, exporter, agent.metadata, EncodeMetrics(registry))
     yield Bench(server, pipeline, manager, exporter, gated, registry)
     gated.open.set()

@@ -110,6 +110,20 @@ async def test_the_limits_are_this_workers_own_whatever_the_pd_worker_let_pass(
                 await bench.call(media)
 
 
+async def test_another_background_is_another_model_to_both_sides(
+    encoder: TransformersVisionEncoder,
+) -> None:
+    media = saved(noise("RGBA"), "PNG")
+    async with running(encoder) as white:
+        asked = white.request(media).model_dump()
+        shown = white.embedding(await white.call(media))
+    async with running(encoder, images=ImageLimits(transparent_background="000000")) as black:
+        with pytest.raises(ProtocolMismatchError, match="--transparent-background"):
+            await black.send(asked)
+        assert not torch.equal(black.embedding(await black.call(media)), shown)
+        assert black.key(media) != asked["key"]
+
+
 @pytest.mark.parametrize(
     "changes",
     [

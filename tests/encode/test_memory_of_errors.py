@@ -162,6 +162,21 @@ async def test_a_call_without_a_caller_keeps_no_bytes_while_the_tower_runs(
     assert bench.pipeline.batcher.queued == 0
 
 
+async def test_a_call_in_the_tower_holds_no_file(bench: Bench, traced: Callable[[], int]) -> None:
+    bench.encoder.open.clear()
+
+    async def call() -> str:
+        payload = bench.request(large(HONEST, 0)).model_dump()
+        return only([answer async for answer in bench.server.handle(payload, Caller())]).origin
+
+    before = traced()
+    waiting = asyncio.create_task(call())
+    assert await asyncio.to_thread(bench.encoder.reached.wait, 30)
+    await nothing_kept(traced, before, FILE_BYTES)
+    bench.encoder.open.set()
+    assert await waiting == "encoded"
+
+
 async def test_those_that_join_a_flight_hold_no_bytes(bench: Bench, traced: Callable[[], int]) -> None:
     """Each call brings its own copy of the file, as messages of different PD workers do."""
     callers = 8

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,13 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from tests.engines.conftest import Halves
 from tests.engines.contract import chat_case
-from trtllm_mm_cache.engines.base import FinishReason, GenerationRequest, SamplingParams, TokenDelta
+from trtllm_mm_cache.engines.base import (
+    FinishReason,
+    GenerationRequest,
+    PlaceLogprobs,
+    SamplingParams,
+    TokenDelta,
+)
 
 DEADLINE_S = 30.0
 
@@ -26,11 +32,13 @@ class Answer:
     tokens: list[int]
     finish_reason: FinishReason | None
     deltas: int
+    logprobs: list[PlaceLogprobs] = field(default_factory=list)
 
 
 async def read(stream: AsyncGenerator[TokenDelta, None]) -> Answer:
     """Read an answer to its end."""
     tokens: list[int] = []
+    logprobs: list[PlaceLogprobs] = []
     deltas = 0
     finish_reason = None
     async with asyncio.timeout(DEADLINE_S):
@@ -38,9 +46,10 @@ async def read(stream: AsyncGenerator[TokenDelta, None]) -> Answer:
             assert finish_reason is None, "a delta came after the last"
             assert delta.token_ids or delta.finish_reason != "stop", "the end token came without its reason"
             tokens += delta.token_ids
+            logprobs += delta.logprobs
             finish_reason = delta.finish_reason
             deltas += 1
-    return Answer(tokens, finish_reason, deltas)
+    return Answer(tokens, finish_reason, deltas, logprobs)
 
 
 def text_request(halves: Halves, text: str = "Hello, what is this?", **sampling: Any) -> GenerationRequest:

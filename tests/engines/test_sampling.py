@@ -169,6 +169,12 @@ async def test_the_context_bounds_prompt_and_answer(small: Halves) -> None:
         ("top_k", [-2]),
         ("seed", [2**64, -(2**63) - 1]),
         ("stop", [("",), ("a", "")]),
+        ("presence_penalty", [-2.1, 2.1, float("nan")]),
+        ("frequency_penalty", [-2.1, 2.1, float("nan")]),
+        ("repetition_penalty", [0.0, -1.0, 101.0, float("nan")]),
+        ("min_p", [-0.1, 1.1, float("nan")]),
+        ("logit_bias", [{3: 100.5}, {3: float("nan")}, {-1: 1.0}, {10**6: 1.0}]),
+        ("logprobs", [-1, 21]),
     ],
 )
 async def test_values_that_no_sampler_takes(small: Halves, field: str, values: list[Any]) -> None:

@@ -40,6 +40,7 @@ from trtllm_mm_cache.pd.resolve import ItemResolver
 from trtllm_mm_cache.pd.resolved import ResolvedItems
 from trtllm_mm_cache.runtime.connect import connect
 from trtllm_mm_cache.runtime.encode_client import EncodeClient
+from trtllm_mm_cache.runtime.membership import Membership
 from trtllm_mm_cache.settings import PdSettings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -113,13 +114,15 @@ def endpoint(architecture: str) -> str:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def runtime(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[DistributedRuntime]:
+async def joined(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[tuple[DistributedRuntime, Membership]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DYN_FILE_KV", str(tmp_path_factory.mktemp("discovery")))
         patch.setenv("DYN_LOG", "warn")
         before = dict(os.environ)
-        runtime = connect(PdSettings(model_path="."))
-        yield runtime
+        runtime, members = connect(PdSettings(model_path="."))
+        yield runtime, members
         runtime.shutdown()
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
@@ -127,7 +130,9 @@ async def runtime(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Dis
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def encoders(
-    runtime: DistributedRuntime, model_of: ModelFactory, tmp_path_factory: pytest.TempPathFactory
+    joined: tuple[DistributedRuntime, Membership],
+    model_of: ModelFactory,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[Encoders]:
     encoders = Encoders(model_of, tmp_path_factory.mktemp("encoders"))
     yield encoders
@@ -137,7 +142,7 @@ async def encoders(
 @pytest_asyncio.fixture(params=ARCHITECTURES, loop_scope="module", scope="module")
 async def pd_side(
     request: pytest.FixtureRequest,
-    runtime: DistributedRuntime,
+    joined: tuple[DistributedRuntime, Membership],
     encoders: Encoders,
     halves_of: Callable[[str], Halves],
 ) -> AsyncIterator[PdSide]:
@@ -148,6 +153,7 @@ async def pd_side(
     settings = PdSettings(
         model_path=str(halves.model_dir), multimodal_embedding_cache_capacity_gb=0.0625, transfer_arena_mb=1
     )
+    runtime, members = joined
     client = await runtime.endpoint(endpoint(architecture).removeprefix("dyn://")).client()
     async with asyncio.timeout(READY_TIMEOUT_S):
         while not client.instance_ids():
@@ -156,7 +162,7 @@ async def pd_side(
     for following in ARCHITECTURES[position + 1 : position + 2]:
         encoders.start(following)
     memory = await PdMemory.create(settings)
-    resolver = make_resolver(settings, memory, EncodeClient(client), halves.generator, PdMetrics())
+    resolver = make_resolver(settings, memory, EncodeClient(client, members), halves.generator, PdMetrics())
     yield PdSide(halves, memory, resolver)
     await resolver.close()
     memory.cache.check_integrity()

@@ -15,7 +15,7 @@ from tests.e2e.cards import MAX_TOKENS, Asked
 from tests.e2e.stack import REPOSITORY, free_port, message, pd_workers_seen, wait_until
 from tests.services import CLI, WITH_US, Service
 
-TRANSFER_TIMEOUT_S = 1
+TRANSFER_TIMEOUT_S = 2
 LEASE_TIMEOUT_S = 3 * TRANSFER_TIMEOUT_S  # of the encode workers
 ENCODE_TIMEOUT_S = 5
 MAX_REQUESTS = 12

@@ -75,7 +75,8 @@ class EncodePeer(EncodeServer):
     async def handle(self, payload: Any, context: Context) -> AsyncIterator[Answer]:
         """Answer one call, as the fault file says.
 
-        `silent`: never. `held`: when the file says otherwise. `empty`: with nothing. `busy`: that its queue
+        `silent`: never. `held`: when the file says otherwise. `late`: with its work done, and then held on
+        the way. `empty`: with nothing. `busy`: that its queue
         is full. `other-image`: with the embedding of an image of another size, all of it consistent.
         `timed-out`: with an export that is released and overwritten before it can be READ. `killed`: by being
         killed. `frozen`: by standing still. `frozen-after`, `killed-after`: the same, with the answer sent.
@@ -99,6 +100,8 @@ class EncodePeer(EncodeServer):
         if fault == "other-image":
             payload = payload | {"media": _another_image()}
         async for answer in super().handle(payload, context):
+            while fault == "late" and fault_file.read_text().startswith("late"):
+                await asyncio.sleep(0.02)
             if fault == "timed-out":
                 self._exporter.release(answer["token"])
                 self._pipeline.drop(Selection(key=answer["key"]))

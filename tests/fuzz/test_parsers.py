@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import tracemalloc
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.runtime import test_messages
 from trtllm_mm_cache.errors import InvalidRequestError, MmCacheError, ProtocolMismatchError, TransferError
 from trtllm_mm_cache.media import decode_image, probe_image
 from trtllm_mm_cache.media.data_url import decode_data_url
+from trtllm_mm_cache.media.freshness import FIELDS, Moment, Reuse
 from trtllm_mm_cache.pd.request import parse_request
 from trtllm_mm_cache.runtime.messages import EncodeFault, EncodeReady, EncodeRequest, parse, parse_answer
 from trtllm_mm_cache.settings import ImageLimits
@@ -105,7 +107,18 @@ def mangled(draw: st.DrawFn) -> bytes:
             data[at:at] = data[at : at + 64]
         else:
             del data[max(at, 4) :]
-    return bytes(data)
+    # A PNG's checksums stop what is broken by chance, and nobody who breaks it on purpose.
+    return with_checksums(bytes(data)) if draw(st.booleans()) else bytes(data)
+
+
+def with_checksums(data: bytes) -> bytes:
+    """The same file, with the checksum that each of its chunks has to have where it is a PNG."""
+    mended, at = bytearray(data), 8
+    while data.startswith(b"\x89PNG") and at + 12 <= len(data):
+        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
+        mended[end : end + 4] = zlib.crc32(data[at + 4 : end]).to_bytes(4, "big")[: max(0, len(data) - end)]
+        at = end + 4
+    return bytes(mended)
 
 
 def outcome(kinds: tuple[type[MmCacheError], ...], work: Callable[[], object]) -> MmCacheError | None:
@@ -142,6 +155,32 @@ def test_the_corpus_itself_is_whole(name: str) -> None:
 @given(st.text(alphabet="data:;base64,ABab01+/=% \n-_é\x00", max_size=200), st.integers(0, 200))
 def test_data_urls(text: str, limit: int) -> None:
     outcome((MmCacheError,), lambda: decode_data_url(f"data:{text}", limit))
+
+
+HEADER_WORDS = [
+    "max-age=60",
+    "no-store",
+    "no-cache",
+    '"',
+    ",",
+    "=",
+    "9" * 30,
+    "GMT",
+    "Thu, 01 Jan 2037 00:00:00 GMT",
+]
+header_lines = st.lists(st.text(max_size=20) | st.sampled_from(HEADER_WORDS), max_size=5).map(" ".join)
+
+
+@fuzz
+@given(st.dictionaries(st.sampled_from(FIELDS), st.lists(header_lines, max_size=3).map(tuple)))
+def test_headers_about_caching(fields: dict[str, tuple[str, ...]]) -> None:
+    start = Moment(1_800_000_000, 0)
+    reuse = Reuse.of(fields, asked=start, received=start)
+    assert reuse.lifetime >= 0
+    assert reuse.initial_age >= 0
+    assert not (reuse.storable and any(line == "no-store" for line in fields.get("cache-control", ())))
+    again = reuse.renewed(fields, asked=start, received=start)
+    assert again is None or again.lifetime == reuse.lifetime
 
 
 @fuzz

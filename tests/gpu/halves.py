@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.engines.conftest import stored
 from tests.engines.contract import Case
-from trtllm_mm_cache.cache.key import embedding_key
+from trtllm_mm_cache.cache.key import content_digest, embedding_key
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem
 from trtllm_mm_cache.engines.trtllm import (
@@ -67,7 +67,7 @@ class GpuHalves:
     def _lease(self, image: Image.Image) -> Lease:
         (encoded,) = self.encoder.encode([self.encoder.preprocess(EncodeItem(image))])
         assert isinstance(encoded, EncodedItem), encoded
-        key = embedding_key(image.tobytes(), fingerprint=self.generator.fingerprint).hex
+        key = embedding_key(content_digest(image.tobytes()), fingerprint=self.generator.fingerprint).hex
         return stored(self.cache, key, encoded)
 
     def by_handle(self, case: Case, leases: Sequence[Lease], max_tokens: int = 64) -> Output:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -79,7 +80,10 @@ def deployed(folder: Path, *, lease_ttl_s: int = 20) -> Iterator[Deployment]:
     with ExitStack() as stack:
         near, far, cable = stack.enter_context(two_hosts())
         model = _model(folder)
-        environment = _environment(near, lease_ttl_s)
+        secret = folder / "secret"
+        secret.write_text(secrets.token_hex(32))
+        secret.chmod(0o600)
+        environment = {**_environment(near, lease_ttl_s), "MM_CACHE_SECRET_FILE": str(secret)}
         etcd = _etcd(near, folder)
         pd = _worker(near, model, "pd", "pd", environment, _METRICS_PORT)
         frontend = Service(

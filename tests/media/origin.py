@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,16 @@ class Asked:
 Responder = Callable[[Asked, asyncio.StreamWriter], Awaitable[None]]
 
 
-def answer(writer: asyncio.StreamWriter, status: str, headers: dict[str, str], body: bytes = b"") -> None:
+Headers = Mapping[str, str] | Sequence[tuple[str, str]]
+"""Fields of a response; a sequence may have several lines of one name."""
+
+
+def answer(writer: asyncio.StreamWriter, status: str, headers: Headers, body: bytes = b"") -> None:
     """Write a whole response. Content-Length is added unless the status has no body."""
-    fields = dict(headers)
-    if not status.startswith("304"):
-        fields.setdefault("Content-Length", str(len(body)))
-    head = f"HTTP/1.1 {status}\r\n" + "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    fields = list(headers.items()) if isinstance(headers, Mapping) else list(headers)
+    if not status.startswith("304") and "content-length" not in {name.lower() for name, _ in fields}:
+        fields.append(("Content-Length", str(len(body))))
+    head = f"HTTP/1.1 {status}\r\n" + "".join(f"{name}: {value}\r\n" for name, value in fields)
     writer.write(head.encode("latin-1") + b"\r\n" + body)
 
 
@@ -34,12 +38,12 @@ class Resource:
     """A body with headers, as an ordinary server would give it: 304 where its validators say so."""
 
     body: bytes
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: Headers = ()
     status: str = "200 OK"
     bodies_sent: int = 0
 
     async def __call__(self, asked: Asked, writer: asyncio.StreamWriter) -> None:
-        named = {name.lower(): value for name, value in self.headers.items()}
+        named = {name.lower(): value for name, value in dict(self.headers).items()}
         etag, modified = named.get("etag"), named.get("last-modified")
         if (etag is not None and asked.headers.get("if-none-match") == etag) or (
             etag is None and modified is not None and asked.headers.get("if-modified-since") == modified

@@ -1,145 +1,91 @@
-"""The HTTP cache's storage: bounded in bytes, least recently used out first, readers undisturbed."""
+"""The HTTP cache's memory: bounded in bytes, least recently used out first."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
+from collections.abc import Iterator
 
-from hishel import Entry, Headers, Request, Response
+import pytest
 
-from trtllm_mm_cache.media.http_cache import MemoryStorage
+from trtllm_mm_cache.media.freshness import Moment, Reuse
+from trtllm_mm_cache.media.http_cache import CachedResponse, ResponseCache
 
-REQUEST = Request("GET", "http://images.test/a")
-
-
-async def stream(*chunks: bytes) -> AsyncIterator[bytes]:
-    for chunk in chunks:
-        yield chunk
+START = Moment(1_800_000_000, 0)
 
 
-async def read(entry: Entry) -> bytes:
-    assert isinstance(entry.response.stream, AsyncIterable)
-    return b"".join([chunk async for chunk in entry.response.stream])
+def response(size: int, location: str | None = None, **fields: str) -> CachedResponse:
+    lines = {name.replace("_", "-"): (value,) for name, value in fields.items()} or {"etag": ('"a"',)}
+    return CachedResponse(Reuse.of(lines, asked=START, received=START), bytes(size), location)
 
 
-async def put(storage: MemoryStorage, key: str, *chunks: bytes) -> Entry:
-    entry = await storage.create_entry(REQUEST, Response(200, Headers({"etag": '"a"'}), stream(*chunks)), key)
-    assert await read(entry) == b"".join(chunks)
-    return entry
+@pytest.fixture
+def cache() -> Iterator[ResponseCache]:
+    made = ResponseCache(10_000)
+    yield made
+    assert 0 <= made.current_bytes <= 10_000
+    made.clear()
+    assert made.current_bytes == 0
 
 
-async def keys(storage: MemoryStorage, *candidates: str) -> set[str]:
-    return {key for key in candidates if await storage.get_entries(key)}
+def kept(cache: ResponseCache, keys: str) -> set[str]:
+    return {key for key in keys if cache.get(key) is not None}
 
 
-async def test_an_entry_is_there_only_once_its_body_was_read() -> None:
-    storage = MemoryStorage(10_000)
-    entry = await storage.create_entry(REQUEST, Response(200, Headers({}), stream(b"a", b"b")), "k")
-    assert await storage.get_entries("k") == []
-    assert await read(entry) == b"ab"
-    (found,) = await storage.get_entries("k")
-    assert found.id == entry.id
-    assert [await read(found), await read((await storage.get_entries("k"))[0])] == [b"ab", b"ab"]
-
-
-async def test_the_least_recently_used_goes_first() -> None:
-    storage = MemoryStorage(10_000)
+def test_the_least_recently_used_goes_first(cache: ResponseCache) -> None:
     for key in "abc":
-        await put(storage, key, bytes(2000))
-    await storage.get_entries("a")
-    await put(storage, "d", bytes(2000))
-    assert await keys(storage, *"abcd") == {"a", "c", "d"}
-    assert storage.current_bytes <= 10_000
+        cache.put(key, response(2000))
+    assert cache.get("a") is not None
+    cache.put("d", response(2000))
+    assert kept(cache, "abcd") == {"a", "c", "d"}
 
 
-async def test_the_capacity_holds_while_bodies_arrive() -> None:
-    storage = MemoryStorage(10_000)
-    await put(storage, "a", bytes(2000))
-    arriving = [
-        await storage.create_entry(REQUEST, Response(200, Headers({}), stream(*[bytes(1000)] * 6)), key)
-        for key in "bc"
-    ]
-    bodies = [entry.response.stream for entry in arriving]
-    for _ in range(6):
-        for body in bodies:
-            assert isinstance(body, AsyncIterator)
-            assert len(await anext(body)) == 1000
-            assert storage.current_bytes <= 10_000
-    for body in bodies:
-        assert isinstance(body, AsyncIterator)
-        assert await anext(body, None) is None
-    assert len(await keys(storage, *"bc")) == 1, "both do not fit, one does"
+def test_what_can_never_fit_pushes_nothing_out(cache: ResponseCache) -> None:
+    cache.put("a", response(2000))
+    cache.put("b", response(10_000))
+    assert kept(cache, "ab") == {"a"}
 
 
-async def test_a_body_larger_than_everything_pushes_nothing_out() -> None:
-    storage = MemoryStorage(10_000)
-    await put(storage, "a", bytes(2000))
-    await put(storage, "b", bytes(20_000))
-    assert await keys(storage, *"ab") == {"a"}
+def test_header_fields_and_targets_are_charged(cache: ResponseCache) -> None:
+    cache.put("a", response(0, etag="x" * 6000))
+    cache.put("b", response(0, cache_control="max-age=60", location="/" + "x" * 6000))
+    assert kept(cache, "ab") == {"b"}
 
 
-async def test_a_body_that_turns_out_too_large_is_dropped() -> None:
-    storage = MemoryStorage(10_000)
-    await put(storage, "a", *[bytes(1000)] * 20)
-    assert await keys(storage, "a") == set()
-    assert storage.current_bytes == 0
+def test_a_newer_response_takes_the_place_of_an_older_one(cache: ResponseCache) -> None:
+    for size in (5000, 7000, 10):
+        cache.put("a", response(size))
+        assert (found := cache.get("a")) is not None
+        assert len(found.body) == size
+    before = cache.current_bytes
+    cache.put("a", response(10))
+    assert cache.current_bytes == before
 
 
-async def test_a_body_that_is_given_up_leaves_nothing() -> None:
-    storage = MemoryStorage(10_000)
-    entry = await storage.create_entry(REQUEST, Response(200, Headers({}), stream(b"a", b"b")), "k")
-    body = entry.response.stream
-    assert isinstance(body, AsyncGenerator)
-    await anext(body)
-    assert storage.current_bytes > 0
-    await body.aclose()
-    assert storage.current_bytes == 0
-    assert await storage.get_entries("k") == []
+@pytest.mark.parametrize(
+    "fields", [{"cache_control": "no-store, max-age=60"}, {"cache_control": "max-age=0"}]
+)
+def test_what_may_not_be_kept_takes_the_older_one_with_it(
+    cache: ResponseCache, fields: dict[str, str]
+) -> None:
+    cache.put("a", response(10))
+    cache.put("a", response(10, **fields))
+    assert cache.get("a") is None
 
 
-async def test_a_reader_keeps_its_body_when_the_entry_goes() -> None:
-    storage = MemoryStorage(10_000)
-    await put(storage, "k", b"a", b"b", b"c")
-    (found,) = await storage.get_entries("k")
-    body = found.response.stream
-    assert isinstance(body, AsyncIterator)
-    assert await anext(body) == b"a"
-    await storage.remove_entry(found.id)
-    await put(storage, "k", b"x")
-    assert [chunk async for chunk in body] == [b"b", b"c"]
+def test_a_redirect_is_kept_only_while_it_is_fresh(cache: ResponseCache) -> None:
+    cache.put("a", response(0, location="/b"))
+    cache.put("b", response(0, location="/b", cache_control="max-age=60"))
+    assert kept(cache, "ab") == {"b"}
 
 
-async def test_a_newer_response_replaces_the_older() -> None:
-    storage = MemoryStorage(10_000)
-    older = await put(storage, "k", b"old")
-    used = storage.current_bytes
-    newer = await put(storage, "k", b"new")
-    assert storage.current_bytes == used
-    (found,) = await storage.get_entries("k")
-    assert (found.id, await read(found)) == (newer.id, b"new")
-    await storage.remove_entry(older.id)  # of no effect: it is gone already
-    assert await keys(storage, "k") == {"k"}
+def test_clearing_says_how_many_there_were(cache: ResponseCache) -> None:
+    for key in "abc":
+        cache.put(key, response(10))
+    assert [cache.clear(), cache.clear()] == [3, 0]
+    assert kept(cache, "abc") == set()
 
 
-async def test_headers_are_replaced_and_counted() -> None:
-    storage = MemoryStorage(10_000)
-    entry = await put(storage, "k", b"body")
-    used = storage.current_bytes
-    await storage.update_headers(entry.id, Headers({"etag": '"a"', "x": "y" * 500}))
-    assert storage.current_bytes == used + 501
-    (found,) = await storage.get_entries("k")
-    assert found.response.headers["x"] == "y" * 500
-    await storage.update_headers(entry.id, Headers({"x": "y" * 50_000}))
-    assert await storage.get_entries("k") == []
-    assert storage.current_bytes == 0
-    await storage.update_headers(entry.id, Headers({}))  # of no effect: it is gone
-
-
-async def test_removing_and_closing_free_everything() -> None:
-    storage = MemoryStorage(10_000)
-    entry = await put(storage, "a", bytes(100))
-    await put(storage, "b", bytes(100))
-    await storage.remove_entry(entry.id)
-    assert await keys(storage, "a", "b") == {"b"}
-    await storage.close()
-    assert storage.current_bytes == 0
-    assert await storage.get_entries("b") == []
+def test_no_room_at_all() -> None:
+    cache = ResponseCache(0)
+    cache.put("a", response(0))
+    assert cache.get("a") is None
+    assert cache.current_bytes == 0

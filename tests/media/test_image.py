@@ -1,4 +1,7 @@
-"""Decoding: the pixels that Hugging Face's loader gives, from every format and mode that is accepted."""
+"""Decoding: the pixels that Hugging Face's loader gives, from every format and mode that is accepted.
+
+What is transparent is dropped here, as that loader does; `test_transparency.py` has it shown on a background.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,12 @@ import pytest
 from PIL import Image, ImageFile
 
 from tests.media import images
-from tests.media.images import LIMITS, animated, exif, frames, noise, saved
+from tests.media.images import animated, exif, frames, noise, saved
 from trtllm_mm_cache.errors import UnsupportedMediaError
 from trtllm_mm_cache.media import ImageInfo, decode_image, probe_image
 from trtllm_mm_cache.settings import ImageLimits
+
+LIMITS = ImageLimits(transparent_background="none")
 
 load_image = pytest.importorskip("transformers.image_utils").load_image
 
@@ -112,7 +117,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_every_format_and_mode_equals_the_reference_loader(name: str) -> None:
     data = CASES[name]
-    narrow = ImageLimits(max_aspect_ratio=60_000)
+    narrow = ImageLimits(max_aspect_ratio=60_000, transparent_background="none")
     expected = reference(data)
     image = decode_image(data, narrow)
     assert np.array_equal(pixels(image), expected)

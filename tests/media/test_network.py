@@ -97,25 +97,25 @@ def test_which_addresses_are_forbidden(address: str, strict: bool, private: bool
     assert is_forbidden(ip_address(address), allow_private=True) is private
 
 
-@pytest.mark.parametrize(
-    "host",
-    [
-        "127.0.0.1",
-        "127.1",
-        "2130706433",
-        "0x7f000001",
-        "localhost",
-        "LOCALHOST",
-        "0",
-        "0.0.0.0",  # noqa: S104
-        "[::1]",
-        "[::]",
-        "[::ffff:127.0.0.1]",
-        "[::ffff:7f00:1]",
-        "[0:0:0:0:0:ffff:127.0.0.1]",
-        "[64:ff9b::7f00:1]",
-    ],
-)
+SPELLINGS_OF_LOOPBACK = [
+    "127.0.0.1",
+    "127.1",
+    "2130706433",
+    "0x7f000001",
+    "localhost",
+    "LOCALHOST",
+    "0",
+    "0.0.0.0",  # noqa: S104
+    "[::1]",
+    "[::]",
+    "[::ffff:127.0.0.1]",
+    "[::ffff:7f00:1]",
+    "[0:0:0:0:0:ffff:127.0.0.1]",
+    "[64:ff9b::7f00:1]",
+]
+
+
+@pytest.mark.parametrize("host", SPELLINGS_OF_LOOPBACK)
 async def test_loopback_is_forbidden_however_it_is_written(
     origin: Origin, refused: Refused, host: str
 ) -> None:

@@ -12,7 +12,8 @@ from tests.engines.contract import Case, chat_case, picture, pictures, reference
 from tests.engines.decoding import Answer, read, text_request
 from trtllm_mm_cache.cache.arena.region import SHARED_MEMORY_ROOT
 from trtllm_mm_cache.cache.manager import Lease
-from trtllm_mm_cache.engines.base import SamplingParams
+from trtllm_mm_cache.engines.base import Constraint, PlaceLogprobs, SamplingParams
+from trtllm_mm_cache.errors import InvalidRequestError
 
 ONE_THREAD = "torch_threads: 1\ndevice: cpu\n"
 """The engine's settings in all of these tests."""
@@ -20,12 +21,15 @@ ONE_THREAD = "torch_threads: 1\ndevice: cpu\n"
 SAMPLINGS: tuple[dict[str, Any], ...] = (
     {"max_tokens": 12},
     {"max_tokens": 12, "temperature": 0.8, "top_p": 0.9, "seed": 11},
+    {"max_tokens": 12, "min_tokens": 12, "presence_penalty": 1.0, "repetition_penalty": 1.4, "logprobs": 2},
+    {"max_tokens": 12, "temperature": 1.0, "min_p": 0.05, "seed": 2, "logit_bias": {9: 5.0}},
+    {"max_tokens": 200, "temperature": 1.0, "seed": 5, "constraint": Constraint("regex", "[a-z]{8}")},
 )
 
 
 async def answers(halves: Halves) -> dict[str, Any]:
     """Return the logits and answers for prompts of 0, 1 and 2 images."""
-    result: dict[str, Any] = {"logits": [], "answers": [], "stopped": [], "cancelled": []}
+    result: dict[str, Any] = {"logits": [], "answers": [], "stopped": [], "cancelled": [], "refused": []}
     for count in range(3):
         case = chat_case(halves.model_dir, pictures(count))
         leases = halves.carry(case.items(halves.generator.variant(count)))
@@ -34,6 +38,7 @@ async def answers(halves: Halves) -> dict[str, Any]:
             result["answers"].append(await _answer(halves, case, leases, **sampling))
         result["stopped"].append(await _stopped(halves, case, leases))
         result["cancelled"].append(await _cancelled(halves, case, leases))
+        result["refused"].append(await _broken(halves, case, leases))
     return result | {"rewritten": _rewritten(halves)}
 
 
@@ -48,7 +53,14 @@ async def talk(halves: Halves) -> None:
 async def _answer(halves: Halves, case: Case, leases: Sequence[Lease], **sampling: Any) -> Answer:
     request = replace(case.request, sampling=SamplingParams(**sampling))
     answer = await read(halves.generator.generate(request, leases))
-    return replace(answer, deltas=0)  # how tokens are grouped into deltas is a matter of time
+    logprobs = [_rounded(place) for place in answer.logprobs]
+    return replace(answer, deltas=0, logprobs=logprobs)  # how tokens are grouped is a matter of time
+
+
+def _rounded(place: PlaceLogprobs) -> Any:
+    """Several ranks add in another order."""
+    tokens = (place.chosen, *place.likeliest)
+    return [(token.token_id, round(token.logprob, 3)) for token in tokens]
 
 
 async def _stopped(halves: Halves, case: Case, leases: Sequence[Lease]) -> Answer:
@@ -67,6 +79,15 @@ async def _cancelled(halves: Halves, case: Case, leases: Sequence[Lease]) -> boo
     async with asyncio.timeout(10):
         await stream.aclose()
     return first.finish_reason is None
+
+
+async def _broken(halves: Halves, case: Case, leases: Sequence[Lease]) -> bool:
+    """Ask for what the grammar cannot follow; true if it is refused and the ranks go on."""
+    try:
+        await _answer(halves, case, leases, max_tokens=4, constraint=Constraint("regex", "("))
+    except InvalidRequestError:
+        return True
+    return False
 
 
 def _rewritten(halves: Halves) -> list[Any]:

@@ -13,7 +13,7 @@ import torch
 from tests.engines.conftest import Halves
 from tests.mpi.job import ARENA_BYTES
 from tests.mpi.jobs import START_TIMEOUT_S, mpirun
-from tests.mpi.scenarios import ONE_THREAD, answers
+from tests.mpi.scenarios import ONE_THREAD, SAMPLINGS, answers
 from tools.tiny_models import make_tiny_model
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.engines.transformers import load_generator, load_vision_encoder
@@ -69,6 +69,14 @@ def test_logits_agree_with_one_rank(results: Results) -> None:
 
 def test_answers_are_equal(results: Results) -> None:
     assert results.two["answers"] == results.one["answers"]
+
+
+def test_logprobs_constraints_and_refusals_agree_too(results: Results) -> None:
+    """Among the answers that are compared there must be some with each of them."""
+    assert any(answer.logprobs for answer in results.two["answers"])
+    constrained = results.two["answers"][len(SAMPLINGS) - 1 :: len(SAMPLINGS)]
+    assert {answer.finish_reason for answer in constrained} == {"stop"}
+    assert results.two["refused"] == [True] * 3
 
 
 def test_a_stop_string_ends_all_ranks(results: Results) -> None:

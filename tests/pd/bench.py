@@ -13,19 +13,21 @@ import torch
 
 from tests.e2e.stack import data_url, new_image, png
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
-from trtllm_mm_cache.cache.key import Kind, embedding_key
+from trtllm_mm_cache.cache.key import Kind, content_digest, embedding_key
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.what_if import WhatIf
 from trtllm_mm_cache.engines.base import GenerationRequest, ItemDescription, SamplingParams
 from trtllm_mm_cache.errors import EmbeddingMismatchError, MmCacheError
 from trtllm_mm_cache.pd.metrics import PdMetrics
-from trtllm_mm_cache.pd.request import PdRequest, Reference
+from trtllm_mm_cache.pd.reference import Reference
+from trtllm_mm_cache.pd.request import PdRequest
 from trtllm_mm_cache.pd.resolve import ItemResolver
 from trtllm_mm_cache.pd.resolved import ResolvedItems
 from trtllm_mm_cache.runtime.messages import EncodeReady, EncodeRequest
+from trtllm_mm_cache.runtime.rendezvous import rendezvous_rank
 from trtllm_mm_cache.settings import MB, MediaSettings, PdSettings
 from trtllm_mm_cache.tiers.chain import TierChain
-from trtllm_mm_cache.tiers.encode_remote import EncodeTier, rendezvous_rank
+from trtllm_mm_cache.tiers.encode_remote import EncodeTier
 from trtllm_mm_cache.tiers.receive import Receiver
 from trtllm_mm_cache.transfer import Exporter, Reader, TransferAgent
 
@@ -167,8 +169,10 @@ class Bench:
     what_if: WhatIf
     clock: SetClock
 
-    async def resolve(self, references: Sequence[str], *, salt: str | None = None) -> ResolvedItems:
-        return await self.resolver.resolve(asking(references, salt=salt), variant="")
+    async def resolve(
+        self, references: Sequence[str], *, salt: str | None = None, variant: str = ""
+    ) -> ResolvedItems:
+        return await self.resolver.resolve(asking(references, salt=salt), variant=variant)
 
     async def nothing_held(self) -> None:
         """Wait until no lease, reservation or quarantine is left; what a thread had begun ends by itself."""
@@ -237,8 +241,14 @@ def image_url() -> str:
     """Return a new image whose key's home, without a salt, is instance 1 of the two."""
     while True:
         file = png(new_image(32, 32))
-        if rendezvous_rank(embedding_key(file, fingerprint=FINGERPRINT), [1, 2])[0] == 1:
+        key = embedding_key(content_digest(file), fingerprint=FINGERPRINT)
+        if rendezvous_rank(key.digest, [1, 2])[0] == 1:
             return data_url(file)
+
+
+def admit_all(payload: Any) -> dict[str, Any]:
+    """As a PD worker that takes requests without a proof; see `tests/runtime/test_membership.py`."""
+    return {}
 
 
 def assert_holds(lease: Lease) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from tests.e2e.stack import new_image, png
 from tests.encode.bench import Caller
-from tests.pd.bench import ROWS, WIDTH, Bench, image_url, pd_settings
+from tests.pd.bench import ROWS, WIDTH, Bench, admit_all, image_url, pd_settings
 from tests.pd.test_answer import PeerGenerator, request
 from trtllm_mm_cache.errors import (
     EncodeFailedError,
@@ -30,6 +30,7 @@ from trtllm_mm_cache.settings import PdSettings
 
 FILE_BYTES = 4 * 1024**2
 ROUNDS = 4
+HEAD = png(new_image(32, 32))
 
 
 @pytest.fixture
@@ -57,13 +58,8 @@ def large_url(number: int, body: bytes | None = None) -> str:
 
 
 async def fail(worker: PdWorker, *references: str) -> None:
-    try:
-        async for _ in worker.handle(request(*references), Caller()):
-            pass
-    except Exception:  # noqa: BLE001, S110 - whatever Dynamo's frontend is told
-        pass
-    else:
-        pytest.fail("the request was served")
+    *_, last = [output async for output in worker.handle(request(*references), Caller())]
+    assert "error" in last, "the request was served"
 
 
 async def down_to(nbytes: int) -> None:
@@ -115,7 +111,7 @@ def spoil(bench: Bench, generator: PeerGenerator, kind: str) -> None:
 )
 async def test_a_failed_request_keeps_no_bytes(bench: Bench, kind: str) -> None:
     generator = PeerGenerator()
-    worker = PdWorker(generator, bench.resolver, bench.metrics, pd_settings())
+    worker = PdWorker(generator, bench.resolver, bench.metrics, pd_settings(), admit_all)
 
     async def rounds(first: int, count: int) -> None:
         for number in range(first, first + count):
@@ -135,7 +131,7 @@ async def test_a_failed_request_keeps_no_bytes(bench: Bench, kind: str) -> None:
 
 @pytest.mark.usefixtures("traced")
 async def test_a_request_that_is_cancelled_keeps_no_bytes(bench: Bench) -> None:
-    worker = PdWorker(PeerGenerator(), bench.resolver, bench.metrics, pd_settings())
+    worker = PdWorker(PeerGenerator(), bench.resolver, bench.metrics, pd_settings(), admit_all)
     bench.peer.gate.clear()
     before = tracemalloc.get_traced_memory()[0]
     for number in range(ROUNDS):
@@ -153,6 +149,31 @@ async def test_a_request_that_is_cancelled_keeps_no_bytes(bench: Bench) -> None:
         while bench.resolver.flights.in_flight or bench.resolver.waiting.items:
             await asyncio.sleep(0.001)
     await down_to(before + FILE_BYTES // 2)
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("inline", ["url", "bytes"])
+async def test_a_request_that_generates_keeps_no_bytes_of_its_images(bench: Bench, inline: str) -> None:
+    """A miss and then a hit for each file; the engine stands still after their first tokens."""
+    generator = PeerGenerator()
+    generator.stalls_after = 1
+    worker = PdWorker(generator, bench.resolver, bench.metrics, pd_settings(), admit_all)
+    answers = []
+    before = tracemalloc.get_traced_memory()[0]
+    for number in (1, 1, 2, 2):
+        payload = request(large_url(number, HEAD))
+        if inline == "bytes":
+            (part,) = payload["multi_modal_data"]["image_url"]
+            part["Bytes"] = pybase64.b64decode(part.pop("Url").partition(",")[2])
+            del part
+        answers.append(worker.handle(payload, Caller()))
+        del payload
+        await anext(answers[-1])
+    assert bench.resolver.incoming.nbytes == bench.resolver.waiting.nbytes == 0
+    await down_to(before + FILE_BYTES // 2)
+    for answer in answers:
+        await answer.aclose()
+    await bench.nothing_held()
 
 
 @pytest.mark.usefixtures("traced")

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from trtllm_mm_cache.engines.base import SamplingParams
+from trtllm_mm_cache.engines.base import Constraint, SamplingParams
 from trtllm_mm_cache.errors import InvalidRequestError
-from trtllm_mm_cache.pd.request import PdRequest, Reference, parse_request
+from trtllm_mm_cache.pd.reference import Reference
+from trtllm_mm_cache.pd.request import PdRequest, parse_request
 
 
 def wire(**changes: Any) -> dict[str, Any]:
@@ -58,6 +59,23 @@ def test_everything_arrives() -> None:
     assert request.generation.sampling == SamplingParams(
         max_tokens=9, temperature=0.5, top_p=0.9, top_k=3, seed=11, stop=("END",), stop_token_ids=(2, 7)
     )
+
+
+def test_an_image_may_come_as_bytes_and_is_known_by_what_it_holds() -> None:
+    parts = [{"Bytes": b"png"}, {"Url": "data:,png"}, {"Bytes": b"png"}, {"Url": "http://h/i.png"}]
+    one, url, again, fetched = parse(wire(multi_modal_data={"image_url": parts})).references
+    assert (one.nbytes, url.nbytes, fetched.nbytes) == (3, len("data:,png"), 0)
+    assert one == again
+    assert hash(one) == hash(again)
+    assert one != url
+    assert (one.take(), url.take(), fetched.take()) == (b"png", "data:,png", "http://h/i.png")
+    assert one.take() == b"", "taken once"
+
+
+def test_the_payload_keeps_no_media() -> None:
+    payload = wire()
+    parse(payload)
+    assert "multi_modal_data" not in payload
 
 
 def test_text_alone_has_no_images() -> None:
@@ -116,8 +134,30 @@ def test_processor_kwargs_are_found_where_the_frontend_puts_them(changes: dict[s
         ({"sampling_options": {"temperature": "hot"}}, "temperature"),
         ({"sampling_options": {"top_p": 0}}, "top_p"),
         ({"sampling_options": {"n": 2}}, "n:"),
-        ({"sampling_options": {"presence_penalty": 0.5}}, "presence_penalty"),
-        ({"sampling_options": {"guided_decoding": {"json": {}}}}, "guided_decoding"),
+        ({"sampling_options": {"presence_penalty": 2.5}}, "presence_penalty"),
+        ({"sampling_options": {"frequency_penalty": "1"}}, "frequency_penalty"),
+        ({"sampling_options": {"repetition_penalty": 0}}, "repetition_penalty"),
+        ({"sampling_options": {"min_p": 1.5}}, "min_p"),
+        ({"sampling_options": {"best_of": 2}}, "best_of"),
+        ({"sampling_options": {"logit_bias": {"a": 1.0}}}, "logit_bias"),
+        ({"sampling_options": {"logit_bias": {"-1": 1.0}}}, "logit_bias"),
+        ({"sampling_options": {"logit_bias": {"٣": 1.0}}}, "logit_bias"),
+        ({"sampling_options": {"logit_bias": {True: 1.0}}}, "logit_bias"),
+        ({"sampling_options": {"logit_bias": {"1": 101.0}}}, "logit_bias"),
+        ({"sampling_options": {"logit_bias": {str(i): 1.0 for i in range(2000)}}}, "logit_bias"),
+        ({"sampling_options": {"guided_decoding": {"grammar": "x"}}}, "guided_grammar"),
+        ({"sampling_options": {"guided_decoding": {"structural_tag": "x"}}}, "guided_structural_tag"),
+        ({"sampling_options": {"guided_decoding": {"json": {}, "regex": "a"}}}, "guided_json, guided_regex"),
+        ({"sampling_options": {"guided_decoding": {"json": [1]}}}, "guided_json"),
+        ({"sampling_options": {"guided_decoding": {"json": {"a": float("nan")}}}}, "guided_json"),
+        ({"sampling_options": {"guided_decoding": {"regex": 5}}}, "guided_regex"),
+        ({"sampling_options": {"guided_decoding": {"regex": "x" * 70_000}}}, "guided_regex"),
+        ({"sampling_options": {"guided_decoding": {"choice": []}}}, "guided_choice"),
+        ({"sampling_options": {"guided_decoding": {"choice": ["a", ""]}}}, "guided_choice"),
+        ({"sampling_options": {"guided_decoding": "x"}}, "guided_decoding"),
+        ({"output_options": {"logprobs": 21}}, "logprobs"),
+        ({"output_options": {"logprobs": True}}, "logprobs"),
+        ({"output_options": {"prompt_logprobs": 1}}, "prompt_logprobs"),
         ({"stop_conditions": {"max_tokens": 0}}, "max_tokens"),
         ({"stop_conditions": {"max_tokens": "9"}}, "max_tokens"),
         ({"stop_conditions": {"max_tokens": 2**70}}, "max_tokens"),
@@ -183,6 +223,46 @@ def test_what_is_not_served_is_named(changes: dict[str, Any], field: str) -> Non
 def test_a_request_of_another_shape_is_refused(payload: Any) -> None:
     with pytest.raises(InvalidRequestError):
         parse(payload)
+
+
+def test_what_bends_the_choice_arrives() -> None:
+    options = {
+        "presence_penalty": 0.5,
+        "frequency_penalty": -1,
+        "repetition_penalty": 1.2,
+        "min_p": 0.1,
+        "logit_bias": {"17": -100, 18: 2.5, "19": 0},
+        "guided_decoding": {"json": None, "regex": "a+", "json_object": False},
+    }
+    sampling = parse(wire(sampling_options=options, output_options={"logprobs": 0})).generation.sampling
+    assert sampling == SamplingParams(
+        max_tokens=9,
+        stop=("END",),
+        stop_token_ids=(2, 7),
+        presence_penalty=0.5,
+        frequency_penalty=-1,
+        repetition_penalty=1.2,
+        min_p=0.1,
+        logit_bias={17: -100, 18: 2.5},
+        logprobs=0,
+        constraint=Constraint("regex", "a+"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("guided", "constraint"),
+    [
+        ({"json": {"type": "object"}}, Constraint("json_schema", '{"type": "object"}')),
+        ({"json": '{"type": "object"}'}, Constraint("json_schema", '{"type": "object"}')),
+        ({"json_object": True}, Constraint("json_schema", '{"type": "object"}')),
+        ({"choice": ["a.b", "c d"]}, Constraint("regex", r"a\.b|c\ d")),
+        ({}, None),
+        (None, None),
+    ],
+)
+def test_each_way_to_say_what_an_answer_must_be(guided: Any, constraint: Constraint | None) -> None:
+    sampling = parse(wire(sampling_options={"guided_decoding": guided})).generation.sampling
+    assert sampling.constraint == constraint
 
 
 @pytest.mark.parametrize(("name", "off"), [("n", 1), ("presence_penalty", 0.0), ("repetition_penalty", 1.0)])

@@ -30,6 +30,7 @@ from trtllm_mm_cache.errors import (
     EncodeTimeoutError,
     EncodeUnavailableError,
     InvalidImageError,
+    InvalidRequestError,
     MediaReferenceError,
     MmCacheError,
     ProtocolMismatchError,
@@ -64,7 +65,7 @@ async def test_leases_stand_in_prompt_order(bench: Bench) -> None:
 async def test_one_content_under_two_references_is_one_call(bench: Bench) -> None:
     body = png(new_image(32, 32))
     images = await bench.resolve([data_url(body), data_url(body).replace("image/png", "image/x-png")])
-    assert bench.peer.calls == [1]
+    assert len(bench.peer.calls) == 1
     assert images.leases[0].key == images.leases[1].key
     images.release()
 
@@ -197,6 +198,47 @@ async def test_a_cache_full_of_leased_entries_serves_uncached(bench: Bench) -> N
     again.release()
 
 
+async def test_a_request_that_can_never_fit_is_refused_and_not_to_be_retried(bench: Bench) -> None:
+    """The cache has room for 4 and the transit arena for 2: seven embeddings of one request fit nowhere."""
+    references = [image_url() for _ in range(7)]
+    for _ in range(2):  # with no image cached, and with some
+        with pytest.raises(InvalidRequestError, match="--transfer-arena-mb and --multimodal-embedding-cache"):
+            await bench.resolve(references)
+        await bench.nothing_held()
+    (await bench.resolve(references[:6])).release()
+
+
+async def test_a_request_that_fits_when_others_have_gone_is_to_be_retried(bench: Bench) -> None:
+    held = [await bench.resolve([image_url()]) for _ in range(3)]
+    references = [image_url() for _ in range(6)]
+    with pytest.raises(ArenaFullError):
+        await bench.resolve(references)
+    for images in held:
+        images.release()
+    (await bench.resolve(references)).release()
+
+
+async def test_what_counts_is_a_requests_own_images(bench: Bench) -> None:
+    """Another request's flight that found no room says nothing of who joined it."""
+    bench.peer.gate.clear()
+    shared = image_url()
+    several = [*[image_url() for _ in range(6)], shared]
+    large = asyncio.ensure_future(bench.resolve(several))
+    async with asyncio.timeout(5):
+        while len(bench.peer.calls) < 7:
+            await asyncio.sleep(0.001)
+    small = asyncio.ensure_future(bench.resolve([shared]))
+    await asyncio.sleep(0)
+    bench.peer.gate.set()
+    with pytest.raises(InvalidRequestError):
+        await large
+    await asyncio.wait({small})
+    failure = small.exception()
+    if failure is None:
+        small.result().release()
+    assert failure is None or isinstance(failure, ArenaFullError)
+
+
 async def test_one_bad_reference_releases_the_good_ones_and_is_named(bench: Bench) -> None:
     good = image_url()
     (await bench.resolve([good])).release()
@@ -289,6 +331,12 @@ async def test_unsalted_requests_end_at_the_transit_arena(bench: Bench) -> None:
         images.release()
     (await bench.resolve([image_url()])).release()
     assert bench.cache.keys() == []
+
+
+@salt_required
+async def test_images_that_may_not_be_cached_have_the_transit_arena_alone(bench: Bench) -> None:
+    with pytest.raises(InvalidRequestError, match=r"\(--transfer-arena-mb\)"):
+        await bench.resolve([image_url() for _ in range(3)])
 
 
 async def test_the_what_if_curve_follows_the_look_ups(bench: Bench) -> None:

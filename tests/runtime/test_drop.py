@@ -8,10 +8,12 @@ import pytest
 from dynamo.runtime import Context
 
 from tests.pd.bench import NBYTES, Bench, assert_holds, image_url
+from trtllm_mm_cache.cache.key import content_digest
 from trtllm_mm_cache.cache.scope import salt_tag
 from trtllm_mm_cache.errors import ChecksumMismatchError
+from trtllm_mm_cache.media.data_url import decode_data_url
 from trtllm_mm_cache.pd.resolved import ResolvedItems
-from trtllm_mm_cache.runtime.control import Control, DropReport, DropRequest, MetricsReport, control_path
+from trtllm_mm_cache.runtime.control import Control, DropReport, DropRequest, control_path
 from trtllm_mm_cache.runtime.messages import parse
 
 EVERYTHING = DropRequest(everything=True)
@@ -28,12 +30,18 @@ async def in_flight(bench: Bench, reference: str, salt: str | None = None) -> as
     return request
 
 
-def selecting(images: ResolvedItems) -> dict[str, DropRequest]:
+def content_of(reference: str) -> bytes:
+    return content_digest(decode_data_url(reference, 1024**2))
+
+
+def selecting(reference: str, images: ResolvedItems) -> dict[str, DropRequest]:
     return {
         "its key": DropRequest(key=images.leases[0].key),
         "its salt": DropRequest(tag=salt_tag("one").hex()),
+        "its image": DropRequest(content=content_of(reference).hex()),
         "everything": EVERYTHING,
         "another key": DropRequest(key="0" * 64),
+        "another image": DropRequest(content="0" * 64),
         "another salt": DropRequest(tag=salt_tag("two").hex()),
     }
 
@@ -41,9 +49,11 @@ def selecting(images: ResolvedItems) -> dict[str, DropRequest]:
 CONCERNED = {
     "its key": True,
     "its salt": True,
+    "its image": True,
     "everything": True,
     "another key": False,
     "another salt": False,
+    "another image": False,
 }
 
 
@@ -51,7 +61,7 @@ CONCERNED = {
 async def test_what_is_stored_is_gone_for_lookups_and_true_for_its_holder(bench: Bench, what: str) -> None:
     reference = image_url()
     held = await bench.resolve([reference], salt="one")
-    report = await bench.resolver.drop(selecting(held)[what])
+    report = await bench.resolver.drop(selecting(reference, held)[what])
     concerned = CONCERNED[what]
     assert (report.entries, report.nbytes) == ((1, NBYTES) if concerned else (0, 0))
     again = await bench.resolve([reference], salt="one")
@@ -68,7 +78,7 @@ async def test_a_flight_under_way_is_served_and_does_not_commit_into_the_cache(
 ) -> None:
     reference = image_url()
     known = await bench.resolve([reference], salt="one")
-    drop = selecting(known)[what]
+    drop = selecting(reference, known)[what]
     known.release()
     await bench.resolver.drop(EVERYTHING)
     request = await in_flight(bench, reference, "one")
@@ -151,18 +161,37 @@ async def test_a_request_that_comes_after_the_drop_is_cached(bench: Bench) -> No
     again.release()
 
 
-@pytest.mark.parametrize("what", ["its key", "its salt", "everything"])
+@pytest.mark.parametrize("what", ["its key", "its salt", "its image", "everything"])
 async def test_the_what_if_curve_forgets_what_is_dropped(bench: Bench, what: str) -> None:
     """A lookup after the drop would hit in no size of cache."""
-    images = await bench.resolve([image_url()], salt="one")
-    await bench.resolver.drop(selecting(images)[what])
+    reference = image_url()
+    images = await bench.resolve([reference], salt="one")
+    await bench.resolver.drop(selecting(reference, images)[what])
     images.release()
     (await bench.resolve([image_url()], salt="one")).release()
     assert [point.hit_ratio for point in bench.what_if.curve().points] == [0, 0, 0, 0]
 
 
-async def test_the_control_endpoint_answers_drops_and_metrics(bench: Bench) -> None:
-    control = Control(bench.resolver.drop, lambda: "# metrics")
+async def test_an_image_goes_for_every_salt_and_every_setting_and_no_other_image(bench: Bench) -> None:
+    reference, other = image_url(), image_url()
+    ways = [(None, ""), ("one", ""), (None, "many")]
+    (await bench.resolve([other])).release()
+    for salt, variant in ways:
+        (await bench.resolve([reference], salt=salt, variant=variant)).release()
+    assert len(bench.cache.keys()) == 1 + len(ways)
+    report = await bench.resolver.drop(DropRequest(content=content_of(reference).hex()))
+    assert report.entries == len(ways)
+    for salt, variant in ways:
+        again = await bench.resolve([reference], salt=salt, variant=variant)
+        assert again.misses == 1
+        again.release()
+    kept = await bench.resolve([other])
+    assert kept.hits == 1
+    kept.release()
+
+
+async def test_the_control_endpoint_answers_drops(bench: Bench) -> None:
+    control = Control(bench.resolver.drop)
     (await bench.resolve([image_url()])).release()
 
     async def ask(payload: object) -> dict[str, object]:
@@ -170,16 +199,23 @@ async def test_the_control_endpoint_answers_drops_and_metrics(bench: Bench) -> N
         return dict(answer)
 
     assert parse(DropReport, await ask(EVERYTHING.model_dump())).entries == 1
-    assert parse(MetricsReport, await ask({"command": "metrics"})).text == "# metrics"
 
 
 @pytest.mark.parametrize(
     "payload",
-    [None, {}, {"key": "0" * 64, "everything": True}, {"key": "A" * 64}, {"tag": "00"}, {"command": "stop"}],
+    [
+        None,
+        {},
+        {"key": "0" * 64, "everything": True},
+        {"key": "A" * 64},
+        {"tag": "00"},
+        {"command": "stop"},
+        {"content": "00"},
+    ],
 )
 async def test_any_other_control_request_is_refused_and_drops_nothing(bench: Bench, payload: object) -> None:
     (await bench.resolve([image_url()])).release()
-    control = Control(bench.resolver.drop, lambda: "")
+    control = Control(bench.resolver.drop)
     (answer,) = [answer async for answer in control.handle(payload, Context())]
     assert answer["status"] == "error"
     assert answer["code"] == "protocol_mismatch"

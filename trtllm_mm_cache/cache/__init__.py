@@ -5,10 +5,10 @@ the bytes, `manager` decides what stays in them, `eviction` in which order they 
 each is produced once at a time.
 
 To use it elsewhere, take this folder and `errors.py`, which is all of this project that it imports
-(import-linter holds it to that); besides it wants torch, NumPy, sortedcontainers and blake3::
+(import-linter holds it to that); besides it wants torch, NumPy, sortedcontainers, psutil and blake3::
 
     cache = MultimodalEmbeddingCacheManager(2 * 1024**3)          # committed now, never exceeded
-    key = embedding_key(image_bytes, fingerprint=model_digest).hex
+    key = embedding_key(content_digest(image_bytes), fingerprint=model_digest).hex
 
     lease = cache.lease(key)
     if lease is None:

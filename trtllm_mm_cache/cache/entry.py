@@ -89,13 +89,14 @@ class Entry:
     """An extent and what is known about its content. Guarded by the manager's lock.
 
     `holders` counts leases and tensors that are alive, and the open reservation. `owner` says who
-    reserved it; `tag` marks entries that can be dropped together. `dtype`, `shape`, `metadata`,
+    reserved it; `tag` and `content` mark entries that can be dropped together. `dtype`, `shape`, `metadata`,
     `dynamo_fields` (those of a `CachedEmbedding` after its tensor) and `committed_at` (seconds of the
     cache's clock) mean something once it is visible.
     """
 
     __slots__ = (
         "committed_at",
+        "content",
         "dtype",
         "dynamo_fields",
         "extent",
@@ -108,11 +109,14 @@ class Entry:
         "tag",
     )
 
-    def __init__(self, key: str, extent: Extent, owner: str, tag: bytes | None = None) -> None:
+    def __init__(
+        self, key: str, extent: Extent, owner: str, tag: bytes | None = None, content: bytes | None = None
+    ) -> None:
         self.key = key
         self.extent = extent
         self.owner = owner
         self.tag = tag
+        self.content = content
         self.state = EntryState.RESERVED
         self.holders = 0
         self.dtype = torch.uint8

@@ -158,12 +158,14 @@ class Ledger:
 
     # -- the life of an entry --------------------------------------------------------------------
 
-    def open_reservation(self, key: str, nbytes: int, owner: str, tag: bytes | None = None) -> Entry:
+    def open_reservation(
+        self, key: str, nbytes: int, owner: str, tag: bytes | None = None, content: bytes | None = None
+    ) -> Entry:
         """Allocate an extent, for which room has been made."""
         extent = self.arena.allocate(nbytes)
         if extent is None:
             raise IntegrityError(f"no hole of {nbytes} bytes although room was made")
-        entry = Entry(key, extent, owner, tag)
+        entry = Entry(key, extent, owner, tag, content)
         self.pending.add(entry)
         if nbytes:
             self.at[extent.offset] = entry

@@ -97,6 +97,11 @@ class MultimodalEmbeddingCacheManager:
         return self._ledger.arena
 
     @property
+    def budget_bytes(self) -> int:
+        """Most bytes of all tensors together: the capacity, or the transfer bytes with capacity 0."""
+        return self._ledger.budget_bytes
+
+    @property
     def capacity_bytes(self) -> int:
         """The configured capacity; 0 where nothing is retained."""
         return self._capacity
@@ -125,10 +130,18 @@ class MultimodalEmbeddingCacheManager:
     def __contains__(self, key: str) -> bool:
         return self.peek(key)
 
-    def reserve(self, key: str, nbytes: int, *, owner: str, tag: bytes | None = None) -> Reservation:
+    def reserve(
+        self,
+        key: str,
+        nbytes: int,
+        *,
+        owner: str,
+        tag: bytes | None = None,
+        content: bytes | None = None,
+    ) -> Reservation:
         """Return room for an entry of `nbytes` bytes, evicting idle entries; `owner` is for the log.
 
-        `tag` marks the entry as one of those that `drop_selected` can drop together.
+        `tag` and `content` mark the entry as one of those that `drop_selected` can drop together.
 
         An entry under the same key stays visible until the commit. Does not wait for holders, but may copy
         up to `nbytes` bytes (1 MiB at least) of other entries to make a hole, or wait for another thread
@@ -137,7 +150,7 @@ class MultimodalEmbeddingCacheManager:
         """
         ledger = self._ledger
         return Room(ledger, nbytes).make(
-            lambda: Reservation(ledger, ledger.open_reservation(key, nbytes, owner, tag))
+            lambda: Reservation(ledger, ledger.open_reservation(key, nbytes, owner, tag, content))
         )
 
     def drop(self, key: str) -> bool:
@@ -156,7 +169,11 @@ class MultimodalEmbeddingCacheManager:
             self._ledger.begin()
             visible = self._ledger.visible
             candidates = visible.values() if selection.key is None else [visible.get(selection.key)]
-            entries = [entry for entry in candidates if entry and selection.matches(entry.key, entry.tag)]
+            entries = [
+                entry
+                for entry in candidates
+                if entry and selection.matches(entry.key, entry.tag, entry.content)
+            ]
             nbytes = sum(entry.extent.nbytes for entry in entries)
             for entry in entries:
                 self._ledger.drop(entry)

@@ -45,16 +45,15 @@ class Scope:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Selects the entries of one `key`, or those with one `tag`, or, with neither, all."""
+    """Selects the entries of one `key`, of one `tag`, or of one `content`; with none of them, all."""
 
     key: str | None = None
     tag: bytes | None = None
+    content: bytes | None = None
 
-    def matches(self, key: str, tag: bytes | None) -> bool:
-        """Whether an entry with this key and tag is selected."""
-        if self.key is not None:
-            return key == self.key
-        return self.tag is None or tag == self.tag
+    def matches(self, key: str, tag: bytes | None, content: bytes | None) -> bool:
+        """Whether an entry with this key, tag and content is selected."""
+        return self.key in (None, key) and self.tag in (None, tag) and self.content in (None, content)
 
 
 class Dropped(NamedTuple):

@@ -114,7 +114,7 @@ class WhatIf:
     def dropped(self, selection: Selection, keys: Iterable[str]) -> None:
         """The real cache was told to drop `selection`, and had `keys` of it.
 
-        What a larger cache alone would still have had of one tag is not known; it ages out.
+        What a larger cache alone would still have had of one tag or content is not known; it ages out.
         """
         with self._lock:
             if selection == Selection():

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import mimetypes
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import openai
 import pybase64
 
-from trtllm_mm_cache.errors import MmCacheError
+from trtllm_mm_cache.errors import ConfigurationError, MmCacheError
 from trtllm_mm_cache.settings import AskSettings
+
+if TYPE_CHECKING:
+    import httpx2
 
 
 class AskError(MmCacheError):
@@ -25,10 +31,16 @@ class AskError(MmCacheError):
 def ask_server(images: Sequence[str], question: str, settings: AskSettings) -> None:
     """Send `question` about `images`, print the answer as it streams, then the time to first token.
 
-    The answer goes to standard output, the timing to standard error. Raises `AskError`.
+    The answer goes to standard output, the timing to standard error. Raises `AskError`, and
+    `ConfigurationError` when the question is an image.
     """
+    _check_question(question)
     client = openai.OpenAI(
-        base_url=settings.url, api_key="not-needed", timeout=settings.timeout_s, max_retries=0
+        base_url=settings.base_url,
+        api_key="not-needed",
+        timeout=settings.timeout_s,
+        max_retries=0,
+        http_client=_http_client(settings.base_url),
     )
     content: list[Any] = [{"type": "image_url", "image_url": {"url": _image_url(image)}} for image in images]
     content.append({"type": "text", "text": question})
@@ -45,7 +57,8 @@ def ask_server(images: Sequence[str], question: str, settings: AskSettings) -> N
         first = _print_stream(stream)
     except openai.APIConnectionError as error:
         raise AskError(
-            f"no server answers at {settings.url}; start one with launch/disagg_e_pd.sh"
+            f"no server answers at {settings.base_url}; start one with launch/disagg_e_pd.sh, or name "
+            "another with --url or DYN_HTTP_PORT"
         ) from error
     except openai.APIStatusError as error:
         raise _refused(error.status_code, _server_message(error)) from error
@@ -75,6 +88,26 @@ def _printable(text: str) -> str:
     return "".join(
         each if each.isprintable() or each in "\n\t" else "\N{REPLACEMENT CHARACTER}" for each in text
     )
+
+
+def _check_question(question: str) -> None:
+    if question.startswith(("http://", "https://", "data:")) or Path(question).is_file():
+        raise ConfigurationError(
+            f"the question is missing: '{_shortened(question)}' is an image. For example: ask "
+            f'{_shortened(question)} "What is this?"'
+        )
+
+
+def _http_client(url: str) -> httpx2.Client | None:
+    """Return a client that uses no proxy of the environment for a server on this machine; else None."""
+    host = urlsplit(url).hostname or ""
+    with contextlib.suppress(ValueError):
+        host = "localhost" if ipaddress.ip_address(host).is_loopback else host
+    return openai.DefaultHttpxClient(trust_env=False) if host == "localhost" else None
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _first_model(client: openai.OpenAI) -> str:

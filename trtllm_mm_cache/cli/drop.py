@@ -11,13 +11,18 @@ import asyncio
 import getpass
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from trtllm_mm_cache.cache.scope import salt_tag
+from trtllm_mm_cache.cache.key import content_digest
+from trtllm_mm_cache.cache.scope import Scope, salt_tag
 from trtllm_mm_cache.errors import ConfigurationError, MmCacheError
+from trtllm_mm_cache.media import MediaSource
+from trtllm_mm_cache.observability.logs import configure_logging, say
 from trtllm_mm_cache.runtime.connect import connect
 from trtllm_mm_cache.runtime.control import DropReport, DropRequest
 from trtllm_mm_cache.runtime.control_client import ControlClient, Worker, no_worker_found
-from trtllm_mm_cache.settings import DropSettings
+from trtllm_mm_cache.runtime.messages import MAX_MEDIA_BYTES
+from trtllm_mm_cache.settings import MB, DropSettings, ImageLimits, MediaSettings
 
 _CALL_S = 10.0
 
@@ -28,16 +33,39 @@ def run_drop(settings: DropSettings) -> None:
     Raises `ConfigurationError` when it does not say what to drop, `MmCacheError` when no worker was found or
     one did not do it; the others have then done it all the same.
     """
-    request = _request(settings)
-    asyncio.run(_drop(settings, request))
+    configure_logging("WARNING", streams=(2,))
+    if (settings.image is not None) + (settings.key is not None) + settings.salt + settings.all != 1:
+        raise ConfigurationError("say what to drop: --image FILE or URL, --key HEX, --salt or --all")
+    asyncio.run(_drop(settings, _request(settings)))
 
 
 def _request(settings: DropSettings) -> DropRequest:
-    if (settings.key is not None) + settings.salt + settings.all != 1:
-        raise ConfigurationError("say what to drop: --key HEX, --salt or --all")
+    if settings.image is not None:
+        return DropRequest(content=_content(settings.image), deadline_s=settings.wait_s)
     if settings.salt:
         return DropRequest(tag=salt_tag(_read_salt()).hex(), deadline_s=settings.wait_s)
     return DropRequest(key=settings.key, everything=settings.all, deadline_s=settings.wait_s)
+
+
+def _content(image: str) -> str:
+    """Return the digest, in hex, of a file's bytes or of those that a URL leads to now."""
+    try:
+        if image.lower().startswith(("http://", "https://", "data:")):
+            media = asyncio.run(_fetch(image))
+        else:
+            media = Path(image).read_bytes()
+    except OSError as error:
+        raise ConfigurationError(f"--image cannot be read: {error.strerror}") from error
+    digest = content_digest(media).hex()
+    print(f"the image has {len(media)} bytes, BLAKE3 {digest}")
+    return digest
+
+
+async def _fetch(url: str) -> bytes:
+    """Fetch as a PD worker would; an operator's URL may lead to this network."""
+    limits = ImageLimits(max_file_size_mb=MAX_MEDIA_BYTES / MB)
+    async with MediaSource(MediaSettings(allow_private_addresses=True), limits) as source:
+        return await source.fetch(url, Scope(retain=False))
 
 
 def _read_salt() -> str:
@@ -49,10 +77,10 @@ def _read_salt() -> str:
 
 
 async def _drop(settings: DropSettings, request: DropRequest) -> None:
-    runtime = connect(settings)
+    runtime, members = connect(settings)
     try:
-        encode = await ControlClient.connect(runtime, "encode", settings.encode_endpoint)
-        pd = await ControlClient.connect(runtime, "PD", settings.endpoint)
+        encode = await ControlClient.connect(runtime, "encode", settings.encode_endpoint, members)
+        pd = await ControlClient.connect(runtime, "PD", settings.endpoint, members)
         encode_workers, pd_workers = await asyncio.gather(
             encode.workers(wait_s=settings.discovery_wait_s), pd.workers(wait_s=settings.discovery_wait_s)
         )
@@ -84,7 +112,7 @@ async def _round(
     for worker, answer in zip(workers, answers, strict=True):
         if isinstance(answer, MmCacheError):
             failures += 1
-            print(f"{worker}: {answer}", file=sys.stderr)
+            say(f"{worker}: {answer}")
         elif isinstance(answer, BaseException):
             raise answer
         else:

@@ -1,4 +1,4 @@
-"""The command line: `trtllm-mm-cache frontend|encode|pd|drop|top|ask|plan`.
+"""The command line: `trtllm-mm-cache serve|frontend|encode|pd|drop|ask|plan`.
 
 Every subcommand imports what it needs when it runs, so that `--help` answers at once and no
 command loads an engine it does not use.
@@ -8,31 +8,69 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from typing import NoReturn
 
 import click
 
 from trtllm_mm_cache import __version__
-from trtllm_mm_cache.cli.options import settings_options
+from trtllm_mm_cache.cli.options import parse, settings_options
 from trtllm_mm_cache.errors import ConfigurationError, MmCacheError
+from trtllm_mm_cache.imports import without_collector
 from trtllm_mm_cache.settings import (
     AskSettings,
     DropSettings,
     EncodeSettings,
+    EngineName,
     FrontendSettings,
     PdSettings,
     PlanSettings,
-    TopSettings,
+    ServeSettings,
 )
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="trtllm-mm-cache")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Multimodal serving that never runs the vision encoder twice on the same image.
 
-    Start `frontend`, one or more `encode` workers and one or more `pd` workers, in any order; or all
-    of them with launch/disagg_e_pd.sh. Then `ask photo.jpg "What is this?"`.
+    `serve` starts everything on this machine; then `ask photo.jpg "What is this?"`. Elsewhere start
+    `frontend`, one or more `encode` workers and one or more `pd` workers, in any order.
     """
+    # Dynamo reads these when it is imported. A command that prints results shows none of its lines.
+    os.environ.setdefault("DYN_LOG", "off" if context.invoked_subcommand == "drop" else "warn")
+    os.environ.setdefault("DYN_SDK_DISABLE_ANSI_LOGGING", "1")
+
+
+@cli.command()
+@settings_options(ServeSettings)
+def serve(settings: ServeSettings) -> None:
+    """Start frontend, encode workers and PD workers on this machine, and keep them up.
+
+    Takes the options of the PD workers; what processes must agree on counts for all. Ctrl-C stops everything,
+    SIGTERM lets what runs finish first.
+    """
+    from trtllm_mm_cache.serve.plan import make_plan
+    from trtllm_mm_cache.serve.run import run_serve
+
+    plan = make_plan(settings)
+    try:
+        encode_settings = parse(EncodeSettings, plan.encode_arguments()[1:])
+    except click.UsageError as error:
+        raise ConfigurationError(f"ENCODE_EXTRA_ARGS: {error.format_message()}") from error
+    sys.exit(run_serve(plan, encode_settings))
+
+
+@cli.command(hidden=True)
+@click.argument("engine")
+def warm_start(engine: EngineName) -> None:
+    """Fork workers for `serve`, which starts this."""
+    from trtllm_mm_cache.serve.warm import fork_workers
+
+    arguments = fork_workers(engine)
+    if arguments is not None:
+        main(arguments)
 
 
 @cli.command()
@@ -48,7 +86,8 @@ def frontend(settings: FrontendSettings) -> None:
 @settings_options(EncodeSettings)
 def encode(settings: EncodeSettings) -> None:
     """Run an encode worker: images in, embeddings out, over NIXL."""
-    from trtllm_mm_cache.encode.process import run_encode_worker
+    with without_collector():
+        from trtllm_mm_cache.encode.process import run_encode_worker
 
     run_encode_worker(settings)
 
@@ -57,7 +96,8 @@ def encode(settings: EncodeSettings) -> None:
 @settings_options(PdSettings)
 def pd(settings: PdSettings) -> None:
     """Run a prefill+decode worker with its embedding cache."""
-    from trtllm_mm_cache.pd.process import run_pd_worker
+    with without_collector():
+        from trtllm_mm_cache.pd.process import run_pd_worker
 
     run_pd_worker(settings)
 
@@ -65,28 +105,16 @@ def pd(settings: PdSettings) -> None:
 @cli.command()
 @settings_options(DropSettings)
 def drop(settings: DropSettings) -> None:
-    """Drop cached embeddings on every worker: one key, all of one salt, or everything.
+    """Drop cached embeddings on every worker: of one image, one key, all of one salt, or everything.
 
     What a request holds remains valid for it, what is on its way is served and not kept. Fetched http(s)
     files are dropped too.
     """
-    _silence_dynamo()
+    # In a worker's container that port is the worker's.
+    os.environ.pop("DYN_SYSTEM_PORT", None)
     from trtllm_mm_cache.cli.drop import run_drop
 
     run_drop(settings)
-
-
-@cli.command()
-@settings_options(TopSettings)
-def top(settings: TopSettings) -> None:
-    """Watch the workers: hit ratio, bytes, latency by hit and miss, each encode worker.
-
-    One plain text frame where the output is no terminal.
-    """
-    _silence_dynamo()
-    from trtllm_mm_cache.cli.top.run import run_top
-
-    run_top(settings)
 
 
 @cli.command()
@@ -115,31 +143,31 @@ def plan(settings: PlanSettings) -> None:
     click.echo(make_plan(settings).text())
 
 
-def _silence_dynamo() -> None:
-    """Keep Dynamo's log and its system port out of a command that only calls workers; before it is imported.
-
-    Dynamo writes its log to file descriptor 2, and a line for each call whatever DYN_LOG says. It would bury
-    what the command prints, so it goes nowhere unless DYN_LOG asks for it; Python's stderr goes on as before.
-    """
-    os.environ.pop("DYN_SYSTEM_PORT", None)  # in a worker's container that port is the worker's
-    if "DYN_LOG" in os.environ:
-        return
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    os.close(nowhere)
-
-
-def main() -> None:
-    """Entry point: run the command line; an operator's mistake ends in one line and exit code 2."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line (sys.argv's, if not given) and exit; an operator's mistake ends in one line."""
     try:
-        cli.main(standalone_mode=True)
+        status = cli.main(
+            None if arguments is None else [*arguments], prog_name="trtllm-mm-cache", standalone_mode=False
+        )
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else cli.name
+        _exit(f"{error.format_message()} ({command} --help shows what there is)", 2)
+    except click.ClickException as error:
+        _exit(error.format_message(), error.exit_code)
+    except click.Abort:
+        _exit("interrupted", 130)
     except ConfigurationError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        _exit(str(error), 2)
     except MmCacheError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        _exit(str(error), 1)
+    sys.exit(status)
+
+
+def _exit(message: str, status: int) -> NoReturn:
+    from trtllm_mm_cache.observability.logs import say
+
+    say(f"error: {message}")
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -6,30 +6,17 @@ Why no library does this: docs/decisions.md, "Flags from settings".
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
+from trtllm_mm_cache.flags import extra, flag, is_constant, leaves
+
 Model = TypeVar("Model", bound=BaseModel)
-
-
-def leaves(settings: type[BaseModel], *above: str) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
-    """Yield every setting of a class with its path, those of nested classes in their place."""
-    for name, field in settings.model_fields.items():
-        nested = field.annotation
-        if isinstance(nested, type) and issubclass(nested, BaseModel):
-            yield from leaves(nested, *above, name)
-        else:
-            yield (*above, name), field
-
-
-def is_constant(field: FieldInfo) -> bool:
-    """Whether a setting is one without a flag (`settings.constant`)."""
-    return bool(_extra(field).get("constant"))
 
 
 def settings_options(settings: type[Model]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -74,19 +61,25 @@ def build(settings: type[Model], values: dict[str, Any]) -> Model:
         problems = []
         for problem in error.errors():
             path = next(path for path in fields if problem["loc"][: len(path)] == path)
-            form = _extra(fields[path]).get("form")
+            form = extra(fields[path]).get("form")
             text = f"must be {form}, not '{problem['input']}'" if form else problem["msg"]
             problems.append(f"{flag(path[-1])}: {text}")
         raise click.UsageError("; ".join(problems)) from error
 
 
-def flag(name: str) -> str:
-    """Return the flag of a field."""
-    return "--" + name.replace("_", "-")
+def parse(settings: type[Model], arguments: Sequence[str]) -> Model:
+    """Return the settings of a command line, as a command of `settings_options` would get them.
+
+    Raises `click.UsageError`.
+    """
+    taken: list[Model] = []
+    command = click.command(settings.__name__)(settings_options(settings)(taken.append))
+    command.main([*arguments], standalone_mode=False)
+    return taken[0]
 
 
 def _option(name: str, field: FieldInfo) -> Callable[..., Any]:
-    env = _extra(field).get("env")
+    env = extra(field).get("env")
     common: dict[str, Any] = {"help": field.description, "envvar": env, "show_envvar": env is not None}
     if field.annotation is bool:
         return click.option(flag(name), name, is_flag=True, default=field.default, **common)
@@ -102,10 +95,6 @@ def _option(name: str, field: FieldInfo) -> Callable[..., Any]:
     )
 
 
-def _extra(field: FieldInfo) -> dict[str, Any]:
-    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-
-
 def _click_type(annotation: Any, field: FieldInfo) -> click.ParamType[Any] | type[str]:
     """Return the type of a value, with the field's bounds; `X | None` and tuples have that of an X."""
     parts = get_args(annotation)
@@ -113,7 +102,7 @@ def _click_type(annotation: Any, field: FieldInfo) -> click.ParamType[Any] | typ
         return click.Choice(parts)
     if parts:
         return _click_type(parts[0], field)
-    if annotation is str:
+    if annotation in (str, SecretStr):
         return str
     if annotation is Path:
         return click.Path(path_type=Path)

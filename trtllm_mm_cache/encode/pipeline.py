@@ -23,9 +23,11 @@ from prometheus_client import CollectorRegistry
 
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.cache.flight import SingleFlight
+from trtllm_mm_cache.cache.key import content_digest
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager, Reservation
 from trtllm_mm_cache.cache.scope import Dropped, Scope, Selection
 from trtllm_mm_cache.encode.batcher import BatchedItem, MicroBatcher
+from trtllm_mm_cache.encode.room import PreparedRoom
 from trtllm_mm_cache.engines.base import EncodeItem, VisionEncoder
 from trtllm_mm_cache.errors import (
     ArenaFullError,
@@ -33,7 +35,7 @@ from trtllm_mm_cache.errors import (
     EncodeOverloadedError,
     MmCacheError,
 )
-from trtllm_mm_cache.media import decode_image
+from trtllm_mm_cache.media import decode_image, pixels_fingerprint
 from trtllm_mm_cache.observability.cache_metrics import CacheCollector, FlightCollector
 from trtllm_mm_cache.observability.metrics import Step
 from trtllm_mm_cache.observability.traces import span
@@ -49,7 +51,7 @@ Origin = Literal["encoded", "joined", "cached"]
 """Where an embedding came from: the tower, a flight of another call, the worker's own arena."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class EncodeJob:
     """One item to encode. `fresh`: an embedding that lies in the arena already will not do."""
 
@@ -59,6 +61,10 @@ class EncodeJob:
     variant: str
     scope: Scope
     fresh: bool = False
+
+    def release_media(self) -> None:
+        """Forget the file's bytes: the image is prepared, or a flight that has its own is under way."""
+        self.media = b""
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,8 @@ class _Stored:
 class EncodePipeline:
     """Makes embeddings for one encode worker. For use from one event loop; owns neither encoder nor manager.
 
-    Items that wait for the tower are bounded in number and in bytes; beyond it `EncodeOverloadedError`.
+    Items that wait for the tower are bounded in number and in bytes of their files; beyond it
+    `EncodeOverloadedError`. They are decoded and preprocessed when there is room for it.
     """
 
     def __init__(
@@ -99,6 +106,7 @@ class EncodePipeline:
         self._encoder = encoder
         self._manager = manager
         self._limits = settings.images
+        self._fingerprint = pixels_fingerprint(encoder.fingerprint, settings.images)
         self._preparing = Step.new(
             registry, "preprocess", "Decoding and preprocessing one image, the wait for a thread included."
         )
@@ -113,14 +121,16 @@ class EncodePipeline:
                 "wait for the vision tower; retry in a moment"
             ),
         )
+        self.room = PreparedRoom(settings.preprocess_threads, int(settings.max_prepared_mb * MB))
         self._drops = Drops()
-        for part in (CacheCollector({manager.name: manager}), FlightCollector(self.flights), self.queue):
+        flights, cache = FlightCollector(self.flights), CacheCollector({manager.name: manager})
+        for part in (cache, flights, self.queue, self.room):
             registry.register(part)
 
     @property
     def fingerprint(self) -> str:
-        """The encoder's."""
-        return self._encoder.fingerprint
+        """Digest of everything that decides an embedding's bytes besides the file and the item's kwargs."""
+        return self._fingerprint
 
     async def encode(self, job: EncodeJob) -> tuple[Lease, Origin]:
         """Return a lease on the embedding of `job`, which the caller releases, and where it came from.
@@ -135,7 +145,7 @@ class EncodePipeline:
         lease = self._manager.lease(job.key)
         if lease is None:
             if job.key in self.flights:
-                job = replace(job, media=b"")
+                job.release_media()
             lease, joined = await self.flights.run(job.key, partial(self._make, job, watch))
             origin = "joined" if joined else "encoded"
         if not job.scope.retain:
@@ -156,24 +166,30 @@ class EncodePipeline:
     async def _make(self, job: EncodeJob, watch: DropWatch) -> Lease:
         """One flight: bytes to image to preprocessed input to embedding to arena."""
         loop = asyncio.get_running_loop()
-        with self.queue.admitted(len(job.media)):
+        with self.queue.admitted(len(job.media)) as admitted:
             with self._preparing.time():
-                prepared = await loop.run_in_executor(self._threads, self._prepare, job)
-            with span("encode") as current:
-                result = await self.batcher.submit(prepared)
+                async with self.room.turn():
+                    prepared, watch.content = await loop.run_in_executor(self._threads, self._prepare, job)
+            job.release_media()
+            admitted.shrink(admitted.nbytes)
+            with self.room.held(self._encoder.prepared_bytes(prepared)), span("encode") as current:
+                submitted = self.batcher.submit(prepared)
+                del prepared
+                result = await submitted
                 current.set_attribute("encode_seconds", result.encode_seconds)
             logger.debug("encoded %s… in %.3f s", job.key[:12], result.encode_seconds)
             with span("store"):
-                stored = await in_thread(
-                    partial(self._store, job, result), undo=_Stored.abandon, executor=self._threads
-                )
+                store = partial(self._store, job, watch.content, result)
+                stored = await in_thread(store, undo=_Stored.abandon, executor=self._threads)
             # On the event loop, so that no drop comes between this look at the watch and the commit.
             return stored.commit(retain=job.scope.retain and not watch.dropped(job.key))
 
-    def _prepare(self, job: EncodeJob) -> Any:
+    def _prepare(self, job: EncodeJob) -> tuple[Any, bytes]:
+        """Return the encoder's input and the digest of the media."""
         try:
             image = decode_image(job.media, self._limits)
-            return self._encoder.preprocess(EncodeItem(image, job.processor_kwargs, job.variant))
+            prepared = self._encoder.preprocess(EncodeItem(image, job.processor_kwargs, job.variant))
+            return prepared, content_digest(job.media)
         except MmCacheError:
             raise
         except Exception as error:
@@ -183,7 +199,7 @@ class EncodePipeline:
                 "this image could not be prepared for the vision tower; see the encode worker's log"
             ) from error
 
-    def _store(self, job: EncodeJob, result: BatchedItem) -> _Stored:
+    def _store(self, job: EncodeJob, content: bytes | None, result: BatchedItem) -> _Stored:
         """Copy the tower's output into the arena. Runs in a thread: a copy of megabytes.
 
         What the encode cost is kept with the entry, so that a later hit knows what it saved, and so is
@@ -194,7 +210,9 @@ class EncodePipeline:
             raise EncodeFailedError(f"the engine made an embedding of {tensor.dim()} dimensions instead of 2")
         nbytes = tensor.numel() * tensor.element_size()
         try:
-            reservation = self._manager.reserve(job.key, nbytes, owner="encode worker", tag=job.scope.tag)
+            reservation = self._manager.reserve(
+                job.key, nbytes, owner="encode worker", tag=job.scope.tag, content=content
+            )
         except ArenaFullError as error:
             raise EncodeOverloadedError(
                 "every byte of the encode worker's arena is leased until a PD worker's READ; retry in a "

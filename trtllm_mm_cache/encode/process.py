@@ -8,6 +8,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
+from trtllm_mm_cache.cache.arena.limits import check_fits
 from trtllm_mm_cache.cache.eviction.base import make_policy
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.encode.metrics import EncodeMetrics
@@ -15,12 +16,16 @@ from trtllm_mm_cache.encode.pipeline import EncodePipeline
 from trtllm_mm_cache.encode.server import EncodeServer
 from trtllm_mm_cache.engines.registry import load_engine
 from trtllm_mm_cache.observability.logs import configure_logging
+from trtllm_mm_cache.observability.memory import MemoryCollector
 from trtllm_mm_cache.observability.metrics import Exposition
 from trtllm_mm_cache.observability.traces import configure_tracing
-from trtllm_mm_cache.runtime.connect import connect, drain_on_signals, endpoint_path
-from trtllm_mm_cache.runtime.control import Control, control_path
+from trtllm_mm_cache.runtime.allocator import bound_heaps
+from trtllm_mm_cache.runtime.connect import endpoint_path, join
+from trtllm_mm_cache.runtime.control import CONTROL, Control, control_path
+from trtllm_mm_cache.runtime.messages import ENCODE
 from trtllm_mm_cache.runtime.model import local_model_path
 from trtllm_mm_cache.runtime.presence import serve_present
+from trtllm_mm_cache.runtime.readiness import announce_ready
 from trtllm_mm_cache.settings import GB, EncodeSettings
 from trtllm_mm_cache.transfer import Exporter, TransferAgent
 
@@ -31,15 +36,16 @@ _CLOSE_DEADLINE_S = 5.0
 
 def run_encode_worker(settings: EncodeSettings) -> None:
     """Load the model, serve until SIGTERM or SIGINT, drain, return. Raises `ConfigurationError` at start."""
+    bound_heaps()
     configure_logging(settings.log_level, settings.log_format)
     configure_tracing("encode")
     asyncio.run(_serve(settings))
 
 
 async def _serve(settings: EncodeSettings) -> None:
-    runtime = connect(settings)
-    draining = drain_on_signals(runtime)
+    deployment = join(settings)
     model_path = await local_model_path(settings.model_path)
+    await asyncio.to_thread(check_fits, settings.arena_bytes)
     engine = await asyncio.to_thread(load_engine, settings.engine)
     encoder = await asyncio.to_thread(
         engine.load_vision_encoder, Path(model_path), settings.extra_engine_args
@@ -52,20 +58,23 @@ async def _serve(settings: EncodeSettings) -> None:
     registry = CollectorRegistry()
     exporter = Exporter(agent, lease_timeout_s=settings.lease_timeout_s)
     registry.register(exporter)
+    registry.register(MemoryCollector())
     pipeline = EncodePipeline(encoder, manager, settings, registry)
     server = EncodeServer(pipeline, exporter, agent.metadata, EncodeMetrics(registry))
     exposition = Exposition(registry, {"dynamo_component": "encode", "model": Path(model_path).name})
-    endpoint = runtime.endpoint(endpoint_path(settings.endpoint))
-    endpoint.metrics.register_prometheus_expfmt_callback(exposition.render)
-    control = Control(server.drop, exposition.render)
+    endpoint = deployment.runtime.endpoint(endpoint_path(settings.endpoint))
+    control_endpoint = deployment.runtime.endpoint(control_path(settings.endpoint))
+    control = Control(server.drop)
+    me, guarded, draining = endpoint.connection_id(), deployment.members.guarded, deployment.draining
+    deployment.status.render = exposition.render
     logger.info(
-        "encode worker ready: arena %.2f GB, fingerprint %s…", capacity / GB, encoder.fingerprint[:12]
+        "encode worker ready: arena %.2f GB, fingerprint %s…", capacity / GB, pipeline.fingerprint[:12]
     )
-    runtime.set_health_status(True)
+    announce_ready(deployment.status)
     try:
         await asyncio.gather(
-            serve_present(endpoint, server.handle, draining),
-            serve_present(runtime.endpoint(control_path(settings.endpoint)), control.handle, draining),
+            serve_present(endpoint, guarded(ENCODE, me, server.handle), draining),
+            serve_present(control_endpoint, guarded(CONTROL, me, control.handle), draining),
         )
     finally:
         await pipeline.close()

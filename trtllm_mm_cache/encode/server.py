@@ -12,13 +12,14 @@ from typing import Any
 from opentelemetry.trace import SpanKind
 
 from trtllm_mm_cache.cache.manager import Lease
+from trtllm_mm_cache.encode.calls import RunningCalls
 from trtllm_mm_cache.encode.metrics import EncodeMetrics
 from trtllm_mm_cache.encode.pipeline import EncodeJob, EncodePipeline, Origin
 from trtllm_mm_cache.errors import MmCacheError, ProtocolMismatchError
 from trtllm_mm_cache.observability.logs import loggable_cause
 from trtllm_mm_cache.observability.traces import remote_parent, span
 from trtllm_mm_cache.runtime.control import DropReport, DropRequest
-from trtllm_mm_cache.runtime.messages import EncodeFault, EncodeReady, EncodeRequest, parse
+from trtllm_mm_cache.runtime.messages import EncodeCancel, EncodeFault, EncodeReady, EncodeRequest, parse
 from trtllm_mm_cache.runtime.streaming import RequestContext, RequestStoppedError, stopped_with
 from trtllm_mm_cache.transfer import Exporter, PeerMetadata
 
@@ -38,16 +39,24 @@ class EncodeServer:
         self._exporter = exporter
         self._peer = peer.to_wire()
         self._metrics = metrics
+        self._calls = RunningCalls()
 
     async def handle(self, payload: Any, context: RequestContext) -> AsyncIterator[dict[str, Any]]:
-        """Answer one call with one message: `EncodeReady` or `EncodeFault`."""
+        """Answer one call with one message, `EncodeReady` or `EncodeFault`; none when it is taken back."""
         answer: EncodeReady | EncodeFault
         try:
+            if isinstance(payload, dict) and "cancel" in payload:
+                self._calls.take_back(parse(EncodeCancel, payload).cancel)
+                return
             request = parse(EncodeRequest, payload)
+            payload.pop("media")  # its sender may keep the rest until the answer
             self._check_fingerprint(request)
             parent = remote_parent(request.trace_headers)
-            with span("encode_request", parent=parent, kind=SpanKind.SERVER) as current:
-                async with stopped_with(context):
+            with (
+                self._calls.running(context.id() or "") as taken_back,
+                span("encode_request", parent=parent, kind=SpanKind.SERVER) as current,
+            ):
+                async with stopped_with(context, taken_back):
                     embedding = self._pipeline.encode(_job(request))
                     # The media are the pipeline's alone: it knows until when it needs them.
                     del payload, request
@@ -59,7 +68,7 @@ class EncodeServer:
             self._record(error, context)
             answer = EncodeFault.of(error)
         else:
-            if context.is_stopped():  # what is sent now is dropped on the way, and will not be READ
+            if context.is_stopped() or taken_back.done():  # what is sent now will not be READ
                 self._exporter.release(answer.token)
                 return
             self._metrics.delivered(answer.origin, encode_seconds=answer.encode_seconds)
@@ -74,8 +83,9 @@ class EncodeServer:
     def _check_fingerprint(self, request: EncodeRequest) -> None:
         if request.fingerprint != self._pipeline.fingerprint:
             raise ProtocolMismatchError(
-                "the PD worker and the encode worker run different models, engines or stored dtypes; "
-                "start both with the same --model-path, --engine and embedding dtype"
+                "the PD worker and the encode worker run different models, engines, stored dtypes or "
+                "backgrounds; start both with the same --model-path, --engine, embedding dtype and "
+                "--transparent-background"
             )
 
     async def _export(self, lease: Lease, origin: Origin) -> EncodeReady:

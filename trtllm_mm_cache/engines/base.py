@@ -132,6 +132,10 @@ class VisionEncoder(Protocol):
         """
         ...
 
+    def prepared_bytes(self, prepared: Any) -> int:
+        """Return the memory that one image's `preprocess` result takes, in bytes."""
+        ...
+
     def encode(self, batch: Sequence[Any]) -> list[EncodedItem | MmCacheError]:
         """Run the tower over preprocessed images; one result or error for each, in order.
 
@@ -145,10 +149,22 @@ class VisionEncoder(Protocol):
 
 
 @dataclass(frozen=True)
+class Constraint:
+    """What an answer must be: JSON that fits the JSON schema in `text`, or all of it a match of the regex."""
+
+    kind: Literal["json_schema", "regex"]
+    text: str
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How to choose tokens and when to stop; field names as in OpenAI's API and Dynamo's request.
 
     `temperature` 0 or None is greedy. `max_tokens` None means up to the model's context length.
+    `logit_bias` is added to the logits of token ids. `presence_penalty` and `frequency_penalty` look at the
+    answer's tokens, `repetition_penalty` (1 is none) at the prompt's too. `min_p` keeps tokens of at least
+    that share of the likeliest one's probability. `logprobs` is how many of the likeliest tokens are
+    reported at each place of the answer beside the chosen one's log probability; None reports nothing.
     """
 
     max_tokens: int | None = None
@@ -160,6 +176,13 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_p: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -177,16 +200,37 @@ class GenerationRequest:
     cache_salt: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's natural log probability by the model alone: before bias, penalties, temperature and cuts."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceLogprobs:
+    """The log probabilities at one place of an answer: the chosen token's, and those of the likeliest.
+
+    `likeliest` are as many as `SamplingParams.logprobs` says, best first; the chosen one may be among them.
+    """
+
+    chosen: TokenLogprob
+    likeliest: tuple[TokenLogprob, ...]
+
+
 @dataclass(frozen=True)
 class TokenDelta:
     """Tokens that are new since the last delta. The last delta has a `finish_reason`.
 
-    `prompt_tokens` counts the prompt after the placeholders were expanded.
+    `prompt_tokens` counts the prompt after the placeholders were expanded. `logprobs` has one entry for each
+    token where the request asked for them, and is empty otherwise.
     """
 
     token_ids: tuple[int, ...]
     prompt_tokens: int
     finish_reason: FinishReason | None = None
+    logprobs: tuple[PlaceLogprobs, ...] = ()
 
 
 class Generator(Protocol):

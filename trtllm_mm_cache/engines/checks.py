@@ -12,6 +12,9 @@ from trtllm_mm_cache.errors import EmbeddingMismatchError, InvalidRequestError
 GREEDY_BELOW = 1e-5
 """A lower temperature would overflow the logits; it means greedy."""
 
+MOST_LOGPROBS = 20
+"""Most alternatives that a request may ask for at each place, as in OpenAI's API."""
+
 _MOST_CHARACTERS = 200
 
 # A path, an address in memory, a name in the library, an object's repr: nothing for clients.
@@ -30,6 +33,15 @@ def check_sampling(sampling: SamplingParams) -> None:
         "top_k must be at least 1, or 0 or -1 for all tokens": top_k is None or top_k >= -1,
         "seed must fit into 64 bits": sampling.seed is None or -(2**63) <= sampling.seed < 2**64,
         "stop must not hold an empty string": all(sampling.stop),
+        "presence_penalty must be from -2 to 2": -2 <= sampling.presence_penalty <= 2,
+        "frequency_penalty must be from -2 to 2": -2 <= sampling.frequency_penalty <= 2,
+        "repetition_penalty must be from 0.01 to 100": 0.01 <= sampling.repetition_penalty <= 100,
+        "min_p must be from 0 to 1": 0 <= sampling.min_p <= 1,
+        "logit_bias must be from -100 to 100": all(
+            -100 <= bias <= 100 for bias in sampling.logit_bias.values()
+        ),
+        f"logprobs must be from 0 to {MOST_LOGPROBS}": sampling.logprobs is None
+        or 0 <= sampling.logprobs <= MOST_LOGPROBS,
     }
     for rule, holds in checks.items():
         if not holds:

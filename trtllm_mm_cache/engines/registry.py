@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from trtllm_mm_cache.errors import ConfigurationError
+from trtllm_mm_cache.imports import without_collector
 from trtllm_mm_cache.settings import EngineName
 
 if TYPE_CHECKING:
     from trtllm_mm_cache.engines.base import Generator, VisionEncoder
+
+
+Half = Literal["encode", "pd"]
+"""Which worker's half of a model; also the stem of its engine's YAML file in configs/."""
 
 
 class Engine(Protocol):
@@ -19,6 +25,22 @@ class Engine(Protocol):
     All raise `ConfigurationError` when the model is not one that the engine serves, or when
     `args_file` holds a key that it does not know.
     """
+
+    PACKAGE: str
+    """The Python package that runs the model."""
+
+    def import_all(self) -> None:
+        """Import what the functions below need: seconds. Raises `ModuleNotFoundError`."""
+        ...
+
+    def check(self, half: Half, config: Mapping[str, Any], args_file: Path | None) -> None:
+        """Raise what a worker would raise for its YAML file or for the model of `config` (its config.json).
+
+        An empty `config` is one that is not known yet.
+
+        Imports no library of the engine's: milliseconds.
+        """
+        ...
 
     def load_vision_encoder(self, model_path: Path, args_file: Path | None) -> VisionEncoder:
         """Load the model's vision tower."""
@@ -40,12 +62,20 @@ class Engine(Protocol):
         ...
 
 
+def find_engine(name: EngineName) -> Engine:
+    """Return the package of an engine, for its checks: nothing heavy is imported."""
+    return cast(Engine, importlib.import_module(f"trtllm_mm_cache.engines.{name}"))
+
+
 def load_engine(name: EngineName) -> Engine:
-    """Import the package of an engine; raises `ConfigurationError` when what it needs is not installed."""
+    """Import an engine, in seconds; raises `ConfigurationError` when what it needs is not installed."""
+    engine = find_engine(name)
     try:
-        return cast(Engine, importlib.import_module(f"trtllm_mm_cache.engines.{name}"))
+        with without_collector():
+            engine.import_all()
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"engine '{name}' needs {error.name}, which is not installed; "
             f"install it with: pip install 'trtllm-mm-cache[{name}]'"
         ) from error
+    return engine

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from trtllm_mm_cache.errors import PdLostError, PdUnavailableError
 from trtllm_mm_cache.frontend.text import AnswerText
 
 Object = dict[str, Any]
@@ -34,11 +36,10 @@ class Answer:
     async def deltas(self, messages: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[Delta]:
         """Yield what the messages add, until the answer ends; the first delta may be empty.
 
-        It ends with the worker's last message, or before the first stop string.
+        It ends with the worker's last message, or before the first stop string. Raises `PdLostError` when
+        the messages end before it.
         """
         async for message in messages:
-            if self.finish_reason is not None:
-                continue  # to the worker's own end: closed before it, its computation would be cancelled
             self.items = message.get("items", self.items)
             self.usage = message.get("completion_usage", self.usage)
             token_ids = message.get("token_ids") or ()
@@ -51,8 +52,11 @@ class Answer:
                 self.finish_reason = reason
                 text += self.text.end()
             yield Delta(text, self._logprobs(message) if self.logprobs and token_ids else None)
-            if self.text.stopped and not message.get("finish_reason"):
+            if message.get("finish_reason"):
+                await _to_the_end(messages)
+            if self.finish_reason is not None:
                 return
+        raise PdLostError("the PD worker ended in the middle of the answer; retry in a moment")
 
     @property
     def is_new(self) -> bool:
@@ -176,6 +180,13 @@ class TextForm:
 
     def _choice(self, text: str) -> Object:
         return {"index": 0, "text": text, "logprobs": None, "finish_reason": self._answer.finish_reason}
+
+
+async def _to_the_end(messages: AsyncIterator[Mapping[str, Any]]) -> None:
+    """Read what comes after a whole answer: a worker whose stream is closed early counts it as cancelled."""
+    with contextlib.suppress(PdUnavailableError):  # it has nothing more to say
+        async for _ in messages:
+            pass
 
 
 def _common(prefix: str, answer: Answer) -> Object:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from trtllm_mm_cache.errors import UnknownModelError
 from trtllm_mm_cache.frontend.answer import Answer, ChatForm, Form, TextForm
@@ -14,16 +14,49 @@ from trtllm_mm_cache.frontend.prompt import Prompts
 from trtllm_mm_cache.frontend.request import ChatRequest, CompletionRequest, GenerationOptions, read_request
 from trtllm_mm_cache.settings import FrontendSettings
 
+_TAIL_TOKENS: Final = 8
+"""Of the prompt: what the answer's first token may be decoded in the light of."""
+
 
 @dataclass(frozen=True)
 class Call:
-    """A request that is ready for a PD worker; `items` are digests of its media references."""
+    """A request that is ready for a PD worker; `items` are digests of its media references.
 
-    options: GenerationOptions
+    What it holds besides the payload is small, for it is held as long as the answer takes. `stop` are the
+    strings that end the answer; `prompt_tail` are the prompt's last tokens.
+    """
+
     payload: dict[str, Any] = field(repr=False)
-    prompt_tail: Sequence[int] = ()
+    model: str
+    prompt_tail: Sequence[int]
+    stop: Sequence[str]
+    skip_special_tokens: bool
+    stream: bool
+    stream_usage: bool
     items: Sequence[bytes] = ()
     logprobs: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        payload: dict[str, Any],
+        request: GenerationOptions,
+        items: Sequence[bytes] = (),
+        *,
+        logprobs: bool = False,
+    ) -> Call:
+        """Return the call that asks `payload` for `request`."""
+        return cls(
+            payload,
+            request.model,
+            payload["token_ids"][-_TAIL_TOKENS:],
+            request.stop or (),
+            request.skip_special_tokens,
+            request.stream,
+            bool(request.stream_options and request.stream_options.include_usage),
+            items,
+            logprobs,
+        )
 
 
 class Api(Protocol):
@@ -49,7 +82,7 @@ class ChatApi:
         """See `Api.read`."""
         request = read_request(ChatRequest, body.fields)
         check_model(request.model, self._settings.model_name)
-        messages = messages_of(request, body)
+        messages = messages_of(request)
         items = await items_of(request, body.cut, self._settings.max_images_per_request)
         prompt = await self._prompts.chat(
             messages,
@@ -59,13 +92,7 @@ class ChatApi:
         )
         payload = payload_of(request, prompt, self._prompts.eos_token_ids)
         add_chat_options(payload, request, items)
-        return Call(
-            request,
-            payload,
-            prompt.token_ids[-8:],
-            [item.digest for item in items],
-            logprobs=request.logprobs,
-        )
+        return Call.of(payload, request, [item.digest for item in items], logprobs=request.logprobs)
 
     def form(self, answer: Answer) -> Form:
         """See `Api.form`."""
@@ -84,11 +111,11 @@ class TextApi:
         request = read_request(CompletionRequest, body.fields)
         check_model(request.model, self._settings.model_name)
         if isinstance(request.prompt, str):
-            prompt = await self._prompts.plain(body.whole(request.prompt))
+            prompt = await self._prompts.plain(request.prompt)
         else:
             prompt = await self._prompts.tokens(request.prompt)
         payload = payload_of(request, prompt, self._prompts.eos_token_ids)
-        return Call(request, payload, prompt.token_ids[-8:])
+        return Call.of(payload, request)
 
     def form(self, answer: Answer) -> Form:
         """See `Api.form`."""

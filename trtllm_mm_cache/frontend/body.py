@@ -8,8 +8,9 @@ its size as Python objects, and the images are never copied as text.
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -26,28 +27,36 @@ from trtllm_mm_cache.errors import (
 from trtllm_mm_cache.settings import MB, FrontendSettings
 
 MAX_JSON_BYTES: Final = 4 * MB
-"""Of a body without its large data: URLs: more text than the context of any model served today."""
+"""Of a body without its images' data: URLs: more text than the context of any model served today."""
 
 _MAX_JSON_VALUES: Final = 200_000
 """Each may cost a hundred bytes and more as a Python object."""
+
+_STRING: Final = re.compile(rb'"(?:[^"\\]|\\.?)*+(?:"|\Z)', re.DOTALL)
 
 _COPIES: Final = 3  # the body, the bytes decoded from it, the message to the PD worker
 _SMALL_BYTES: Final = 64 * 1024
 _CUT_FROM_BYTES: Final = 4096
 _OPENING: Final = b'"data:'
+_GRACE_S: Final = 10.0
+_MIN_BYTES_A_SECOND: Final = MB / 4
+"""A body that comes slower, the first seconds aside, holds memory that others wait for."""
 
 
 class BodyMemory:
     """The memory that bodies take together: at most `request_memory_mb`. For use from one event loop.
 
-    Small bodies are never kept waiting: text and short conversations are served while large images are on
-    their way. `held_bytes` are taken now, by `waiting` none yet.
+    Large bodies come in turn, so that many smaller ones cannot keep one waiting. Small ones never wait: text
+    and short conversations are served while large images are on their way. `held_bytes` are taken now, by
+    `waiting` none yet.
     """
 
     def __init__(self, settings: FrontendSettings) -> None:
         self._max_bytes = int(settings.request_memory_mb * MB)
         self._max_wait_s = settings.max_waiting_s
+        self._first = asyncio.Lock()
         self._freed = asyncio.Condition()
+        self._large = 0
         self.held_bytes = self.waiting = self.refused = 0
 
     @asynccontextmanager
@@ -56,11 +65,12 @@ class BodyMemory:
 
         Raises `OverloadedError` when its turn does not come in time.
         """
-        nbytes = _COPIES * body_bytes
-        if body_bytes > _SMALL_BYTES:
+        nbytes, large = _COPIES * body_bytes, body_bytes > _SMALL_BYTES
+        if large:
             await self._turn(nbytes)
         self.held_bytes += nbytes
-        share = BodyShare(self, nbytes)
+        self._large += large
+        share = BodyShare(self, nbytes, large=large)
         try:
             yield share
         finally:
@@ -69,9 +79,9 @@ class BodyMemory:
     async def _turn(self, nbytes: int) -> None:
         self.waiting += 1
         try:
-            async with asyncio.timeout(self._max_wait_s), self._freed:
+            async with asyncio.timeout(self._max_wait_s), self._first, self._freed:
                 await self._freed.wait_for(
-                    lambda: self.held_bytes == 0 or self.held_bytes + nbytes <= self._max_bytes
+                    lambda: self._large == 0 or self.held_bytes + nbytes <= self._max_bytes
                 )
         except TimeoutError:
             self.refused += 1
@@ -81,6 +91,12 @@ class BodyMemory:
         finally:
             self.waiting -= 1
 
+    def _release(self, nbytes: int, large: int) -> None:
+        self.held_bytes -= nbytes
+        self._large -= large
+        if self.waiting:
+            asyncio.get_running_loop().create_task(self._notify())
+
     async def _notify(self) -> None:
         async with self._freed:
             self._freed.notify_all()
@@ -89,28 +105,23 @@ class BodyMemory:
 class BodyShare:
     """What one body holds of the memory."""
 
-    def __init__(self, memory: BodyMemory, nbytes: int) -> None:
+    def __init__(self, memory: BodyMemory, nbytes: int, *, large: bool) -> None:
         self._memory = memory
-        self._nbytes = nbytes
+        self._held = (nbytes, large)
 
     def release(self) -> None:
-        """Give it back: a worker has the request now. Idempotent."""
-        self._memory.held_bytes -= self._nbytes
-        if self._nbytes and self._memory.waiting:
-            asyncio.get_running_loop().create_task(self._memory._notify())
-        self._nbytes = 0
+        """Release it: a worker has the request now. Idempotent."""
+        held, self._held = self._held, (0, False)
+        if held[0]:
+            self._memory._release(*held)
 
 
 @dataclass(frozen=True)
 class Body:
-    """A request's JSON object, and the large data: URLs cut out of it, by the text in their place."""
+    """A request's JSON object, and its images' large data: URLs, by the words that stand in their places."""
 
     fields: dict[str, Any] = field(repr=False)
     cut: dict[str, bytes] = field(default_factory=dict, repr=False)
-
-    def whole(self, text: str) -> str:
-        """Return a text of the client's: one that is itself a long data: URL was cut out like an image's."""
-        return self.cut[text].decode("ascii") if text in self.cut else text
 
 
 def announced_bytes(request: Request, settings: FrontendSettings) -> int:
@@ -134,21 +145,25 @@ def announced_bytes(request: Request, settings: FrontendSettings) -> int:
 
 
 async def receive_body(request: Request, settings: FrontendSettings) -> bytearray:
-    """Receive the body.
+    """Receive the body, at 2 Mbit/s or more after the first seconds.
 
     Raises `MediaTooLargeError`, `RequestTimeoutError`, and Starlette's `ClientDisconnect`.
     """
     limit = int(settings.max_request_mb * MB)
     received = bytearray()
+    began = asyncio.get_running_loop().time()
+    last = began + settings.body_timeout_s
     try:
-        async with asyncio.timeout(settings.body_timeout_s):
+        async with asyncio.timeout_at(min(last, began + _GRACE_S)) as deadline:
             async for chunk in request.stream():
                 received += chunk
                 if len(received) > limit:
                     raise _too_large(limit)
+                deadline.reschedule(min(last, began + _GRACE_S + len(received) / _MIN_BYTES_A_SECOND))
     except TimeoutError:
         raise RequestTimeoutError(
-            f"the request's body did not arrive within {settings.body_timeout_s:g} seconds"
+            f"the request's body comes too slowly: {len(received)} bytes have arrived; it has "
+            f"{settings.body_timeout_s:g} seconds, and less where it comes at under 2 Mbit/s"
         ) from None
     return received
 
@@ -161,52 +176,96 @@ async def parse_body(raw: bytearray) -> Body:
 
 
 def _parse(raw: bytearray) -> Body:
-    rest, cut = _cut_data_urls(raw)
+    cut = _Cut()
+    rest = cut.out_of(raw)
     raw.clear()
-    if len(rest) > MAX_JSON_BYTES:
-        raise InvalidRequestError(
-            f"the request has {len(rest)} bytes besides its data: URLs in base64; at most {MAX_JSON_BYTES} "
-            "are taken"
-        )
-    if sum(rest.count(each) for each in (b",", b"[", b"{")) > _MAX_JSON_VALUES:
+    fields = _read(rest)
+    images = {url for url in _image_urls(fields) if url in cut.urls}
+    if elsewhere := cut.urls.keys() - images:
+        # What looks like an image's URL is text, a name, a schema: that is not cut, and counts as text.
+        _check_length(len(rest) + sum(len(cut.urls[word]) for word in elsewhere))
+        fields = _read(cut.put_back(rest, images))
+    return Body(fields, cut.urls)
+
+
+def _read(text: bytearray | bytes) -> dict[str, Any]:
+    _check_length(len(text))
+    if _separators(text) > _MAX_JSON_VALUES and _separators(_STRING.sub(b"", text)) > _MAX_JSON_VALUES:
         raise InvalidRequestError(f"the request has more than {_MAX_JSON_VALUES} JSON values")
     try:
-        fields = from_json(bytes(rest), allow_inf_nan=False, cache_strings="none")
+        fields = from_json(bytes(text), allow_inf_nan=False, cache_strings="none")
     except ValueError as error:
         raise InvalidRequestError(f"the body is not JSON: {str(error)[:200]}") from None
     if not isinstance(fields, dict):
         raise InvalidRequestError("the body must be a JSON object")
-    return Body(fields, cut)
+    return fields
 
 
-def _cut_data_urls(raw: bytearray) -> tuple[bytearray, dict[str, bytes]]:
-    """Return the body with each long data: URL replaced by a word of ours, and the URLs by those words.
+def _check_length(nbytes: int) -> None:
+    if nbytes > MAX_JSON_BYTES:
+        raise InvalidRequestError(
+            f"the request has {nbytes} bytes besides its images' data: URLs in base64; at most "
+            f"{MAX_JSON_BYTES} are taken"
+        )
 
-    In JSON an unescaped quotation mark before `data:` opens a string: one that ends a string is never
-    followed by a letter. What has escapes, beside the needless one of a slash, stays where it is.
-    """
-    nonce = secrets.token_hex(8)
-    cut: dict[str, bytes] = {}
-    rest, copied, at = bytearray(), 0, 0
-    while (start := raw.find(_OPENING, at)) >= 0:
-        end = raw.find(b'"', start + 1)
-        if end < 0:
-            break
-        at = start + len(_OPENING)
-        if end - start < _CUT_FROM_BYTES or raw[start - 1 : start] == b"\\":
-            continue
-        url = bytes(memoryview(raw)[start + 1 : end])
-        if b"\\" in url:
-            url = url.replace(b"\\/", b"/")
-        if b"\\" in url or not url.isascii():
-            continue
-        word = f"cut-{nonce}-{len(cut)}"
-        cut[word] = url
-        rest += memoryview(raw)[copied : start + 1]
-        rest += word.encode()
-        copied = at = end
-    rest += memoryview(raw)[copied:]
-    return rest, cut
+
+def _separators(text: bytearray | bytes) -> int:
+    return sum(text.count(each) for each in (b",", b"[", b"{"))
+
+
+def _image_urls(fields: dict[str, Any]) -> Iterator[str]:
+    messages = fields.get("messages")
+    for message in messages if isinstance(messages, list) else ():
+        parts = message.get("content") if isinstance(message, dict) else None
+        for part in parts if isinstance(parts, list) else ():
+            image = part.get("image_url") if isinstance(part, dict) else None
+            url = image.get("url") if isinstance(image, dict) else None
+            if isinstance(url, str):
+                yield url
+
+
+class _Cut:
+    """Long data: URLs cut out of one body: `urls` by the words in their places, which no client can guess."""
+
+    def __init__(self) -> None:
+        self.urls: dict[str, bytes] = {}
+        self._prefix = f"cut-{secrets.token_hex(8)}-"
+
+    def out_of(self, raw: bytearray) -> bytearray:
+        """Return the body with each long data: URL replaced by a word.
+
+        In JSON an unescaped quotation mark before `data:` opens a string: one that ends a string is never
+        followed by a letter. What has escapes, beside the needless one of a slash, stays where it is.
+        """
+        rest, copied, at = bytearray(), 0, 0
+        while (start := raw.find(_OPENING, at)) >= 0:
+            end = raw.find(b'"', start + 1)
+            if end < 0:
+                break
+            at = start + len(_OPENING)
+            if end - start < _CUT_FROM_BYTES or raw[start - 1 : start] == b"\\":
+                continue
+            url = bytes(memoryview(raw)[start + 1 : end])
+            if b"\\" in url:
+                url = url.replace(b"\\/", b"/")
+            if b"\\" in url or not url.isascii():
+                continue
+            word = f"{self._prefix}{len(self.urls)}"
+            self.urls[word] = url
+            rest += memoryview(raw)[copied : start + 1]
+            rest += word.encode()
+            copied = at = end
+        rest += memoryview(raw)[copied:]
+        return rest
+
+    def put_back(self, rest: bytearray, images: set[str]) -> bytes:
+        """Return `rest` with all URLs but those of `images` in their places again."""
+
+        def url(word: re.Match[bytes]) -> bytes:
+            name = word[0].decode()
+            return word[0] if name in images else self.urls.pop(name)
+
+        return re.sub(self._prefix.encode() + rb"\d+", url, rest)
 
 
 def _too_large(limit: int) -> MediaTooLargeError:

@@ -13,7 +13,6 @@ import xxhash
 
 from trtllm_mm_cache.engines.prompt_text import RenderedPrompt
 from trtllm_mm_cache.errors import InvalidRequestError, MmCacheError
-from trtllm_mm_cache.frontend.body import Body
 from trtllm_mm_cache.frontend.request import ChatRequest, GenerationOptions, ImagePart, TextPart
 from trtllm_mm_cache.media.data_url import decode_data_url
 from trtllm_mm_cache.observability.traces import trace_headers
@@ -83,13 +82,13 @@ def _decoded(url: bytes) -> bytes:
     return decode_data_url(url.decode("ascii"), len(url))
 
 
-def messages_of(request: ChatRequest, body: Body) -> list[dict[str, Any]]:
-    """Return the messages for the template: texts whole, images without their URLs."""
+def messages_of(request: ChatRequest) -> list[dict[str, Any]]:
+    """Return the messages for the template: texts, and images without their URLs."""
     return [
         {
             "role": "system" if message.role == "developer" else message.role,
             "content": [
-                {"type": "text", "text": body.whole(part.text)}
+                {"type": "text", "text": part.text}
                 if isinstance(part, TextPart)
                 else {"type": "image_url", "image_url": {"url": ""}}
                 for part in message.content

@@ -76,21 +76,22 @@ class Completions:
     async def _generate(
         self, api: Api, call: Call, share: BodyShare, reply: Reply, record: ResponseRecord
     ) -> None:
-        options = call.options
-        text = self._prompts.answer_text(call.prompt_tail, options)
-        answer = Answer(record.request_id, options.model, text, self._prompts.backend, logprobs=call.logprobs)
+        text = self._prompts.answer_text(
+            call.prompt_tail, call.stop, skip_special_tokens=call.skip_special_tokens
+        )
+        answer = Answer(record.request_id, call.model, text, self._prompts.backend, logprobs=call.logprobs)
         form = api.form(answer)
         parts = []
         async with aclosing(self._messages(call, share, record.request_id)) as messages:
             async for delta in answer.deltas(messages):
                 record.generated(answer.tokens)
-                if not options.stream:
+                if not call.stream:
                     parts.append(delta)
                 elif delta.text or delta.logprobs or answer.finish_reason or answer.is_new:
                     await reply.event(form.chunk(delta), items=answer.items)
         record.status = 200
-        if options.stream:
-            if options.stream_options and options.stream_options.include_usage:
+        if call.stream:
+            if call.stream_usage:
                 await reply.event(form.usage_chunk())
             await reply.end()
         else:

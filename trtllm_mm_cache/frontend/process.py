@@ -38,11 +38,11 @@ def run_frontend(settings: FrontendSettings) -> None:
 
 
 async def _serve(settings: FrontendSettings) -> None:
-    runtime = connect(settings)
+    runtime, members = connect(settings)
     model_path = Path(await local_model_path(settings.model_path, weights=False))
     prompts = await asyncio.to_thread(Prompts.from_model, model_path)
     client = await runtime.endpoint(endpoint_path(settings.pd_endpoint)).client()
-    workers, memory, metrics = PdWorkers(client), BodyMemory(settings), FrontendMetrics()
+    workers, memory, metrics = PdWorkers(client, members), BodyMemory(settings), FrontendMetrics()
     for part in (workers, BodyMemoryCollector(memory), prompts.admission):
         metrics.registry.register(part)
     completions = Completions(prompts, workers, memory, metrics, settings)

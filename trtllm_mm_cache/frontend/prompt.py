@@ -12,7 +12,6 @@ from typing import Any, Final
 from trtllm_mm_cache.engines.model_limits import context_and_ends
 from trtllm_mm_cache.engines.prompt_text import PromptRenderer, RenderedPrompt
 from trtllm_mm_cache.errors import InvalidRequestError, OverloadedError
-from trtllm_mm_cache.frontend.request import GenerationOptions
 from trtllm_mm_cache.frontend.text import AnswerText
 from trtllm_mm_cache.runtime.admission import Admission
 from trtllm_mm_cache.settings import MB
@@ -56,11 +55,11 @@ class Prompts:
         """The tokenizer, as one of the tokenizers library."""
         return self._renderer.backend
 
-    def answer_text(self, prompt_tail: Sequence[int], options: GenerationOptions) -> AnswerText:
+    def answer_text(
+        self, prompt_tail: Sequence[int], stop: Sequence[str], *, skip_special_tokens: bool
+    ) -> AnswerText:
         """Return what turns an answer's tokens into text."""
-        return AnswerText(
-            self.backend, prompt_tail, options.stop or (), skip_special_tokens=options.skip_special_tokens
-        )
+        return AnswerText(self.backend, prompt_tail, stop, skip_special_tokens=skip_special_tokens)
 
     async def chat(self, messages: list[dict[str, Any]], **options: Any) -> RenderedPrompt:
         """Return the prompt of a conversation; `options` are those of `PromptRenderer.render`."""

@@ -11,6 +11,8 @@ from typing import Any, Final
 
 from trtllm_mm_cache.errors import InvalidRequestError
 
+NOT_SERVED: Final = "this server does not serve it; leave it out"
+
 _NOTHING: Final = (None,)
 _OFF: Final = (None, False)
 
@@ -37,6 +39,9 @@ _UNSERVED: Final[Mapping[str, tuple[Any, ...]]] = {
     "verbosity": (None, "medium"),
     "service_tier": (None, "auto", "default"),
     "store": _OFF,
+    "moderation": _NOTHING,
+    "prompt_cache_retention": (None, "in_memory"),
+    "prompt_cache_options": _NOTHING,
     "chat_template": _NOTHING,
     "documents": (None, []),
     "prompt_logprobs": _NOTHING,
@@ -62,7 +67,7 @@ def refuse_unserved(fields: dict[str, Any]) -> None:
         fields.pop(name, None)
     for name, nothing in _UNSERVED.items():
         if name in fields and not _is_one_of(fields.pop(name), nothing):
-            raise InvalidRequestError(f"{name}: this server does not serve it; leave it out")
+            raise InvalidRequestError(f"{name}: {NOT_SERVED}")
     messages = fields.get("messages")
     for index, message in enumerate(messages if isinstance(messages, list) else ()):
         if isinstance(message, dict):
@@ -74,7 +79,7 @@ def _refuse_in_message(message: dict[str, Any], where: str) -> None:
         raise InvalidRequestError(f"{where}.role: tools are not served; leave such messages out")
     for name in _EMPTY_IN_MESSAGES:
         if message.pop(name, None) not in (None, []):
-            raise InvalidRequestError(f"{where}.{name}: this server does not serve it; leave it out")
+            raise InvalidRequestError(f"{where}.{name}: {NOT_SERVED}")
     parts = message.get("content")
     for index, part in enumerate(parts if isinstance(parts, list) else ()):
         kind = part.get("type") if isinstance(part, dict) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -16,7 +17,7 @@ from pydantic import (
 )
 
 from trtllm_mm_cache.errors import InvalidRequestError
-from trtllm_mm_cache.frontend.refusals import refuse_unserved
+from trtllm_mm_cache.frontend.refusals import NOT_SERVED, refuse_unserved
 from trtllm_mm_cache.runtime.processor_kwargs import check_processor_kwargs
 
 _MAX_MESSAGES: Final = 4096
@@ -75,7 +76,7 @@ class ChatMessage(_Strict):
 class StreamOptions(_Strict):
     """What a stream holds besides the answer."""
 
-    include_usage: StrictBool = False
+    include_usage: StrictBool | None = None
     continuous_usage_stats: Literal[False] | None = None
     include_obfuscation: Literal[False] | None = None
 
@@ -115,16 +116,6 @@ class GenerationOptions(_Strict):
     def _one_stop_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
-    @field_validator("ignore_eos", "stream", mode="before")
-    @classmethod
-    def _null_is_no(cls, value: Any) -> Any:
-        return False if value is None else value
-
-    @field_validator("skip_special_tokens", mode="before")
-    @classmethod
-    def _null_is_yes(cls, value: Any) -> Any:
-        return True if value is None else value
-
     @field_validator("logit_bias")
     @classmethod
     def _names_are_token_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
@@ -161,10 +152,12 @@ class ChatRequest(GenerationOptions):
     continue_final_message: StrictBool = False
     mm_processor_kwargs: dict[str, Any] | None = None
 
-    @field_validator("logprobs", "continue_final_message", mode="before")
+    @field_validator("guided_json", mode="before")
     @classmethod
-    def _null_is_no_here(cls, value: Any) -> Any:
-        return False if value is None else value
+    def _a_schema(cls, value: Any) -> Any:
+        if not isinstance(value, str | dict):
+            raise ValueError("it should be a JSON schema, as an object or as text")  # noqa: TRY004
+        return value
 
     @field_validator("mm_processor_kwargs")
     @classmethod
@@ -193,19 +186,51 @@ class CompletionRequest(GenerationOptions):
     prompt: str | Annotated[list[_TokenId], Field(min_length=1)]
     max_tokens: _Count | None = 16
 
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _one_prompt(cls, value: Any) -> Any:
+        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
+            value = value[0]  # a list of one prompt
+        if isinstance(value, str) or (
+            isinstance(value, list)
+            and value
+            and all(type(each) is int and 0 <= each < 2**32 for each in value)
+        ):
+            return value
+        raise ValueError("it should be one text, or one list of token ids")
+
+
+_REASONS: Final = {
+    "extra_forbidden": NOT_SERVED,
+    "missing": "it is required",
+    "dict_type": "it should be an object",
+    "model_type": "it should be an object",
+    "model_attributes_type": "it should be an object",
+    "union_tag_not_found": "it should be text or image_url",
+    "union_tag_invalid": "it should be text or image_url",
+}
+_SUBJECT: Final = re.compile(r"^(Input|String|List|Dictionary) should")
+
 
 def read_request(kind: type[Fields], fields: dict[str, Any]) -> Fields:
-    """Return the request. Raises `InvalidRequestError` that names the first field at fault."""
+    """Return the request; null is no field. Raises `InvalidRequestError` naming the first fault."""
+    fields = _without_nulls(fields)
     refuse_unserved(fields)
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         name = _name_of(problem["loc"])
-        reason = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should", 1)
-        if problem["type"] == "extra_forbidden":
-            reason = "this server does not know the field; leave it out"
+        reason = _REASONS.get(problem["type"]) or _SUBJECT.sub(
+            "it should", problem["msg"].removeprefix("Value error, ")
+        )
+        if problem["type"].startswith("union_tag"):
+            name += ".type"
         raise InvalidRequestError(f"{name}: {reason}") from None
+
+
+def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _name_of(location: tuple[int | str, ...]) -> str:

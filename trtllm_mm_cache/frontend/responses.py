@@ -80,8 +80,6 @@ class Reply:
             return
         if error.retryable:
             self._headers["retry-after"] = str(RETRY_AFTER_S)
-        if error.http_status in (408, 413):
-            self._headers["connection"] = "close"  # its body is not read to the end
         await self.json(status_of(error), error_object(error))
 
     async def _start(self, status: int, items: ItemCounts | None) -> None:

@@ -18,10 +18,16 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from trtllm_mm_cache.errors import InvalidRequestError, UnknownModelError
+from trtllm_mm_cache.errors import (
+    ConfigurationError,
+    InvalidRequestError,
+    MmCacheError,
+    OverloadedError,
+    UnknownModelError,
+)
 from trtllm_mm_cache.frontend.apis import Api
 from trtllm_mm_cache.frontend.endpoint import Completions
-from trtllm_mm_cache.frontend.responses import error_object
+from trtllm_mm_cache.frontend.responses import Reply, error_object, status_of
 from trtllm_mm_cache.observability.metrics import Exposition
 from trtllm_mm_cache.runtime.pd_client import PdWorkers
 from trtllm_mm_cache.settings import FrontendSettings
@@ -86,7 +92,15 @@ def make_app(
         text = f"{request.method} is not served under this path"
         return JSONResponse(error_object(InvalidRequestError(text)), 405, headers=error.headers)
 
-    return Starlette(routes=routes, exception_handlers={404: unknown_path, 405: wrong_method})
+    async def defect(request: Request, error: Exception) -> Response:
+        del request, error  # uvicorn logs it
+        failure = MmCacheError("the frontend failed on this request")
+        return JSONResponse(error_object(failure), status_of(failure))
+
+    handlers = {404: unknown_path, 405: wrong_method, Exception: defect}
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    app.router.redirect_slashes = False  # a path with one more is another path
+    return app
 
 
 class HttpServer(uvicorn.Server):
@@ -98,6 +112,7 @@ class HttpServer(uvicorn.Server):
 
         class Protocol(_BoundedProtocol):
             header_timeout_s = settings.header_timeout_s
+            max_connections = settings.max_connections
 
         return cls(
             uvicorn.Config(
@@ -110,8 +125,7 @@ class HttpServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                limit_concurrency=settings.max_connections,
-                timeout_graceful_shutdown=int(os.environ.get(DRAIN_VARIABLE, _DRAIN_S)),
+                timeout_graceful_shutdown=_drain_s(),
             )
         )
 
@@ -125,10 +139,28 @@ class HttpServer(uvicorn.Server):
         self.should_exit = True
 
 
+def _drain_s() -> int:
+    value = os.environ.get(DRAIN_VARIABLE, str(_DRAIN_S))
+    if not (value.isascii() and value.isdecimal()):
+        raise ConfigurationError(f"{DRAIN_VARIABLE}={value} is no whole number of seconds")
+    return int(value)
+
+
+async def _full(scope: Scope, receive: Receive, send: Send) -> None:
+    """Refuse a request on one connection too many, which is closed."""
+    del scope, receive
+    error = OverloadedError("too many connections are open; retry in a moment")
+    await Reply(send, {"connection": "close"}).error(error)
+
+
 class _BoundedProtocol(HttpToolsProtocol):
-    """Closes a connection on which no request comes; uvicorn bounds only the time after a first one."""
+    """Closes a connection on which no request comes; uvicorn bounds only the time after a first one.
+
+    Its own bound on connections answers without a text of ours.
+    """
 
     header_timeout_s = 0.0
+    max_connections = 0
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -137,11 +169,14 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._head_timer.cancel()
+        if len(self.connections) > self.max_connections:
+            self.app = _full
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._head_timer = self.loop.call_later(self.header_timeout_s, self._no_head)
+        if self.cycle.response_complete:  # no request that came meanwhile is being answered
+            self._head_timer = self.loop.call_later(self.header_timeout_s, self._no_head)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_timer.cancel()

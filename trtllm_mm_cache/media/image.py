@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
+from blake3 import blake3
 from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
@@ -32,7 +32,11 @@ from trtllm_mm_cache.media.image_limits import (
     check_size,
     check_webp_canvas,
 )
+from trtllm_mm_cache.media.transparency import Colour, opaque, transparent_key
 from trtllm_mm_cache.settings import ImageFormat, ImageLimits
+
+_PIXELS_VERSION = 1
+"""Raise it when `decode_image` makes other pixels of a file: old and new workers then share no keys."""
 
 _PLUGINS: dict[ImageFormat, type[ImageFile.ImageFile]] = {
     "PNG": PngImagePlugin.PngImageFile,
@@ -95,17 +99,28 @@ def probe_image(data: bytes, limits: ImageLimits) -> ImageInfo:
 def decode_image(data: bytes, limits: ImageLimits) -> Image.Image:
     """Decode an image completely, to upright 8-bit RGB without metadata.
 
-    Pixel for pixel what Hugging Face's `transformers.image_utils.load_image` gives, so that a model
-    sees here what it sees there: the EXIF orientation is applied, then `convert("RGB")`, which drops
-    transparency rather than composing it on a background. Of an animation or a file of several
-    pages the first counts. One exception: `load_image` clips 16-bit grey, which turns nearly all of
-    it white; here its high byte counts, as it does in 16-bit colour.
+    The EXIF orientation is applied, then transparent pixels are laid on `limits.background`, whatever the
+    format and mode. Of an animation or a file of several pages the first counts. Pixel for pixel what
+    Hugging Face's `transformers.image_utils.load_image` gives where nothing is transparent, and everywhere
+    when the background is None, with one exception: `load_image` clips 16-bit grey, which turns nearly all
+    of it white; here its high byte counts, as it does in 16-bit colour.
 
     Blocking: run it in a thread; thread-safe. Takes up to 12 bytes a pixel while it runs. Raises what
-    `probe_image` raises, and `InvalidImageError` for data that is broken or ends early.
+    `probe_image` raises, and `InvalidImageError` for data that is broken or ends early. Damage in the middle
+    is noticed as far as the format tells it: always in a PNG, which has checksums, seldom in a JPEG.
     """
-    _, image = _open(data, limits)
-    return _guarded(lambda: _upright_rgb(image))
+    image_format, image = _open(data, limits)
+    if image_format == "PNG":
+        _guarded(lambda: _check_png_checksums(data))
+    return _guarded(lambda: _upright_rgb(image, limits.background))
+
+
+def pixels_fingerprint(fingerprint: str, limits: ImageLimits) -> str:
+    """Return 64 hex digits for an encoder's `fingerprint` and all that decides what pixels it gets of a file.
+
+    Workers whose `decode_image` gives the same file other pixels have another one: they share no keys.
+    """
+    return blake3(f"{fingerprint} pixels {_PIXELS_VERSION} {limits.background}".encode()).hexdigest()
 
 
 def _open(data: bytes, limits: ImageLimits) -> tuple[ImageFormat, ImageFile.ImageFile]:
@@ -145,7 +160,18 @@ def _format_of(data: bytes) -> ImageFormat | None:
     return None
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def _check_png_checksums(data: bytes) -> None:
+    """Raise whatever Pillow raises unless every chunk up to the end of the image is there and undamaged.
+
+    Decoding looks at no checksum of the pixels' chunks, and zlib notices damage only where it makes nonsense.
+    """
+    file = BudgetedBytes(data)
+    file.allow_pixels()
+    PngImagePlugin.PngImageFile(file).verify()
+
+
+def _upright_rgb(image: ImageFile.ImageFile, background: Colour | None) -> Image.Image:
+    key = transparent_key(image)
     image.load()
     image.getexif()  # the image keeps what it reads here, also when its metadata goes
     # Metadata would only mislead from here on: an orientation that is applied already, a transparent
@@ -153,9 +179,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     # without the orientation: gigabytes, where thousands of tags claim the same megabyte.
     image.info.clear()
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+    return opaque(image, key, background)
 
 
 def _guarded(work: Callable[[], Result]) -> Result:

@@ -67,6 +67,22 @@ def is_forbidden(address: IPv4Address | IPv6Address, *, allow_private: bool) -> 
     return isinstance(address, IPv6Address) and (address not in _GLOBAL_UNICAST or address in _SIX_TO_FOUR)
 
 
+def refuse_by_name(host: str, *, allow_private: bool) -> None:
+    """Raise `MediaForbiddenError` where `host` by itself, without a look-up, is a place not to fetch from.
+
+    An address in any spelling that the system reads as one, or a name that always means this machine. Of
+    every other name only who resolves it can tell where it leads.
+    """
+    name = host.rstrip(".").lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        name = "127.0.0.1"
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError):
+        return
+    _refuse([str(sockaddr[0]) for *_, sockaddr in found], allow_private=allow_private)
+
+
 class SystemResolver:
     """The operating system's resolver, in threads of its own: a hung name server blocks nothing else."""
 
@@ -154,6 +170,10 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
             raise MediaFetchError("the media server's name cannot be resolved") from error
         if not addresses:
             raise MediaFetchError("the media server's name cannot be resolved")
-        if any(is_forbidden(ip_address(each), allow_private=self._allow_private) for each in addresses):
-            raise MediaForbiddenError("the URL leads to an address that this server does not fetch from")
+        _refuse(addresses, allow_private=self._allow_private)
         return addresses
+
+
+def _refuse(addresses: Iterable[str], *, allow_private: bool) -> None:
+    if any(is_forbidden(ip_address(each), allow_private=allow_private) for each in addresses):
+        raise MediaForbiddenError("the URL leads to an address that this server does not fetch from")

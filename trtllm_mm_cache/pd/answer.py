@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, nullcontext
 from functools import partial
 from typing import Any
 
 from opentelemetry.trace import SpanKind
 
-from trtllm_mm_cache.engines.base import Generator, TokenDelta
+from trtllm_mm_cache.engines.base import Generator, PlaceLogprobs, TokenDelta
 from trtllm_mm_cache.errors import MmCacheError, OverloadedError
 from trtllm_mm_cache.observability.logs import request_id
 from trtllm_mm_cache.observability.traces import remote_parent, span
@@ -21,7 +21,7 @@ from trtllm_mm_cache.pd.request import parse_request
 from trtllm_mm_cache.pd.resolve import ItemResolver
 from trtllm_mm_cache.runtime.admission import Admission
 from trtllm_mm_cache.runtime.control import DropReport, DropRequest
-from trtllm_mm_cache.runtime.faults import as_dynamo_error
+from trtllm_mm_cache.runtime.faults import as_dynamo_message
 from trtllm_mm_cache.runtime.generation import FrontendMark, error_message, heartbeats
 from trtllm_mm_cache.runtime.streaming import (
     Emit,
@@ -36,12 +36,23 @@ Output = dict[str, Any]
 """One message to Dynamo's frontend, in the form it expects of a worker."""
 
 
+Admit = Callable[[Any], Output]
+"""Takes the caller's proof off a request, and returns what the answer's first message is in return; raises
+`NotAMemberError`. See `runtime.membership.Membership.admit`."""
+
+
 class PdWorker:
     """Answers generation requests of Dynamo's frontend. For use from one event loop."""
 
     def __init__(
-        self, generator: Generator, resolver: ItemResolver, metrics: PdMetrics, settings: PdSettings
+        self,
+        generator: Generator,
+        resolver: ItemResolver,
+        metrics: PdMetrics,
+        settings: PdSettings,
+        admit: Admit,
     ) -> None:
+        self._admit = admit
         self._generator = generator
         self._resolver = resolver
         self._metrics = metrics
@@ -70,7 +81,7 @@ class PdWorker:
         await self._generator.close()
 
     async def _answer(self, payload: Any, context: RequestContext, emit: Emit[Output]) -> None:
-        """Emit the answer, record how it ended, and raise what Dynamo's frontend is to be told."""
+        """Emit the answer or what Dynamo's frontend is to be told instead, and record how it ended."""
         name = context.id() or ""
         request_id.set(name)
         mark = FrontendMark.of(payload)
@@ -88,14 +99,17 @@ class PdWorker:
                 raise
             except MmCacheError as error:
                 record.ended("failed", error)
-                _report(error, mark, emit)
-            except Exception as error:  # noqa: BLE001 - it is reported as an error of ours
+                emit(_failure(error, mark))
+            except Exception as error:  # noqa: BLE001 - it is sent as an error of ours
                 # An engine may raise anything; its text may hold paths and addresses: for the log alone.
-                _report(_engine_failure(record, error), mark, emit)
+                emit(_failure(_engine_failure(record, error), mark))
             else:
                 record.ended("served")
 
     async def _serve(self, payload: Any, name: str, record: AnswerRecord, emit: Emit[Output]) -> None:
+        proof = self._admit(payload)
+        if proof:
+            emit(proof)
         with span("references"):
             request = parse_request(payload, name, max_images=self._max_images)
         variant = self._generator.variant(len(request.references))
@@ -123,11 +137,9 @@ def _engine_failure(record: AnswerRecord, error: Exception) -> MmCacheError:
     return failure
 
 
-def _report(error: MmCacheError, mark: FrontendMark | None, emit: Emit[Output]) -> None:
-    """Tell our frontend what failed by a message; Dynamo's own frontend learns it by the exception."""
-    if mark is None:
-        raise as_dynamo_error(error) from None
-    emit(error_message(error))
+def _failure(error: MmCacheError, mark: FrontendMark | None) -> Output:
+    """Return the last message of an answer that failed, for our frontend or for Dynamo's own."""
+    return as_dynamo_message(error) if mark is None else error_message(error)
 
 
 def _output(delta: TokenDelta, completion_tokens: int) -> Output:
@@ -140,6 +152,22 @@ def _output(delta: TokenDelta, completion_tokens: int) -> Output:
             "total_tokens": delta.prompt_tokens + completion_tokens,
         },
     }
+    if delta.logprobs:
+        output |= _logprobs(delta.logprobs)
     if delta.finish_reason is not None:
         output["finish_reason"] = delta.finish_reason
+    return output
+
+
+def _logprobs(places: Sequence[PlaceLogprobs]) -> Output:
+    """Return one entry a token, in the form of Dynamo's workers."""
+    output: Output = {"log_probs": [place.chosen.logprob for place in places]}
+    if places[0].likeliest:
+        output["top_logprobs"] = [
+            [
+                {"rank": rank, "token_id": token.token_id, "logprob": token.logprob}
+                for rank, token in enumerate(place.likeliest, start=1)
+            ]
+            for place in places
+        ]
     return output

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext, suppress
 
 from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.errors import OverloadedError
 from trtllm_mm_cache.media import ImageInfo, MediaSource, probe_image
 from trtllm_mm_cache.pd.metrics import PdMetrics, scheme_of
+from trtllm_mm_cache.pd.reference import Reference
 from trtllm_mm_cache.settings import PdSettings
 
 OFF_LOOP_BYTES = 64 * 1024
@@ -30,15 +31,20 @@ class MediaFetcher:
         self._wait_s = settings.media.media_timeout_s
         self._metrics = metrics
 
-    async def fetch(self, reference: str | bytes, scope: Scope) -> tuple[bytes, ImageInfo]:
+    async def fetch(
+        self, reference: Reference, scope: Scope, grow: Callable[[int], None]
+    ) -> tuple[bytes, ImageInfo]:
         """Return the bytes of the image and what its header says. Raises `RequestError`, `OverloadedError`.
 
+        The reference is taken. `grow` is told of bytes as they arrive from elsewhere, and may refuse them.
         What was fetched in a `scope` is used again in that scope alone.
         """
-        scheme = scheme_of(reference)
+        source = reference.take()
+        scheme = scheme_of(source)
         with self._metrics.fetch.labels(scheme=scheme).time():
             async with self._turn() if scheme in ("http", "https") else nullcontext():
-                media = await self._source.fetch(reference, scope)
+                media = await self._source.fetch(source, scope, grow)
+            del source  # a data: URL is longer than what it stands for
             # A header of megabytes (metadata) can take long to read; that of a small file cannot.
             if len(media) > OFF_LOOP_BYTES:
                 return media, await asyncio.to_thread(probe_image, media, self._limits)

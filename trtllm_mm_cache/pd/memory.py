@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+from trtllm_mm_cache.cache.arena.limits import check_fits
 from trtllm_mm_cache.cache.eviction.base import make_policy
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.what_if import WhatIf
-from trtllm_mm_cache.settings import GB, MB, PdSettings
+from trtllm_mm_cache.settings import PdSettings
 from trtllm_mm_cache.transfer import Reader, TransferAgent
 
 _CLOSE_DEADLINE_S = 5.0
@@ -29,9 +30,10 @@ class PdMemory:
 
     @classmethod
     async def create(cls, settings: PdSettings) -> PdMemory:
-        """Commit the memory and register it with NIXL. Raises `SharedMemoryError` when it does not fit."""
-        capacity = int(settings.multimodal_embedding_cache_capacity_gb * GB)
-        transit_bytes = int(settings.transfer_arena_mb * MB)
+        """Commit the memory and register it with NIXL. Raises `ConfigurationError` when it does not fit."""
+        arenas = settings.arena_bytes
+        capacity, transit_bytes = arenas.values()
+        await asyncio.to_thread(check_fits, arenas)
         transit = await asyncio.to_thread(
             MultimodalEmbeddingCacheManager, 0, transfer_bytes=transit_bytes, name="transit"
         )

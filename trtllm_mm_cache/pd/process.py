@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from pathlib import Path
 
 from trtllm_mm_cache.engines.base import Generator
 from trtllm_mm_cache.engines.ranks import place_in_job
-from trtllm_mm_cache.engines.registry import load_engine
+from trtllm_mm_cache.engines.registry import Engine, load_engine
+from trtllm_mm_cache.media import pixels_fingerprint
 from trtllm_mm_cache.observability.cache_metrics import CacheCollector, WhatIfCollector
 from trtllm_mm_cache.observability.logs import configure_logging
+from trtllm_mm_cache.observability.memory import MemoryCollector
 from trtllm_mm_cache.observability.metrics import Exposition
 from trtllm_mm_cache.observability.traces import configure_tracing
 from trtllm_mm_cache.pd.answer import PdWorker
 from trtllm_mm_cache.pd.memory import PdMemory
 from trtllm_mm_cache.pd.metrics import PdMetrics
 from trtllm_mm_cache.pd.resolve import ItemResolver
-from trtllm_mm_cache.runtime.connect import DistributedRuntime, connect, drain_on_signals, endpoint_path
-from trtllm_mm_cache.runtime.control import Control, control_path
+from trtllm_mm_cache.runtime.allocator import bound_heaps
+from trtllm_mm_cache.runtime.connect import Deployment, endpoint_path, join
+from trtllm_mm_cache.runtime.control import CONTROL, Control, control_path
 from trtllm_mm_cache.runtime.encode_client import EncodeClient
 from trtllm_mm_cache.runtime.model import local_model_path, offer_model
 from trtllm_mm_cache.runtime.presence import serve_present
+from trtllm_mm_cache.runtime.readiness import announce_ready
 from trtllm_mm_cache.settings import PdSettings
 from trtllm_mm_cache.tiers.chain import TierChain
 from trtllm_mm_cache.tiers.encode_remote import EncodeTier, EncodeWorkers
@@ -35,6 +40,7 @@ def run_pd_worker(settings: PdSettings) -> None:
 
     Under mpirun this is rank 0; every other rank only computes with it, and returns when it has ended.
     """
+    bound_heaps()
     configure_logging(settings.log_level, settings.log_format)
     configure_tracing("pd")
     if place_in_job().rank > 0:
@@ -44,35 +50,39 @@ def run_pd_worker(settings: PdSettings) -> None:
 
 
 async def _serve(settings: PdSettings) -> None:
-    runtime = connect(settings)
-    draining = drain_on_signals(runtime)
+    deployment = join(settings)
     model_path = await local_model_path(settings.model_path)
-    # Memory first: a host that cannot hold it says so before minutes of model loading.
-    memory = await PdMemory.create(settings)
+    # Memory first: a host that cannot hold it says so before minutes of model loading. Mapping the pages of
+    # 10 GB takes seconds in which Python is free to import the engine.
+    importing = asyncio.create_task(asyncio.to_thread(load_engine, settings.engine))
     try:
-        await _serve_model(runtime, draining, memory, model_path, settings)
+        memory = await PdMemory.create(settings)
+    except BaseException:
+        importing.cancel()
+        raise
+    try:
+        await _serve_model(deployment, memory, await importing, Path(model_path), settings)
     finally:
         await memory.close()
         logger.info("PD worker ended")
 
 
 async def _serve_model(
-    runtime: DistributedRuntime,
-    draining: asyncio.Event,
-    memory: PdMemory,
-    model_path: str,
-    settings: PdSettings,
+    deployment: Deployment, memory: PdMemory, engine: Engine, model_path: Path, settings: PdSettings
 ) -> None:
-    engine = await asyncio.to_thread(load_engine, settings.engine)
-    generator = await asyncio.to_thread(engine.load_generator, Path(model_path), settings.extra_engine_args)
+    runtime, members = deployment.runtime, deployment.members
+    generator = await asyncio.to_thread(engine.load_generator, model_path, settings.extra_engine_args)
     client = await runtime.endpoint(endpoint_path(settings.encode_endpoint)).client()
     metrics = PdMetrics()
-    resolver = make_resolver(settings, memory, EncodeClient(client), generator, metrics)
-    worker = PdWorker(generator, resolver, metrics, settings)
+    resolver = make_resolver(settings, memory, EncodeClient(client, members), generator, metrics)
+    me = runtime.endpoint(endpoint_path(settings.endpoint)).connection_id()
+    admit = partial(members.admit, me, required=not settings.allow_unproven_requests)
+    worker = PdWorker(generator, resolver, metrics, settings, admit)
     exposition = Exposition(metrics.registry, {"dynamo_component": "pd", "model": settings.model_name})
-    control = Control(worker.drop, exposition.render)
+    control = Control(worker.drop)
     try:
-        await _serve_endpoints(runtime, draining, worker, exposition, control, model_path, settings)
+        deployment.status.render = exposition.render
+        await _serve_endpoints(deployment, worker, control, model_path, settings)
     finally:
         await worker.close()
 
@@ -88,37 +98,34 @@ def make_resolver(
     registry = metrics.registry
     registry.register(CacheCollector(memory.arenas))
     registry.register(memory.reader)
+    registry.register(MemoryCollector())
     if memory.what_if is not None:
         registry.register(WhatIfCollector(memory.what_if))
     receiver = Receiver(memory.cache, memory.transit, memory.what_if, generator.check_embedding, registry)
-    encoders = EncodeTier(encode_workers, memory.reader, generator.fingerprint, settings, registry)
+    fingerprint = pixels_fingerprint(generator.fingerprint, settings.images)
+    encoders = EncodeTier(encode_workers, memory.reader, fingerprint, settings, registry)
     tiers = TierChain([encoders], receiver)
-    return ItemResolver(memory.cache, memory.what_if, tiers, generator.fingerprint, settings, metrics)
+    return ItemResolver(memory.cache, memory.what_if, tiers, fingerprint, settings, metrics)
 
 
 async def _serve_endpoints(
-    runtime: DistributedRuntime,
-    draining: asyncio.Event,
-    worker: PdWorker,
-    exposition: Exposition,
-    control: Control,
-    model_path: str,
-    settings: PdSettings,
+    deployment: Deployment, worker: PdWorker, control: Control, model_path: Path, settings: PdSettings
 ) -> None:
+    runtime, draining = deployment.runtime, deployment.draining
     endpoint = runtime.endpoint(endpoint_path(settings.endpoint))
-    endpoint.metrics.register_prometheus_expfmt_callback(exposition.render)
+    guarded_control = deployment.members.guarded(CONTROL, endpoint.connection_id(), control.handle)
 
     async def offer_again() -> None:
-        await offer_model(endpoint, model_path, settings.model_name)
+        await offer_model(endpoint, str(model_path), settings.model_name)
         await endpoint.register_endpoint_instance()
 
-    await offer_model(endpoint, model_path, settings.model_name)
+    await offer_model(endpoint, str(model_path), settings.model_name)
     logger.info(
         "PD worker ready: model %s, cache %.2f GB",
         settings.model_name,
         settings.multimodal_embedding_cache_capacity_gb,
     )
-    runtime.set_health_status(True)
+    announce_ready(deployment.status)
     await asyncio.gather(
         serve_present(
             endpoint,
@@ -127,5 +134,5 @@ async def _serve_endpoints(
             register=offer_again,
             metrics_labels=[("model", settings.model_name)],
         ),
-        serve_present(runtime.endpoint(control_path(settings.endpoint)), control.handle, draining),
+        serve_present(runtime.endpoint(control_path(settings.endpoint)), guarded_control, draining),
     )

@@ -14,6 +14,8 @@ from trtllm_mm_cache.pd.resolved import ResolvedItems
 
 logger = logging.getLogger(__name__)
 
+Field = str | int | float | tuple[str, ...]
+
 
 class AnswerRecord:
     """Begins when the request arrives; call `ended` or `stopped` exactly once.
@@ -58,17 +60,19 @@ class AnswerRecord:
             self._metrics.errors.labels(error.code).inc()
         fields = self._fields(outcome, error)
         self._span.set_attributes(fields)
+        if self._items is not None:
+            fields["keys"] = self._items.keys
         logger.log(
             _level(error),
             "request %s%s",
-            " ".join(f"{name}={value}" for name, value in fields.items()),
+            " ".join(f"{name}={_text(value)}" for name, value in fields.items()),
             "" if error is None else f": {error}",
             extra=fields,
             exc_info=None if error is None else loggable_cause(error),
         )
 
-    def _fields(self, outcome: RequestOutcome, error: MmCacheError | None) -> dict[str, str | int | float]:
-        fields: dict[str, str | int | float] = {"request_id": self._request_id, "outcome": outcome}
+    def _fields(self, outcome: RequestOutcome, error: MmCacheError | None) -> dict[str, Field]:
+        fields: dict[str, Field] = {"request_id": self._request_id, "outcome": outcome}
         if error is not None:
             fields["code"] = error.code
         if self._items is not None:
@@ -86,6 +90,10 @@ class AnswerRecord:
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._arrived
+
+
+def _text(value: Field) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def _level(error: MmCacheError | None) -> int:

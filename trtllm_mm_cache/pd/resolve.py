@@ -20,23 +20,28 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any
 
 from trtllm_mm_cache.cache.flight import SingleFlight
-from trtllm_mm_cache.cache.key import EmbeddingKey, embedding_key
+from trtllm_mm_cache.cache.key import EmbeddingKey, content_digest, embedding_key
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.cache.what_if import WhatIf
 from trtllm_mm_cache.engines.base import ItemDescription
-from trtllm_mm_cache.errors import MmCacheError, OverloadedError
+from trtllm_mm_cache.errors import (
+    ArenaFullError,
+    EntryTooLargeError,
+    MediaTooLargeError,
+    MmCacheError,
+    OverloadedError,
+)
 from trtllm_mm_cache.observability.cache_metrics import FlightCollector
 from trtllm_mm_cache.observability.traces import span
 from trtllm_mm_cache.pd.fetch import OFF_LOOP_BYTES, MediaFetcher
 from trtllm_mm_cache.pd.metrics import PdMetrics
-from trtllm_mm_cache.pd.request import PdRequest, Reference
+from trtllm_mm_cache.pd.reference import Reference
+from trtllm_mm_cache.pd.request import PdRequest
 from trtllm_mm_cache.pd.resolved import Found, ResolvedItems, all_or_first_error
-from trtllm_mm_cache.runtime.admission import Admission
+from trtllm_mm_cache.runtime.admission import Admission, Admitted
 from trtllm_mm_cache.runtime.control import DropReport, DropRequest
 from trtllm_mm_cache.runtime.drops import Drops
 from trtllm_mm_cache.settings import MB, PdSettings
@@ -49,9 +54,12 @@ logger = logging.getLogger(__name__)
 class ItemResolver:
     """Resolves the items of one PD worker's requests. For use from one event loop.
 
-    Misses hold the bytes of their items until they have their embeddings: at most `max_waiting_image_mb` in
-    all, beyond which a miss is refused with an `OverloadedError` and hits are still served. Only the miss
-    that starts a flight holds bytes and counts; those that join it hold nothing but their place.
+    Until an item's key is known, its bytes are incoming: inside the request, or being fetched. They are at
+    most `max_incoming_image_mb` in all, beyond which a request with large images is refused with an
+    `OverloadedError`; text and small images still get through. Misses hold the bytes of their items until
+    they have their embeddings: at most `max_waiting_image_mb` in all, beyond which a miss is refused with an
+    `OverloadedError` and hits are still served. Only the miss that starts a flight holds bytes and counts;
+    those that join it hold nothing but their place.
     `what_if` follows the lookups.
     """
 
@@ -81,26 +89,49 @@ class ItemResolver:
                 "already; cached images are still served; retry in a moment"
             ),
         )
-        for part in (FlightCollector(self.flights), self.waiting):
+        limit = f"{settings.max_incoming_image_mb:g} MB (--max-incoming-image-mb)"
+        self.incoming = Admission(
+            what="incoming",
+            max_items=sys.maxsize,
+            max_bytes=int(settings.max_incoming_image_mb * MB),
+            refusal=lambda: OverloadedError(
+                f"images of nearly {limit} are on their way in already; retry in a moment"
+            ),
+            too_large=lambda: MediaTooLargeError(
+                f"the request's images have more than {limit} together; send fewer or smaller ones"
+            ),
+            room_for_small=True,
+        )
+        for part in (FlightCollector(self.flights), self.waiting, self.incoming):
             metrics.registry.register(part)
 
     async def resolve(self, request: PdRequest, *, variant: str) -> ResolvedItems:
         """Turn the references of one request into leases, in order.
 
         Each distinct reference is fetched once and each distinct content resolved once; the items
-        are worked on at the same time. Raises the first item's error, with the item's index.
+        are worked on at the same time. Raises the first item's error, with the item's index; or, where they
+        find no room and never could, an `InvalidRequestError`.
         """
         started = time.perf_counter()
         scope = Scope.of(request.generation.cache_salt, require_salt=self._require_salt)
         first_at: dict[Reference, int] = {}
-        for index, reference in enumerate(request.references):
-            first_at.setdefault(reference, index)
-        works = [
-            self._resolve_one(index, reference, scope, request.processor_kwargs, variant)
-            for reference, index in first_at.items()
-        ]
-        found = dict(zip(first_at, await all_or_first_error(works), strict=True))
-        return ResolvedItems.of(request.references, found, seconds=time.perf_counter() - started)
+        places = [first_at.setdefault(each, index) for index, each in enumerate(request.references)]
+        needs: dict[str, int] = {}
+        with self.incoming.admitted(sum(each.nbytes for each in request.references)) as incoming:
+            for index, reference in enumerate(request.references):
+                if places[index] != index:
+                    reference.take()
+                    incoming.shrink(reference.nbytes)
+            works = [
+                self._resolve_one(index, reference, request, scope, variant, incoming, needs)
+                for reference, index in first_at.items()
+            ]
+            try:
+                found = dict(zip(first_at.values(), await all_or_first_error(works), strict=True))
+            except (ArenaFullError, EntryTooLargeError):
+                self._tiers.check_can_fit(needs, retained=scope.retain)
+                raise
+        return ResolvedItems.of(places, found, seconds=time.perf_counter() - started)
 
     async def drop(self, request: DropRequest) -> DropReport:
         """Drop embeddings, and forget every file that was fetched over HTTP.
@@ -127,22 +158,35 @@ class ItemResolver:
         self,
         index: int,
         reference: Reference,
+        request: PdRequest,
         scope: Scope,
-        processor_kwargs: Mapping[str, Any],
         variant: str,
+        incoming: Admitted,
+        needs: dict[str, int],
     ) -> Found:
-        """Steps 2 to 7 for one item."""
+        """Steps 2 to 7 for one item, whose bytes are `incoming` until its key is known."""
+        fetched = 0
+
+        def grow(nbytes: int) -> None:
+            nonlocal fetched
+            incoming.grow(nbytes)
+            fetched += nbytes
+
         try:
             watch = self._drops.watch(scope.tag)
-            media, info = await self._fetcher.fetch(reference.source, scope)
-            description = ItemDescription(info.width, info.height, processor_kwargs, variant, reference.kind)
-            key = await self._key(media, description, scope)
-            item = MissingItem(key, media, description, scope, watch)
+            media, info = await self._fetcher.fetch(reference, scope, grow)
+            description = ItemDescription(
+                info.width, info.height, request.processor_kwargs, variant, reference.kind
+            )
+            key, watch.content = await self._key(media, description, scope)
+            item = MissingItem(key, media, description, scope, watch, needs)
             del media, watch  # the item's now, which may forget them
+            incoming.shrink(reference.nbytes + fetched)
             looked_up = time.perf_counter()
             with span("lookup") as current:
                 found = await self._find(item)
                 current.set_attribute("outcome", found.outcome)
+            needs[key.hex] = found.lease.nbytes
             self._metrics.found(
                 found.outcome,
                 nbytes=found.lease.nbytes,
@@ -155,16 +199,22 @@ class ItemResolver:
         return found
 
     # 3 key
-    async def _key(self, media: bytes, description: ItemDescription, scope: Scope) -> EmbeddingKey:
-        def compute() -> EmbeddingKey:
-            return embedding_key(
-                media,
+    async def _key(
+        self, media: bytes, description: ItemDescription, scope: Scope
+    ) -> tuple[EmbeddingKey, bytes]:
+        """Return the key and the digest of the content, which the key holds: the media are hashed once."""
+
+        def compute() -> tuple[EmbeddingKey, bytes]:
+            content = content_digest(media)
+            key = embedding_key(
+                content,
                 fingerprint=self._fingerprint,
                 kind=description.kind,
                 processor_kwargs=description.processor_kwargs,
                 scope=scope,
                 variant=description.variant,
             )
+            return key, content
 
         with self._metrics.key.time():
             return await asyncio.to_thread(compute) if len(media) > OFF_LOOP_BYTES else compute()

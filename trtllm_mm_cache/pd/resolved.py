@@ -10,7 +10,6 @@ from typing import Any
 from trtllm_mm_cache.cache.manager import Lease
 from trtllm_mm_cache.errors import MmCacheError
 from trtllm_mm_cache.pd.metrics import LookupOutcome
-from trtllm_mm_cache.pd.request import Reference
 
 
 @dataclass(frozen=True)
@@ -38,33 +37,31 @@ class ResolvedItems:
     seconds: float
 
     @classmethod
-    def of(
-        cls, references: Sequence[Reference], found: Mapping[Reference, Found], *, seconds: float
-    ) -> ResolvedItems:
-        """Put what was `found` for each distinct reference in prompt order; it took `seconds`.
+    def of(cls, places: Sequence[int], found: Mapping[int, Found], *, seconds: float) -> ResolvedItems:
+        """Put what was `found` in prompt order; it took `seconds`.
 
-        One lease a position: a reference that stands twice gets a second lease on the same view.
+        `places` has for each position the one at which its reference stands first, which `found` is by. One
+        lease a position: a reference that stands twice gets a second lease on the same view.
         """
-        given: set[Reference] = set()
         leases = []
-        for reference in references:
-            lease = found[reference].lease
-            leases.append(lease.clone() if reference in given else lease)
-            given.add(reference)
+        for position, first in enumerate(places):
+            lease = found[first].lease
+            leases.append(lease if position == first else lease.clone())
         outcomes = [each.outcome for each in found.values()]
         return cls(
             leases=tuple(leases),
             hits=outcomes.count("hit"),
             misses=len(outcomes) - outcomes.count("hit"),
             joined=outcomes.count("joined"),
-            hit_rows=sum(
-                found[reference].lease.shape[0]
-                for reference in references
-                if found[reference].outcome == "hit"
-            ),
+            hit_rows=sum(found[first].lease.shape[0] for first in places if found[first].outcome == "hit"),
             nbytes=sum(lease.nbytes for lease in leases),
             seconds=seconds,
         )
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of the items, in prompt order."""
+        return tuple(lease.key for lease in self.leases)
 
     def release(self) -> None:
         """Release every lease. Idempotent."""

@@ -12,13 +12,44 @@ from prometheus_client.registry import Collector
 from trtllm_mm_cache.errors import MmCacheError
 from trtllm_mm_cache.observability.metrics import counter, gauge
 
+_GAUGES = {
+    "image": ("waiting_image_bytes", "Bytes of images without an embedding yet."),
+    "incoming": ("incoming_image_bytes", "Bytes of images whose keys are not known yet."),
+}
+
+_SMALL_SHARE = 1 / 256
+_LARGE_SHARE = 3 / 4
+
+
+class Admitted:
+    """What is counted for one item; it belongs to the block that `Admission.admitted` was entered for."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self.nbytes = 0
+
+    def grow(self, nbytes: int) -> None:
+        """Count `nbytes` more. Raises the refusal, with nothing counted, when they do not fit."""
+        self._admission._check(self.nbytes, nbytes)
+        self._count(nbytes)
+
+    def shrink(self, nbytes: int) -> None:
+        """Count `nbytes` less: they are not held any more."""
+        self._count(-min(nbytes, self.nbytes))
+
+    def _count(self, nbytes: int) -> None:
+        self.nbytes += nbytes
+        self._admission.nbytes += nbytes
+
 
 class Admission(Collector):
     """Admits at most `max_items` items of at most `max_bytes` bytes together. For use from one event loop.
 
-    An item of more than `max_bytes` is admitted when it is the only one. Who is refused gets the error
-    that `refusal` makes; none waits. `what` is admitted: requests, images by
-    their bytes, or texts by their characters.
+    Who is refused gets the error that `refusal` makes; none waits. `what` is admitted: requests, images that
+    wait for their embeddings, incoming ones, or texts by their characters. An item without bytes is never
+    refused for its bytes. One of more than `max_bytes` can never fit and gets the error that `too_large`
+    makes; where that is None, it is admitted while no other has bytes. With `room_for_small`, a quarter of
+    the bytes is kept for items of less than 1/256 of them, so that large ones do not keep those out.
 
     `items` and `nbytes` are under way now, `refused` counts since the start.
     """
@@ -29,31 +60,48 @@ class Admission(Collector):
         max_items: int,
         max_bytes: int,
         refusal: Callable[[], MmCacheError],
-        what: Literal["request", "image", "text"] = "image",
+        what: Literal["request", "image", "incoming", "text"] = "image",
+        too_large: Callable[[], MmCacheError] | None = None,
+        room_for_small: bool = False,
     ) -> None:
         self._max_items = max_items
         self._max_bytes = max_bytes
         self._refusal = refusal
         self._what = what
+        self._too_large = too_large
+        self._room_for_small = room_for_small
         self.items = self.nbytes = self.refused = 0
 
     @contextmanager
-    def admitted(self, nbytes: int = 0) -> Iterator[None]:
+    def admitted(self, nbytes: int = 0) -> Iterator[Admitted]:
         """Count an item of `nbytes` bytes while the context lasts. Raises the refusal on entry."""
-        full = self.items >= self._max_items
-        if full or (self.items > 0 and self.nbytes + nbytes > self._max_bytes):
+        if self.items >= self._max_items:
             self.refused += 1
             raise self._refusal()
+        admitted = Admitted(self)
+        admitted.grow(nbytes)
         self.items += 1
-        self.nbytes += nbytes
         try:
-            yield
+            yield admitted
         finally:
             self.items -= 1
-            self.nbytes -= nbytes
+            admitted.shrink(admitted.nbytes)
 
     def collect(self) -> Iterable[Metric]:
-        """Yield what was refused, and for images the bytes that wait."""
-        if self._what == "image":
-            yield gauge("waiting_image_bytes", "Bytes of images without an embedding yet.", self.nbytes)
+        """Yield what was refused, and the bytes that are under way."""
+        if self._what in _GAUGES:
+            yield gauge(*_GAUGES[self._what], self.nbytes)
         yield counter("refused", "Refused: too much under way.", self.refused, what=self._what)
+
+    def _check(self, held: int, more: int) -> None:
+        """Raise unless an item that has `held` bytes may have `more`."""
+        item, others = held + more, self.nbytes - held
+        if more == 0:
+            return
+        if self._too_large is not None and item > self._max_bytes:
+            self.refused += 1
+            raise self._too_large()
+        small = not self._room_for_small or item < _SMALL_SHARE * self._max_bytes
+        if others > 0 and others + item > self._max_bytes * (1 if small else _LARGE_SHARE):
+            self.refused += 1
+            raise self._refusal()

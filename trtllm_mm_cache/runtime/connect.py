@@ -5,14 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
+from dataclasses import dataclass
 
 from dynamo.runtime import DistributedRuntime
 
 from trtllm_mm_cache.errors import ConfigurationError
-from trtllm_mm_cache.settings import MB, DiscoverySettings
+from trtllm_mm_cache.runtime.clock import watch_clock
+from trtllm_mm_cache.runtime.membership import Membership
+from trtllm_mm_cache.runtime.secret import discovery_folder, load_membership
+from trtllm_mm_cache.runtime.status import StatusServer
+from trtllm_mm_cache.settings import MB, DiscoverySettings, EngineSettings
+from trtllm_mm_cache.transfer.environment import one_machine_transports
 
-__all__ = ["DistributedRuntime", "connect", "drain_on_signals", "endpoint_path"]
+__all__ = ["Deployment", "DistributedRuntime", "connect", "drain_on_signals", "endpoint_path", "join"]
 
 logger = logging.getLogger(__name__)
 
@@ -24,27 +31,60 @@ _LISTEN_ADDRESSES = (
     "DYN_TCP_RPC_HOST",
     "DYN_TCP_RESPONSE_STREAM_HOST",
     "DYN_EVENT_PLANE_HOST",
-    "DYN_SYSTEM_HOST",
 )
 
+# Below it a few hundred idle connections leave a process no descriptor for its next call.
+_DESCRIPTORS = 65_536
 
-def connect(settings: DiscoverySettings) -> DistributedRuntime:
+
+@dataclass(frozen=True)
+class Deployment:
+    """A deployment as one worker sees it: `draining` is set when it is to end."""
+
+    runtime: DistributedRuntime
+    draining: asyncio.Event
+    members: Membership
+    status: StatusServer
+
+
+def join(settings: EngineSettings) -> Deployment:
+    """Join the deployment as a worker, as `connect` does, with the secret and the system port.
+
+    Raises `ConfigurationError`.
+    """
+    status = StatusServer(settings)
+    runtime, members = connect(settings)
+    return Deployment(runtime, drain_on_signals(runtime), members, status)
+
+
+def connect(settings: DiscoverySettings) -> tuple[DistributedRuntime, Membership]:
     """Join the deployment. Call once per process, from its event loop.
 
-    Dynamo reads limits and addresses from the environment; what the operator set there stays. With
-    `file` discovery all processes are on this machine, and nothing listens beyond loopback. Raises
-    `ConfigurationError` where Dynamo cannot start with these settings.
+    From here on the process makes files for its own user alone, and may open as many as its hard limit
+    allows. Dynamo reads limits and addresses from the environment; what the operator set there stays. With
+    `file` discovery all processes are on this machine: nothing listens beyond loopback, embeddings pass
+    through shared memory, and other users have no access to the discovery folder. Raises
+    `ConfigurationError` where there is no secret, or Dynamo cannot start with these settings.
     """
+    os.umask(0o077)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, _DESCRIPTORS), most))
+    # Dynamo's server on the system port bounds nothing: `status.py` has that port, if any.
+    os.environ.pop("DYN_SYSTEM_PORT", None)
     defaults = {
         "DYN_TCP_MAX_MESSAGE_SIZE": str(MAX_MESSAGE_BYTES),
         "DYN_HTTP_BODY_LIMIT_MB": str(MAX_MESSAGE_BYTES // MB),
     }
     if settings.discovery_backend in ("file", "mem"):
-        defaults |= dict.fromkeys(_LISTEN_ADDRESSES, "127.0.0.1") | {"UCX_NET_DEVICES": "lo"}
+        defaults |= dict.fromkeys(_LISTEN_ADDRESSES, "127.0.0.1")
+        defaults |= {"UCX_TLS": one_machine_transports(), "UCX_NET_DEVICES": "lo"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    members = load_membership(settings)
+    if settings.discovery_backend == "file":
+        watch_clock(discovery_folder())
     try:
-        return DistributedRuntime(
+        runtime = DistributedRuntime(
             asyncio.get_running_loop(),
             settings.discovery_backend,
             os.environ.get("DYN_REQUEST_PLANE", "tcp"),
@@ -55,6 +95,7 @@ def connect(settings: DiscoverySettings) -> DistributedRuntime:
             f"cannot join a deployment by {settings.discovery_backend} discovery: {error}; "
             "docs/deployment.md says what it needs"
         ) from error
+    return runtime, members
 
 
 def endpoint_path(url: str) -> str:

@@ -1,14 +1,14 @@
-"""The control endpoint beside a worker's own: drops embeddings on demand and hands out the metrics.
+"""The control endpoint beside a worker's own: drops embeddings on demand.
 
-Every worker serves it as `control` in its component, next to `generate` or `encode`. Like them it trusts
-whoever can reach Dynamo's request plane.
+Every worker serves it as `control` in its component, next to `generate` or `encode`, behind the same guard:
+it answers members of the deployment alone (`membership.py`).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,9 @@ from trtllm_mm_cache.runtime.streaming import RequestContext
 
 logger = logging.getLogger(__name__)
 
+CONTROL: Final = "control"
+"""The purpose of these calls, for `membership`."""
+
 
 def control_path(endpoint_url: str) -> str:
     """Return the control endpoint beside a worker's own, as namespace.component.control."""
@@ -28,7 +31,8 @@ def control_path(endpoint_url: str) -> str:
 
 
 class DropRequest(Message):
-    """Asks to drop one key, what was stored under one salt (by its tag), or everything.
+    """Asks to drop one key, what was stored under one salt (by its tag), what was made of one image (by
+    the digest of its content), or everything.
 
     Waits up to `deadline_s` seconds for embeddings that were on their way.
     """
@@ -37,19 +41,27 @@ class DropRequest(Message):
     command: Literal["drop"] = "drop"
     key: HexDigest | None = None
     tag: SaltTag | None = None
+    content: HexDigest | None = None
     everything: bool = False
     deadline_s: float = Field(10.0, ge=0, le=600)
 
     @model_validator(mode="after")
-    def _one_of_three(self) -> DropRequest:
-        if (self.key is not None) + (self.tag is not None) + self.everything != 1:
-            raise ValueError("give one of key, tag and everything")
+    def _one_of_four(self) -> DropRequest:
+        if sum(each is not None for each in (self.key, self.tag, self.content)) + self.everything != 1:
+            raise ValueError("give one of key, tag, content and everything")
         return self
 
     @property
     def selection(self) -> Selection:
         """What it selects, in the cache's terms."""
-        return Selection(self.key, None if self.tag is None else bytes.fromhex(self.tag))
+        return Selection(self.key, _bytes(self.tag), _bytes(self.content))
+
+    @property
+    def what(self) -> str:
+        """What it selects, in words."""
+        if self.everything:
+            return "everything"
+        return "one key" if self.key else "one image" if self.content else "one salt"
 
 
 class DropReport(Message):
@@ -67,28 +79,11 @@ class DropReport(Message):
     under_way: int = Field(0, ge=0)
 
 
-class MetricsRequest(Message):
-    """Asks for the worker's own metrics."""
-
-    version: Literal[2] = PROTOCOL_VERSION
-    command: Literal["metrics"] = "metrics"
-
-
-class MetricsReport(Message):
-    """The worker's own metrics, as Prometheus text."""
-
-    version: Literal[2] = PROTOCOL_VERSION
-    text: str
-
-
 class Control:
-    """Answers control requests: `drop` drops, `render` returns the metrics. For use from one event loop."""
+    """Answers control requests: `drop` drops. For use from one event loop."""
 
-    def __init__(
-        self, drop: Callable[[DropRequest], Awaitable[DropReport]], render: Callable[[], str]
-    ) -> None:
+    def __init__(self, drop: Callable[[DropRequest], Awaitable[DropReport]]) -> None:
         self._drop = drop
-        self._render = render
 
     async def handle(self, payload: Any, context: RequestContext) -> AsyncIterator[dict[str, Any]]:
         """Answer one request with one message: a report, or an `EncodeFault` that says what was wrong."""
@@ -98,10 +93,7 @@ class Control:
             logger.warning("control %s: %s: %s", context.id(), error.code, error)
             yield EncodeFault.of(error).model_dump()
 
-    async def _answer(self, payload: Any) -> Message:
-        if isinstance(payload, dict) and payload.get("command") == "metrics":
-            parse(MetricsRequest, payload)
-            return MetricsReport(text=self._render())
+    async def _answer(self, payload: Any) -> DropReport:
         request = parse(DropRequest, payload)
         report = await self._drop(request)
         logger.info(
@@ -109,6 +101,10 @@ class Control:
             report.entries,
             report.nbytes,
             report.media,
-            "everything" if request.everything else "one key" if request.key else "one salt",
+            request.what,
         )
         return report
+
+
+def _bytes(digits: str | None) -> bytes | None:
+    return None if digits is None else bytes.fromhex(digits)

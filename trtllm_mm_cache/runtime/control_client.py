@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from dynamo.runtime import Client, DistributedRuntime
 
 from trtllm_mm_cache.errors import MmCacheError, from_wire
-from trtllm_mm_cache.runtime.control import MetricsReport, MetricsRequest, control_path
+from trtllm_mm_cache.runtime.control import CONTROL, control_path
+from trtllm_mm_cache.runtime.membership import Membership
 from trtllm_mm_cache.runtime.messages import EncodeFault, Message, parse
 from trtllm_mm_cache.settings import ControlSettings
 
@@ -43,14 +42,17 @@ class Worker:
 class ControlClient:
     """Calls the workers of one component. For use from one event loop."""
 
-    def __init__(self, role: str, client: Client) -> None:
+    def __init__(self, role: str, client: Client, members: Membership) -> None:
         self._role = role
         self._client = client
+        self._members = members
 
     @classmethod
-    async def connect(cls, runtime: DistributedRuntime, role: str, endpoint_url: str) -> ControlClient:
+    async def connect(
+        cls, runtime: DistributedRuntime, role: str, endpoint_url: str, members: Membership
+    ) -> ControlClient:
         """Begin to watch the component of `endpoint_url`; `role` names its workers."""
-        return cls(role, await runtime.endpoint(control_path(endpoint_url)).client())
+        return cls(role, await runtime.endpoint(control_path(endpoint_url)).client(), members)
 
     async def workers(self, *, wait_s: float) -> Sequence[Worker]:
         """Return the workers alive, having waited for the first of them, but at most `wait_s` seconds."""
@@ -62,40 +64,21 @@ class ControlClient:
             if now != known:
                 known, settled = now, loop.time() + _SETTLED_S
             await asyncio.sleep(0.02)
-        return self._known()
-
-    def _known(self) -> Sequence[Worker]:
         return [Worker(self._role, instance) for instance in sorted(self._client.instance_ids())]
-
-    async def metrics(self, wait_s: float, timeout_s: float) -> dict[str, str | MmCacheError]:
-        """Return every worker's own metrics by its name, or why a worker gave none."""
-        workers = await self.workers(wait_s=wait_s) if wait_s else self._known()
-        answers = await asyncio.gather(
-            *(self.call(worker, MetricsRequest(), MetricsReport, timeout_s=timeout_s) for worker in workers),
-            return_exceptions=True,
-        )
-        texts: dict[str, str | MmCacheError] = {}
-        for worker, answer in zip(workers, answers, strict=True):
-            if isinstance(answer, MetricsReport):
-                texts[str(worker)] = answer.text
-            elif isinstance(answer, MmCacheError):
-                texts[str(worker)] = answer
-            else:
-                raise answer
-        return texts
 
     async def call(
         self, worker: Worker, request: Message, report: type[Answer], *, timeout_s: float
     ) -> Answer:
         """Send one request to one worker and return its report.
 
-        Raises the error that the worker reports, or `WorkerUnreachableError`.
+        Raises the error that the worker reports, `NotAMemberError`, or `WorkerUnreachableError`.
         """
+        call = self._members.call(CONTROL, worker.instance)
         try:
             async with asyncio.timeout(timeout_s):
-                stream = await self._client.direct(request.model_dump(), worker.instance)
+                stream = await self._client.direct(call.seal(request.model_dump()), worker.instance)
                 async for item in stream:
-                    return _parse(item.data() if hasattr(item, "data") else item, report)
+                    return _parse(call.open(item.data() if hasattr(item, "data") else item), report)
         except TimeoutError:
             raise WorkerUnreachableError(f"{worker} did not answer within {timeout_s:g} seconds") from None
         except MmCacheError:
@@ -132,7 +115,7 @@ def _place(settings: ControlSettings) -> tuple[str, str]:
     """Return where discovery looks, and the way out, as parts of a sentence."""
     match settings.discovery_backend:
         case "file":
-            return _folder(), (
+            return f"in {os.environ.get('DYN_FILE_KV')} (DYN_FILE_KV)", (
                 "set DYN_FILE_KV to their folder (launch/disagg_e_pd.sh prints the line to copy), or "
                 "DYN_DISCOVERY_BACKEND if they use another kind of discovery"
             )
@@ -145,10 +128,3 @@ def _place(settings: ControlSettings) -> tuple[str, str]:
             )
         case "mem":
             return "in this process's own memory", "`mem` cannot reach another process; use `file` or `etcd`"
-
-
-def _folder() -> str:
-    """Return the folder that Dynamo looks into: DYN_FILE_KV, or one below the folder for temporary files."""
-    named = os.environ.get("DYN_FILE_KV")
-    folder = named or Path(tempfile.gettempdir(), "dynamo_store_kv")
-    return f"in {folder} ({'DYN_FILE_KV' if named else 'DYN_FILE_KV is not set'})"

@@ -17,12 +17,16 @@ from trtllm_mm_cache.cache.scope import Selection
 
 
 class DropWatch:
-    """The drops that came while one item was under way. Its `tag` is known from the start, its key later."""
+    """The drops that came while one item was under way.
 
-    __slots__ = ("__weakref__", "_drops", "tag")
+    Its `tag` is known from the start, its key and the digest of its `content` later.
+    """
+
+    __slots__ = ("__weakref__", "_drops", "content", "tag")
 
     def __init__(self, tag: bytes | None) -> None:
         self.tag = tag
+        self.content: bytes | None = None
         self._drops: list[Selection] = []
 
     def note(self, selection: Selection) -> None:
@@ -31,7 +35,11 @@ class DropWatch:
 
     def dropped(self, key: str) -> bool:
         """Whether a drop since the beginning concerns this item, whose key is `key`."""
-        return any(selection.matches(key, self.tag) for selection in self._drops)
+        return any(self.concerned_by(selection, key) for selection in self._drops)
+
+    def concerned_by(self, selection: Selection, key: str) -> bool:
+        """Whether this item, whose key is `key`, is selected."""
+        return selection.matches(key, self.tag, self.content)
 
 
 class Drops:
@@ -68,7 +76,7 @@ class Drops:
 
     async def ended(self, selection: Selection, *, deadline_s: float) -> int:
         """Wait until the loads of what is selected have ended; return how many have not by the deadline."""
-        loads = [ended for ended, (key, watch) in self._loads.items() if selection.matches(key, watch.tag)]
+        loads = [ended for ended, (key, watch) in self._loads.items() if watch.concerned_by(selection, key)]
         if not loads:
             return 0
         _, pending = await asyncio.wait(loads, timeout=deadline_s)

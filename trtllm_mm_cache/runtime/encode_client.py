@@ -4,33 +4,55 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from dynamo.runtime import Client, Context
 
 from trtllm_mm_cache.errors import EncodeFailedError, EncodeUnavailableError, EncodeUnreachableError
 from trtllm_mm_cache.observability.traces import trace_headers
-from trtllm_mm_cache.runtime.messages import EncodeReady, EncodeRequest, parse_answer
+from trtllm_mm_cache.runtime.membership import Membership
+from trtllm_mm_cache.runtime.messages import ENCODE, EncodeCancel, EncodeReady, EncodeRequest, parse_answer
 
 logger = logging.getLogger(__name__)
 
 # How long an answer may come after its caller has gone. The encode worker is told, so it is soon or never.
 _LATE_ANSWER_S = 30.0
 
+# Calls that are being sent to one encode worker at a time: until it has it, each is copies of a file.
+_SENDING = 4
+
 # What Dynamo 1.6.1 says when a call never left: its instance is dead, but still listed for up to 10 seconds.
 _NEVER_SENT = ("not found for endpoint", "TCP connection to")
 
+T = TypeVar("T")
 Unwanted = Callable[[EncodeReady], None]
 
 
-class EncodeClient:
-    """Calls encode workers through Dynamo. For use from one event loop; no deadline of its own."""
+class _Call:
+    """One call: its context, and whether anything of it may have left this process."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, instance: int) -> None:
+        self.instance = instance
+        # One of its own: the flight outlives the request that started it.
+        self.context = Context(uuid.uuid4().hex)
+        self.sent = False
+
+
+class EncodeClient:
+    """Calls encode workers through Dynamo. For use from one event loop; no deadline of its own.
+
+    A few calls are sent to each encode worker at a time, so that many images at once take little memory on
+    their way, here and there.
+    """
+
+    def __init__(self, client: Client, members: Membership) -> None:
         self._client = client
-        self._calls: set[asyncio.Task[EncodeReady]] = set()
+        self._members = members
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._turns: dict[int, asyncio.Semaphore] = {}
 
     @property
     def instances(self) -> list[int]:
@@ -42,40 +64,43 @@ class EncodeClient:
 
         Raises what the encode worker reports, `EncodeUnreachableError` when it is not there,
         `EncodeUnavailableError` when it goes away before it answers, `ProtocolMismatchError` for an
-        answer of another protocol.
-        Cancelling the call tells the encode worker that no caller waits any more; an answer that comes all
-        the same is an export that will not be READ, and goes to `unwanted`.
+        answer of another protocol, `NotAMemberError` for one without the deployment's secret.
+        Cancelling the call takes it back at the encode worker; an answer that comes all the same is an export
+        that will not be READ, and goes to `unwanted`.
         """
-        # A context of its own: the flight outlives the request that started it.
-        context = Context()
-        call = asyncio.create_task(self._call(instance, request, context), name="encode call")
-        self._calls.add(call)
-        call.add_done_callback(self._calls.discard)
+        call = _Call(instance)
+        answer = self._begin(self._call(call, request))
         try:
-            return await asyncio.shield(call)
+            return await asyncio.shield(answer)
         except asyncio.CancelledError:
-            context.stop_generating()
-            call.add_done_callback(partial(_pass_on, unwanted))
-            asyncio.get_running_loop().call_later(_LATE_ANSWER_S, call.cancel)
+            answer.add_done_callback(partial(_pass_on, unwanted))
+            if not call.sent:
+                answer.cancel()
+            elif not answer.done():
+                self._begin(self._take_back(call, answer))
             raise
         finally:
             # An error's traceback leads to this frame, and the task to the error: see `threads.py`.
-            del call, request
+            del answer, request
 
     async def close(self) -> None:
         """Stop waiting for answers that no caller wants."""
-        calls = list(self._calls)
-        for call in calls:
-            call.cancel()
-        await asyncio.gather(*calls, return_exceptions=True)
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _call(self, instance: int, request: EncodeRequest, context: Context) -> EncodeReady:
+    async def _call(self, call: _Call, request: EncodeRequest) -> EncodeReady:
         try:
-            message = request.model_dump() | {"trace_headers": trace_headers()}
-            stream = await self._client.direct(message, instance, context=context)
-            del request, message  # megabytes, which a call without a caller need not keep
+            sealing = self._members.call(ENCODE, call.instance)
+            async with self._turn(call.instance):
+                call.sent = True
+                fields = request.model_dump(exclude={"media"}) | {"trace_headers": trace_headers()}
+                message = sealing.seal(fields, media=request.media)
+                stream = await self._client.direct(message, call.instance, context=call.context)
+                del request, message  # megabytes, which a call without a caller need not keep
             async for item in stream:
-                return parse_answer(_data(item))
+                return parse_answer(sealing.open(_data(item)))
         except (ValueError, ConnectionError) as error:
             raise _unreachable(error) from error
         except Exception as error:  # the runtime raises bare Exception for a lost connection
@@ -83,6 +108,32 @@ class EncodeClient:
                 raise
             raise _unreachable(error) from error
         raise EncodeFailedError("the encode worker ended its answer without an embedding; retry")
+
+    async def _take_back(self, call: _Call, answer: asyncio.Task[EncodeReady]) -> None:
+        """Tell the encode worker that no caller waits any more, and see to it that the call ends."""
+        try:
+            cancel = EncodeCancel(cancel=call.context.id()).model_dump()
+            message = self._members.call(ENCODE, call.instance).seal(cancel)
+            async for _ in await self._client.direct(message, call.instance, context=Context()):
+                pass
+            await asyncio.wait({answer}, timeout=_LATE_ANSWER_S)
+        except Exception as error:  # noqa: BLE001 - the runtime raises bare Exception for a lost connection
+            logger.debug("a call could not be taken back: %s", error)
+        finally:
+            if not answer.done():
+                call.context.stop_generating()
+                answer.cancel()
+
+    def _begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work, name="encode call")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _turn(self, instance: int) -> asyncio.Semaphore:
+        for gone in self._turns.keys() - set(self.instances):
+            del self._turns[gone]
+        return self._turns.setdefault(instance, asyncio.Semaphore(_SENDING))
 
 
 def _pass_on(unwanted: Unwanted, call: asyncio.Task[EncodeReady]) -> None:

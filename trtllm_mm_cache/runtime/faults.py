@@ -1,35 +1,41 @@
-"""Our errors as the exceptions that Dynamo's frontend turns into HTTP answers.
+"""Our errors as the messages of which Dynamo's frontend makes HTTP answers.
 
-What the frontend of Dynamo 1.6.1 does, found by raising each from a worker and reading the answer
-(the body of anything but an `InvalidArgument` is replaced by the status' standard text):
+They are yielded, as the last message of an answer: what a handler raises Dynamo 1.6.1 prints with its
+traceback to standard error, for a client's mistake too, and replaces its text by the status' own.
 
-    raised                      the client gets              and the worker
-    InvalidArgument(message)    400 with the message         stays in rotation
-    HttpError(429 or 503)       that status, standard text   stays in rotation
-    HttpError(500 or 502)       500, backend_status          stays in rotation
-    HttpError(504)              500                          is left out for 5 seconds
-    WorkerUnavailable           503                          is left out for 5 seconds
+What its frontend makes of each class, found by sending it from a worker and reading the answer:
 
-So a client's mistake is always an `InvalidArgument`, whose message names the image and the reason;
-a missing encode worker must not look like a missing PD worker, hence 503 by `HttpError`; and 504
-is never used.
+    class             the client gets      and the worker
+    InvalidRequest    400 with our text    stays in rotation
+    Unavailable       503 with our text    stays in rotation
+    BackendProtocol   502 with our text    stays in rotation
+    Internal          500 with our text    stays in rotation
+    DeadlineExceeded  504 with our text    is left out for 5 seconds
+
+So 504 is never used: text and cached images would fail because an encode worker is slow.
 """
 
 from __future__ import annotations
 
-from dynamo.llm.exceptions import HttpError, InvalidArgument
+from typing import Any
 
 from trtllm_mm_cache.errors import MmCacheError, RequestError
 
 
-def as_dynamo_error(error: MmCacheError) -> Exception:
-    """Return the exception to raise from a request handler for `error`."""
+def as_dynamo_message(error: MmCacheError) -> dict[str, Any]:
+    """Return the message that ends an answer with `error`; none may follow it."""
     text = f"{error} [{error.code}]"
-    answer: Exception
+    body = {
+        "class": _class(error),
+        "message": text,  # for logs
+        "public": {"type": "message", "message": text},
+    }
+    return {"_dynamo_annotated": True, "event": "error", "error": body}
+
+
+def _class(error: MmCacheError) -> str:
     if isinstance(error, RequestError):
-        answer = InvalidArgument(text)
-    elif error.retryable and error.http_status in (503, 504):
-        answer = HttpError(503, text)
-    else:
-        answer = HttpError(502 if error.http_status == 502 else 500, text)
-    return answer
+        return "InvalidRequest"
+    if error.retryable and error.http_status in (503, 504):
+        return "Unavailable"
+    return "BackendProtocol" if error.http_status == 502 else "Internal"

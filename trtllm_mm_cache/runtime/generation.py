@@ -3,6 +3,7 @@
 A request of ours carries a `FrontendMark` in `extra_args`. The PD worker then answers with these messages, of
 which a request of Dynamo's frontend gets the second kind alone:
 
+    {"membership": ...}     first: the worker's proof that it belongs to the deployment (`membership`)
     {}                      every `HEARTBEAT_S` seconds, so that a worker that stands still is noticed
     {"token_ids": ...}      tokens, in the form of a Dynamo worker
     {"items": ...}          once, before the first token: how the request's items were found

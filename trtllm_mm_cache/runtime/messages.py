@@ -22,6 +22,9 @@ from trtllm_mm_cache.runtime.processor_kwargs import check_processor_kwargs
 
 PROTOCOL_VERSION: Final = 2
 
+ENCODE: Final = "encode"
+"""The purpose of a PD worker's call of an encode worker, for `membership`."""
+
 MAX_EMBEDDING_BYTES = 4 * 1024**3
 MAX_MEDIA_BYTES = 1024**3
 """The most that `--max-file-size-mb` can be set to; each worker has its own, smaller limit besides."""
@@ -73,6 +76,16 @@ class EncodeRequest(Message):
         return Scope(tag=None if self.salt_tag is None else bytes.fromhex(self.salt_tag), retain=self.retain)
 
 
+class EncodeCancel(Message):
+    """Takes back the call whose context has the id `cancel`; it has no answer of its own.
+
+    A call that is answered already is not undone: the answer comes, and the asker releases the export.
+    """
+
+    version: Literal[2] = PROTOCOL_VERSION
+    cancel: str = Field(min_length=1, max_length=128)
+
+
 class EncodeReady(Message):
     """Says that the embedding lies in the encode worker's arena, pinned until the READ's notification.
 
@@ -109,8 +122,9 @@ class EncodeReady(Message):
         """Raise `ProtocolMismatchError` unless this is the embedding that `request` asked for."""
         if self.fingerprint != request.fingerprint:
             raise ProtocolMismatchError(
-                "the encode worker offers an embedding that another model, engine or stored dtype made; "
-                "start both workers with the same --model-path, --engine and embedding dtype"
+                "the encode worker offers an embedding of another model, engine, stored dtype or background; "
+                "start both workers with the same --model-path, --engine, embedding dtype and "
+                "--transparent-background"
             )
         if self.key != request.key:
             raise ProtocolMismatchError("the encode worker offers the embedding of another item")

@@ -13,9 +13,16 @@ from dynamo.runtime import Client, Context
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from trtllm_mm_cache.errors import MmCacheError, OverloadedError, PdLostError, PdUnavailableError
+from trtllm_mm_cache.errors import (
+    MmCacheError,
+    NotAMemberError,
+    OverloadedError,
+    PdLostError,
+    PdUnavailableError,
+)
 from trtllm_mm_cache.observability.metrics import gauge
 from trtllm_mm_cache.runtime.generation import HEARTBEAT_S, error_of
+from trtllm_mm_cache.runtime.membership import GENERATE, PROOF_FIELD, Membership
 from trtllm_mm_cache.runtime.rendezvous import rendezvous_rank
 
 logger = logging.getLogger(__name__)
@@ -35,8 +42,9 @@ class PdWorkers(Collector):
     than the others is passed over, and a request without items goes to the one with least.
     """
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, members: Membership) -> None:
         self._client = client
+        self._members = members
         self._running: Counter[int] = Counter()
 
     @property
@@ -55,9 +63,9 @@ class PdWorkers(Collector):
 
         The first message, which may be empty, says that a worker has the request; `payload` is emptied then,
         so that it does not hold the items' bytes for as long as the answer takes. Until then a worker that
-        cannot be reached, stands still or is full is left for another one. Raises what the worker reports,
-        `PdUnavailableError` where none can take the request, `PdLostError` when a worker goes away in the
-        middle. Closing it stops the worker's computation.
+        cannot be reached, does not prove itself, stands still or is full is left for another one. Raises what
+        the worker reports, `PdUnavailableError` where none can take the request, `PdLostError` when a worker
+        goes away in the middle. Closing it stops the worker's computation.
         """
         tried: list[int] = []
         while True:
@@ -71,7 +79,7 @@ class PdWorkers(Collector):
                             began = True
                             payload.clear()
                         yield message
-            except (PdUnavailableError, OverloadedError) as error:
+            except (PdUnavailableError, OverloadedError, NotAMemberError) as error:
                 if began or set(self.instances) <= set(tried):
                     raise
                 logger.info("request %s goes to another PD worker: %s", request_id, error)
@@ -95,11 +103,15 @@ class PdWorkers(Collector):
         self, instance: int, payload: dict[str, Any], request_id: str
     ) -> AsyncGenerator[dict[str, Any]]:
         context = Context(request_id)
+        call = self._members.call(GENERATE, instance)
         self._running[instance] += 1
         ended = False
         try:
             async with asyncio.timeout(_SILENCE_S):
-                stream = await self._client.direct(payload, instance, context=context)
+                sealed = payload | {PROOF_FIELD: call.proof()}
+                stream = await self._client.direct(sealed, instance, context=context)
+                del sealed
+                call.check(_message(await anext(stream)).get(PROOF_FIELD))
             while True:
                 try:
                     async with asyncio.timeout(_SILENCE_S):
@@ -119,6 +131,8 @@ class PdWorkers(Collector):
             raise PdLostError("the PD worker cannot be reached or has gone; retry in a moment") from None
         finally:
             self._running[instance] -= 1
+            if not self._running[instance]:
+                del self._running[instance]  # a restarted worker has another id
             if not ended:
                 context.stop_generating()
 

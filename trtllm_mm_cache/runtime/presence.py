@@ -19,9 +19,9 @@ from trtllm_mm_cache.errors import DiscoveryLostError
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S = 0.5
+_LOOK_S = 0.1
 # A worker that stood still before the first look that found it would otherwise wait for that look for ever.
-_LOOKS_TO_REGISTER = 20
+_LOOKS_TO_REGISTER = 100
 
 
 async def serve_present(
@@ -70,7 +70,7 @@ async def _keep_present(
                 await register()
             except Exception:
                 failures += 1
-                if failures.bit_count() == 1:  # not twice a second
+                if failures.bit_count() == 1:  # not ten times a second
                     logger.exception("this worker could not register again (%d times so far)", failures)
         looks += 1
         try:

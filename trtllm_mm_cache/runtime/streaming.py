@@ -55,11 +55,11 @@ class RequestStoppedError(Exception):
 
 
 @asynccontextmanager
-async def stopped_with(context: Stoppable) -> AsyncIterator[None]:
+async def stopped_with(context: Stoppable, *others: asyncio.Future[Any]) -> AsyncIterator[None]:
     """Run a block no longer than its answer is wanted.
 
-    When the request is stopped or killed, the block is cancelled where it waits, and `RequestStoppedError` is
-    raised when it has ended.
+    When the request is stopped or killed, or one of `others` is done, the block is cancelled where it waits,
+    and `RequestStoppedError` is raised when it has ended.
     """
     task = asyncio.current_task()
     assert task is not None  # noqa: S101 - an asynchronous context manager runs in a task
@@ -67,11 +67,13 @@ async def stopped_with(context: Stoppable) -> AsyncIterator[None]:
 
     def stop(_: asyncio.Future[Any]) -> None:
         nonlocal fired
-        fired = True
-        task.cancel()
+        if not fired:
+            fired = True
+            task.cancel()
 
     stopped = asyncio.ensure_future(context.async_killed_or_stopped())
-    stopped.add_done_callback(stop)
+    for reason in (stopped, *others):
+        reason.add_done_callback(stop)
     try:
         yield
     except asyncio.CancelledError as cancelled:
@@ -83,7 +85,8 @@ async def stopped_with(context: Stoppable) -> AsyncIterator[None]:
             raise RequestStoppedError from None
         raise
     finally:
-        stopped.remove_done_callback(stop)
+        for reason in (stopped, *others):
+            reason.remove_done_callback(stop)
         stopped.cancel()
 
 

@@ -9,7 +9,7 @@ wrong.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
@@ -22,13 +22,18 @@ from trtllm_mm_cache.runtime.drops import DropWatch
 
 @dataclass
 class MissingItem:
-    """One item between lookup and commit. `watch` tells whether a drop concerned it meanwhile."""
+    """One item between lookup and commit. `watch` tells whether a drop concerned it meanwhile.
+
+    `needs` are the bytes of its request's embeddings by key, as far as they are known; a request's items
+    share one, and whoever learns a size puts it in.
+    """
 
     key: EmbeddingKey
     media: bytes
     description: ItemDescription
     scope: Scope
     watch: DropWatch
+    needs: dict[str, int] = field(default_factory=dict)
 
     def release_media(self) -> None:
         """Forget the bytes: a flight that has its own is under way."""

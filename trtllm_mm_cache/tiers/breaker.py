@@ -26,6 +26,7 @@ from trtllm_mm_cache.errors import (
     EncodeTimeoutError,
     EncodeUnavailableError,
     MmCacheError,
+    NotAMemberError,
     ProtocolMismatchError,
     TransferError,
 )
@@ -37,7 +38,13 @@ BreakerState = Literal["closed", "open", "half-open"]
 
 STATES: Final[tuple[BreakerState, ...]] = ("closed", "open", "half-open")
 
-_AT_FAULT = (EncodeUnavailableError, EncodeTimeoutError, ProtocolMismatchError, TransferError)
+_AT_FAULT = (
+    EncodeUnavailableError,
+    EncodeTimeoutError,
+    NotAMemberError,
+    ProtocolMismatchError,
+    TransferError,
+)
 _OF_THE_ITEM = EmbeddingMismatchError
 """What speaks against the instance is how an embedding came: not at all, late, damaged. What an embedding is
 speaks of the item: a tower that fails or makes NaN of it, rows that do not fit it. A refusal (a broken image,

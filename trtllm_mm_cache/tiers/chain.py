@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from trtllm_mm_cache.cache.manager import Lease
 from trtllm_mm_cache.errors import EncodeUnavailableError, MmCacheError
@@ -41,6 +41,10 @@ class TierChain:
                         nearer.offer(lease)
                 return lease
         raise EncodeUnavailableError("no tier has the embedding of this item, and none can make it")
+
+    def check_can_fit(self, needs: Mapping[str, int], *, retained: bool) -> None:
+        """See `Receiver.check_can_fit`."""
+        self._receiver.check_can_fit(needs, retained=retained)
 
     async def close(self) -> None:
         """Close every tier."""

@@ -28,6 +28,7 @@ from trtllm_mm_cache.errors import (
     EncodeUnreachableError,
     InvalidEmbeddingError,
     MmCacheError,
+    NotAMemberError,
     TransferError,
 )
 from trtllm_mm_cache.observability.metrics import Step, counter, gauge, samples
@@ -240,7 +241,7 @@ def _was_wrong(failure: MmCacheError | None) -> bool:
 
 def _another_attempt_helps(error: MmCacheError, *, alone: bool) -> bool:
     """Whether to ask again: another instance, or where there is `alone` one, that one for other bytes."""
-    return isinstance(error, TransferError if alone else (EncodeError, TransferError))
+    return isinstance(error, TransferError if alone else (EncodeError, NotAMemberError, TransferError))
 
 
 def _unavailable(ranked: list[int]) -> EncodeUnavailableError:

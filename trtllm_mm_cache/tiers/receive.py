@@ -8,7 +8,7 @@ What was found and will not be read is released at once, so that it does not sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
@@ -20,9 +20,16 @@ from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager, Reservation
 from trtllm_mm_cache.cache.what_if import WhatIf
 from trtllm_mm_cache.engines.base import ItemDescription
-from trtllm_mm_cache.errors import ArenaFullError, EmbeddingMismatchError, EntryTooLargeError, MmCacheError
+from trtllm_mm_cache.errors import (
+    ArenaFullError,
+    EmbeddingMismatchError,
+    EntryTooLargeError,
+    InvalidRequestError,
+    MmCacheError,
+)
 from trtllm_mm_cache.observability.metrics import Step, counter
 from trtllm_mm_cache.runtime.threads import in_thread
+from trtllm_mm_cache.settings import MB
 from trtllm_mm_cache.tiers.base import Found, MissingItem
 
 _UNCACHED = "resolver (uncached)"
@@ -61,6 +68,7 @@ class Receiver(Collector):
         """Return a lease on the embedding of `item` that a tier has `found`; see `tiers.base.Receive`."""
         try:
             dtype = _dtype(found)
+            item.needs[item.key.hex] = found.nbytes
             self._check(item.description, found.shape, dtype, found.metadata)
             # In a thread: making room may move other entries, which copies megabytes.
             with self._reserve_step.time():
@@ -85,6 +93,27 @@ class Receiver(Collector):
             self._what_if.loaded(item.key.hex, found.nbytes)
         return lease
 
+    def check_can_fit(self, needs: Mapping[str, int], *, retained: bool) -> None:
+        """Raise `InvalidRequestError` when embeddings of these sizes cannot lie here together, ever.
+
+        A request holds all of them until its answer has ended. Only what is certain is refused: with other
+        requests' embeddings out of the way there would still be no room.
+        """
+        arenas = {self._cache, self._transit} if retained else {self._transit}
+        rooms = [arena.budget_bytes for arena in arenas]
+        sizes = list(needs.values())
+        if sum(sizes) <= sum(rooms) and len(sizes) <= sum(
+            room // max(1, min(sizes, default=1)) for room in rooms
+        ):
+            return
+        flags = "--transfer-arena-mb"
+        if retained:
+            flags += " and --multimodal-embedding-cache-capacity-gb"
+        raise InvalidRequestError(
+            f"the request's images need {sum(sizes) / MB:.1f} MB for their embeddings at once; this server "
+            f"has {sum(rooms) / MB:.1f} MB for them ({flags}): send fewer or smaller images"
+        )
+
     def collect(self) -> Iterable[Metric]:
         """Yield how many embeddings were served uncached."""
         yield counter("uncached", "Embeddings served without entering the cache.", self.uncached)
@@ -93,7 +122,13 @@ class Receiver(Collector):
         """Reserve room in the cache; where every byte is leased, in the transit arena: served, not cached."""
         try:
             if item.retained:
-                return self._cache.reserve(item.key.hex, nbytes, owner="resolver", tag=item.scope.tag)
+                return self._cache.reserve(
+                    item.key.hex,
+                    nbytes,
+                    owner="resolver",
+                    tag=item.scope.tag,
+                    content=item.watch.content,
+                )
         except (ArenaFullError, EntryTooLargeError):
             if self._transit is self._cache:
                 raise

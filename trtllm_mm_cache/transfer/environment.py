@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from trtllm_mm_cache.errors import ConfigurationError
@@ -25,15 +26,22 @@ DEFAULT_SETTINGS: Mapping[str, str] = {
     # Both would write to stdout, which belongs to the program: NIXL its INFO lines, UCX everything.
     "NIXL_LOG_LEVEL": "WARN",
     "UCX_LOG_FILE": "stderr",
-    # READs over TCP run at 1.5 GB/s with 64k segments and at 0.7 GB/s with UCX's default of 8k.
-    "UCX_TCP_TX_SEG_SIZE": "64k",
-    "UCX_TCP_RX_SEG_SIZE": "64k",
     # With UCX's own keep-alive on, an exporter that stood still while a reader was killed in the middle of
     # a READ over TCP aborts when it goes on ("Fatal: unexpected error: Endpoint timeout"): 9 of 9 times, with
     # it off 0 of 24. Nothing is lost by that: a killed peer shows by its closed connection either way, and a
     # host without power was not noticed within 80 s either way.
     "UCX_KEEPALIVE_INTERVAL": "inf",
 }
+
+_TCP_SETTINGS: Mapping[str, str] = {
+    # READs over TCP run at 1.5 GB/s with 64k segments and at 0.7 GB/s with UCX's default of 8k.
+    "UCX_TCP_TX_SEG_SIZE": "64k",
+    "UCX_TCP_RX_SEG_SIZE": "64k",
+}
+
+_SHARED_MEMORY = ("posix", "cma", "self")
+_COPIES_TO_GPU = "cuda_copy"
+"""NIXL refuses a choice without it on a host with a GPU."""
 
 _PREFIXES = ("UCX_", "NIXL_")
 
@@ -63,8 +71,26 @@ def prepare_environment(settings: Mapping[str, str] | None = None) -> None:
                 f"'{name}' is not a transport setting: only names that begin with UCX_ or NIXL_ are passed on"
             )
         os.environ[name] = value
-    for name, value in DEFAULT_SETTINGS.items():
+    # UCX warns of settings of a transport that it does not use.
+    defaults = DEFAULT_SETTINGS if uses_shared_memory_alone() else {**DEFAULT_SETTINGS, **_TCP_SETTINGS}
+    for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def one_machine_transports() -> str:
+    """Return the UCX_TLS for processes of one user on one machine: shared memory alone, no port is opened.
+
+    UCX authenticates nobody: who reaches a TCP port of its own can READ and WRITE the memory of the process.
+    Shared memory has the kernel's access rights instead, and other users are let to nothing.
+    """
+    gpu = (_COPIES_TO_GPU,) if Path("/dev/nvidiactl").exists() else ()
+    return ",".join((*_SHARED_MEMORY, *gpu))
+
+
+def uses_shared_memory_alone() -> bool:
+    """Whether UCX_TLS, as the environment has it, names transports within one machine alone."""
+    named = set(os.environ.get("UCX_TLS", "all").split(","))
+    return named <= {*_SHARED_MEMORY, "sm", "shm", "sysv", _COPIES_TO_GPU}
 
 
 def load_nixl() -> NixlLibrary:

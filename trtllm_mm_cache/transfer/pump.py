@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from trtllm_mm_cache.errors import ConfigurationError, MmCacheError, TransferError
-from trtllm_mm_cache.transfer.environment import NixlLibrary, load_nixl
+from trtllm_mm_cache.transfer.environment import NixlLibrary, load_nixl, uses_shared_memory_alone
 
 logger = logging.getLogger(__name__)
 
@@ -212,8 +212,10 @@ def _create_agent(library: NixlLibrary, name: str) -> Any:
     failures: tuple[type[Exception], ...] = (*library.errors, RuntimeError)
     try:
         agent = module.nixl_agent(name, config)
-        # `peer`: the death of a peer is an error of the READ, not a hang.
-        agent.create_backend("UCX", {"ucx_error_handling_mode": "peer"})
+        # `peer`: the death of a peer is an error of the READ, not a hang. Shared memory does not know that
+        # mode, and does not need it: the kernel reports the same.
+        mode = "none" if uses_shared_memory_alone() else "peer"
+        agent.create_backend("UCX", {"ucx_error_handling_mode": mode})
     except failures as error:
         raise ConfigurationError(
             f"NIXL's UCX backend does not start: {error}; check the UCX_* settings"

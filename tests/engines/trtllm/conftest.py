@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.engines.conftest import ModelFactory, stored
-from trtllm_mm_cache.cache.key import embedding_key
+from trtllm_mm_cache.cache.key import content_digest, embedding_key
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem
 from trtllm_mm_cache.engines.trtllm import (
@@ -48,7 +48,7 @@ class TrtllmHalves:
     def lease(self, encoded: EncodedItem) -> Lease:
         """Put an embedding into the cache under its content's key, as the workers do, and hold it."""
         content = encoded.tensor.numpy().tobytes()
-        key = embedding_key(content, fingerprint=self.generator.fingerprint).hex
+        key = embedding_key(content_digest(content), fingerprint=self.generator.fingerprint).hex
         return stored(self.cache, key, encoded)
 
     def carry(self, images: Sequence[Image.Image]) -> list[Lease]:
@@ -76,6 +76,7 @@ def peer() -> Iterator[Any]:
 def trtllm_of(peer: Any, model_of: ModelFactory) -> Iterator[Callable[[str], TrtllmHalves]]:
     """Both halves of an architecture; all four processes start at once, at the first use."""
     loaded: dict[str, TrtllmHalves] = {}
+    args = TrtllmLlmArgs(guided_decoding_backend="xgrammar")
 
     def load_all() -> None:
         with ThreadPoolExecutor() as threads:
@@ -83,9 +84,7 @@ def trtllm_of(peer: Any, model_of: ModelFactory) -> Iterator[Callable[[str], Trt
                 name: threads.submit(TrtllmVisionEncoder, model_of(name), TrtllmEncoderArgs())
                 for name in SERVED
             }
-            generators = {
-                name: threads.submit(TrtllmGenerator, model_of(name), TrtllmLlmArgs()) for name in SERVED
-            }
+            generators = {name: threads.submit(TrtllmGenerator, model_of(name), args) for name in SERVED}
         for name in SERVED:
             loaded[name] = TrtllmHalves(model_of(name), encoders[name].result(), generators[name].result())
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +24,9 @@ from tests.engines.contract import (
 from tests.engines.decoding import Answer, read, together
 from tests.engines.trtllm.asking import DRAWN, GREEDY, answer_of, is_llava, request_of
 from tests.engines.trtllm.conftest import TrtllmHalves
-from trtllm_mm_cache.engines.base import EncodeItem, SamplingParams
+from trtllm_mm_cache.engines.base import Constraint, EncodeItem, SamplingParams
+from trtllm_mm_cache.engines.trtllm.logprobs import places_of
+from trtllm_mm_cache.errors import GenerationError
 
 HalvesOf = Callable[[str], Halves]
 
@@ -156,3 +160,38 @@ async def test_stop_strings_and_tokens_end_an_answer(qwen: TrtllmHalves) -> None
     text = tokenizer.decode([token])
     same = await answer_of(qwen, case, replace(DRAWN, ignore_eos=False, stop=(text,)), [])
     assert (same.finish_reason, same.tokens) == ("stop", stopped.tokens)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+async def test_logprobs_are_the_models_own(
+    trtllm: TrtllmHalves, halves_of: HalvesOf, sampling: SamplingParams
+) -> None:
+    case = chat_case(trtllm.model_dir, images_for(trtllm))
+    for wanted in (0, 4):
+        asking = replace(sampling, logprobs=wanted)
+        answer = await answer_of(trtllm, case, asking, trtllm.carry(case.images))
+        expected = await expected_of(halves_of, case, asking)
+        assert [place.chosen.token_id for place in answer.logprobs] == answer.tokens
+        for place, own in zip(answer.logprobs, expected.logprobs, strict=True):
+            assert place.chosen.logprob == pytest.approx(own.chosen.logprob, abs=1e-4)
+            assert [each.token_id for each in place.likeliest] == [each.token_id for each in own.likeliest]
+            assert len(place.likeliest) == wanted
+    assert (await answer_of(trtllm, case, sampling, trtllm.carry(case.images))).logprobs == []
+
+
+def test_a_token_without_a_log_probability_is_an_error() -> None:
+    entry = {3: SimpleNamespace(logprob=-0.5, rank=1)}
+    for tokens, entries in (([3, 3], [entry]), ([4], [entry]), ([3], [-0.5])):
+        with pytest.raises(GenerationError, match="did not report"):
+            places_of(tokens, entries, 1)
+
+
+async def test_an_answer_is_json_of_the_schema(qwen: TrtllmHalves) -> None:
+    fields = {"properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"], "additionalProperties": False}
+    constraint = Constraint("json_schema", json.dumps({"type": "object", **fields}))
+    sampling = SamplingParams(max_tokens=300, temperature=1.0, seed=3, constraint=constraint)
+    case = chat_case(qwen.model_dir, pictures(1))
+    answer = await answer_of(qwen, case, sampling, qwen.carry(case.images))
+    tokenizer = reference_processor(qwen.model_dir).tokenizer
+    read = json.loads(tokenizer.decode(answer.tokens, skip_special_tokens=True))
+    assert (answer.finish_reason, read["a"] in ("x", "y")) == ("stop", True)

@@ -7,6 +7,17 @@ from typing import Any
 
 
 @dataclass(slots=True, kw_only=True)
+class GuidedDecodingParams:
+    """At most one of the fields."""
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    json_object: bool = False
+    structural_tag: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
 class SamplingParams:
     """Keyword-only; a field that is not listed is a `TypeError`."""
 
@@ -31,6 +42,7 @@ class SamplingParams:
     frequency_penalty: float | None = None
     min_p: float | None = None
     logprobs: int | None = None
+    guided_decoding: GuidedDecodingParams | None = None
     ignore_eos: bool = False
     detokenize: bool = True
     add_special_tokens: bool = True
@@ -48,6 +60,9 @@ class SamplingParams:
             raise ValueError(f"require temperature >= 0, got temperature={self.temperature}")
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise TypeError("seed: the binding takes an unsigned 64-bit integer")
+        guide = self.guided_decoding
+        if guide is not None and sum(bool(getattr(guide, name)) for name in guide.__slots__) > 1:
+            raise ValueError("Only one guide can be used for a request")
 
     @property
     def greedy(self) -> bool:

@@ -1,31 +1,70 @@
-"""The embedded default engine: Hugging Face transformers on the CPU or any torch device."""
+"""The embedded default engine: Hugging Face transformers on the CPU or any torch device.
+
+What needs torch and transformers is imported on its first use: `check` is asked before anything starts.
+"""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from trtllm_mm_cache.engines.engine_args import load_engine_args
-from trtllm_mm_cache.engines.transformers.encoder import TransformersVisionEncoder
-from trtllm_mm_cache.engines.transformers.follower import follow as follow_rank_0
-from trtllm_mm_cache.engines.transformers.generator import TransformersGenerator
-from trtllm_mm_cache.engines.transformers.leader import ranks_of_job
-from trtllm_mm_cache.engines.transformers.preprocess import embedding_shape
+from trtllm_mm_cache.engines.transformers.architectures import architecture_of
 from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs, dtype_name
+
+if TYPE_CHECKING:
+    from trtllm_mm_cache.engines.transformers.encoder import TransformersVisionEncoder
+    from trtllm_mm_cache.engines.transformers.generator import TransformersGenerator
+    from trtllm_mm_cache.engines.transformers.preprocess import embedding_shape
 
 __all__ = [
     "TransformersEngineArgs",
     "TransformersGenerator",
     "TransformersVisionEncoder",
+    "check",
     "embedding_dtype",
     "embedding_shape",
     "follow",
+    "import_all",
     "load_generator",
     "load_vision_encoder",
 ]
 
+PACKAGE = "transformers"
+_HEAVY = {
+    "TransformersVisionEncoder": "encoder",
+    "TransformersGenerator": "generator",
+    "embedding_shape": "preprocess",
+}
+"""Names that this package exports, by the module that defines them."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HEAVY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HEAVY[name]}"), name)
+
+
+def import_all() -> None:
+    """Import torch, transformers and the modules over them. See `engines.registry`."""
+    for module in ("encoder", "follower", "generator", "leader", "preprocess"):
+        importlib.import_module(f"{__name__}.{module}")
+
+
+def check(half: Literal["encode", "pd"], config: Mapping[str, Any], args_file: Path | None) -> None:
+    """Check YAML file and architecture. See `engines.registry`."""
+    del half
+    load_engine_args(args_file, TransformersEngineArgs)
+    if config:
+        architecture_of(str(config.get("model_type")))
+
 
 def load_vision_encoder(model_path: Path, args_file: Path | None) -> TransformersVisionEncoder:
     """Load the vision half with the settings in `args_file`. See `engines.registry`."""
+    from trtllm_mm_cache.engines.transformers.encoder import TransformersVisionEncoder
+
     return TransformersVisionEncoder(model_path, load_engine_args(args_file, TransformersEngineArgs))
 
 
@@ -37,10 +76,15 @@ def embedding_dtype(model_path: Path, args_file: Path | None) -> str:
 
 def load_generator(model_path: Path, args_file: Path | None) -> TransformersGenerator:
     """Load the language half with the settings in `args_file`. See `engines.registry`."""
+    from trtllm_mm_cache.engines.transformers.generator import TransformersGenerator
+    from trtllm_mm_cache.engines.transformers.leader import ranks_of_job
+
     args = load_engine_args(args_file, TransformersEngineArgs)
     return TransformersGenerator(model_path, args, ranks_of_job(model_path))
 
 
 def follow(args_file: Path | None) -> None:
     """Compute as a rank other than 0 with the settings in `args_file`. See `engines.registry`."""
+    from trtllm_mm_cache.engines.transformers.follower import follow as follow_rank_0
+
     follow_rank_0(load_engine_args(args_file, TransformersEngineArgs))

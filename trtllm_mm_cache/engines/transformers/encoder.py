@@ -57,6 +57,10 @@ class TransformersVisionEncoder:
         """See `VisionEncoder.preprocess`."""
         return self._preprocess(item)
 
+    def prepared_bytes(self, prepared: ProcessedImage) -> int:
+        """See `VisionEncoder.prepared_bytes`."""
+        return sum(tensor.nbytes for tensor in prepared.inputs.values())
+
     def encode(self, batch: Sequence[ProcessedImage]) -> list[EncodedItem | MmCacheError]:
         """Run the tower; see `VisionEncoder.encode`.
 

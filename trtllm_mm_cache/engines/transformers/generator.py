@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.engines.base import (
@@ -23,6 +23,7 @@ from trtllm_mm_cache.engines.base import (
     TokenDelta,
 )
 from trtllm_mm_cache.engines.transformers.architectures import MULTI_IMAGE, SINGLE_IMAGE
+from trtllm_mm_cache.engines.transformers.constraint import ConstraintCompiler
 from trtllm_mm_cache.engines.transformers.embedding_check import EmbeddingCheck
 from trtllm_mm_cache.engines.transformers.features import FeatureLayout
 from trtllm_mm_cache.engines.transformers.leader import Alone, Ranks
@@ -35,9 +36,13 @@ from trtllm_mm_cache.engines.transformers.loading import (
 from trtllm_mm_cache.engines.transformers.lockstep import Limits
 from trtllm_mm_cache.engines.transformers.prepare import PreparedRequest, RequestPreparer
 from trtllm_mm_cache.engines.transformers.prompt import PromptExpander
-from trtllm_mm_cache.engines.transformers.sampling import logits_processors
+from trtllm_mm_cache.engines.transformers.sampling import (
+    ModelsLogprobs,
+    logits_processors,
+    min_tokens_processor,
+)
 from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs
-from trtllm_mm_cache.engines.transformers.streaming import AnswerEnd, TokenStream
+from trtllm_mm_cache.engines.transformers.streaming import AnswerEnd, Token, TokenStream
 from trtllm_mm_cache.errors import IntegrityError
 
 
@@ -86,6 +91,7 @@ class TransformersGenerator:
         self._eos_token_ids = _as_tuple(
             self._model.generation_config.eos_token_id or text_config.eos_token_id
         )
+        self._constrain = ConstraintCompiler(self._tokenizer, self._eos_token_ids)
         # generate() fills every value that a request leaves open from here: released models bring
         # sampling defaults of their own, but what an omitted field means is the API's to say.
         self._model.generation_config = GenerationConfig()
@@ -125,7 +131,7 @@ class TransformersGenerator:
         stream = TokenStream()
         self._streams.add(stream)
         try:
-            prepared = await asyncio.to_thread(self._prepare, request, leases)
+            prepared = await asyncio.to_thread(self._prepared, request, leases)
             if stream.cancelled:  # the generator was closed meanwhile
                 yield TokenDelta((), prepared.prompt_tokens, "cancelled")
                 return
@@ -135,7 +141,7 @@ class TransformersGenerator:
                 finish_reason: FinishReason | None = None
                 while finish_reason is None:
                     tokens, finish_reason = await stream.next()
-                    yield TokenDelta(tuple(tokens), prepared.prompt_tokens, finish_reason)
+                    yield _delta(tokens, prepared.prompt_tokens, finish_reason)
             finally:
                 stream.cancel()
                 if not work.cancel():
@@ -162,6 +168,9 @@ class TransformersGenerator:
         await asyncio.to_thread(self._ranks.close)
         self._model = None
 
+    def _prepared(self, request: GenerationRequest, leases: Sequence[LeasedEmbedding]) -> PreparedRequest:
+        return replace(self._prepare(request, leases), constraint=self._constrain(request.sampling))
+
     def _compute(self, prepared: PreparedRequest, stream: TokenStream) -> FinishReason:
         """Run in the computing thread: emit tokens into `stream` and return why they ended."""
         if stream.cancelled:
@@ -169,19 +178,25 @@ class TransformersGenerator:
         sampling = prepared.sampling
         eos_token_ids = () if sampling.ignore_eos else self._eos_token_ids
         stop_token_ids = [*eos_token_ids, *sampling.stop_token_ids]
-        end = AnswerEnd(sampling, stop_token_ids, self._tokenizer, prepared.prompt_tokens, stream)
-        limits = Limits(
-            max_new_tokens=prepared.max_new_tokens,
-            min_new_tokens=min(sampling.min_tokens, prepared.max_new_tokens),
-            stop_token_ids=tuple(stop_token_ids),
+        noted = None if sampling.logprobs is None else ModelsLogprobs(sampling.logprobs)
+        end = AnswerEnd(prepared, stop_token_ids, self._tokenizer, stream, noted)
+        limits = Limits(prepared.max_new_tokens, tuple(stop_token_ids))
+        min_tokens = min_tokens_processor(
+            min(sampling.min_tokens, prepared.max_new_tokens),
+            prepared.prompt_tokens,
+            stop_token_ids,
+            self._model.device,
         )
+        first = filter(None, (noted, prepared.constraint, min_tokens))
         with self._ranks.computing(prepared.inputs, prepared.handles, limits):
             self._model.generate(
                 **prepared.inputs,
                 generation_config=limits.generation_config(),
-                logits_processor=logits_processors(sampling),
+                logits_processor=LogitsProcessorList([*first, *logits_processors(sampling)]),
                 stopping_criteria=self._ranks.criteria(end),
             )
+        if prepared.constraint is not None:
+            prepared.constraint.check()
         return end.reason
 
     def _first_logits(self, prepared: PreparedRequest) -> torch.Tensor:
@@ -194,6 +209,11 @@ class TransformersGenerator:
             )
         logits: torch.Tensor = output.logits[0][0]
         return logits.float().cpu()
+
+
+def _delta(tokens: Sequence[Token], prompt_tokens: int, finish_reason: FinishReason | None) -> TokenDelta:
+    logprobs = tuple(places for _, places in tokens if places is not None)
+    return TokenDelta(tuple(token for token, _ in tokens), prompt_tokens, finish_reason, logprobs)
 
 
 def _as_tuple(token_ids: int | list[int] | None) -> tuple[int, ...]:

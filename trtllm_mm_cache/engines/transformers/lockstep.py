@@ -26,14 +26,12 @@ class Limits:
     """What ends an answer by itself, as `generate` takes it."""
 
     max_new_tokens: int
-    min_new_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
 
     def generation_config(self, **options: Any) -> GenerationConfig:
         """Return the configuration of one `generate` call."""
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
-            min_new_tokens=self.min_new_tokens,
             eos_token_id=list(self.stop_token_ids) or None,
             pad_token_id=0,
             do_sample=False,

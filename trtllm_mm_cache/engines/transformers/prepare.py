@@ -13,6 +13,7 @@ from trtllm_mm_cache.cache.arena.handle import Handle
 from trtllm_mm_cache.engines.base import GenerationRequest, LeasedEmbedding, SamplingParams
 from trtllm_mm_cache.engines.checks import check_sampling, grid_of
 from trtllm_mm_cache.engines.transformers.architectures import Architecture
+from trtllm_mm_cache.engines.transformers.constraint import FollowedConstraint
 from trtllm_mm_cache.engines.transformers.embedding_check import placeholder_of
 from trtllm_mm_cache.engines.transformers.features import FeatureLayout
 from trtllm_mm_cache.engines.transformers.prompt import PromptExpander
@@ -23,7 +24,8 @@ from trtllm_mm_cache.errors import InvalidRequestError, PlaceholderMismatchError
 class PreparedRequest:
     """`inputs` go to `generate` as they are; `max_new_tokens` fits the context.
 
-    `handles` say where other ranks find the embeddings; empty where there are no other ranks.
+    `handles` say where other ranks find the embeddings; empty where there are no other ranks. `constraint`
+    holds the answer to a schema or pattern.
     """
 
     inputs: Mapping[str, Any]
@@ -31,6 +33,7 @@ class PreparedRequest:
     prompt_tokens: int
     max_new_tokens: int
     sampling: SamplingParams
+    constraint: FollowedConstraint | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ class RequestPreparer:
         """
         check_sampling(request.sampling)
         self._check_token_ids(request.token_ids)
+        for token_id in request.sampling.logit_bias:
+            if not 0 <= token_id < self.vocabulary:
+                raise InvalidRequestError(f"logit_bias: token id {token_id} is outside the vocabulary")
         placeholders = [placeholder_of(lease.metadata, index) for index, lease in enumerate(leases)]
         token_ids = self.expander.expand(request.token_ids, request.prompt_text, placeholders)
         for index, (lease, placeholder) in enumerate(zip(leases, placeholders, strict=True)):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
 
 from trtllm_mm_cache.engines.engine_args import EngineArgs
+
+if TYPE_CHECKING:  # the schema is checked before any process starts, and torch takes a second
+    import torch
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
@@ -46,6 +48,8 @@ class TransformersEngineArgs(EngineArgs):
 
     def resolved_device(self) -> torch.device:
         """Return the device that `device` means on this machine."""
+        import torch
+
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
@@ -62,6 +66,8 @@ class TransformersEngineArgs(EngineArgs):
 
 def torch_dtype(name: str) -> torch.dtype:
     """Return the torch dtype called `name`, as in `DtypeName`."""
+    import torch
+
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 

@@ -10,7 +10,12 @@ from concurrent.futures import Future
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
-from trtllm_mm_cache.engines.base import FinishReason, SamplingParams
+from trtllm_mm_cache.engines.base import FinishReason, PlaceLogprobs
+from trtllm_mm_cache.engines.transformers.prepare import PreparedRequest
+from trtllm_mm_cache.engines.transformers.sampling import ModelsLogprobs
+
+Token = tuple[int, PlaceLogprobs | None]
+"""A token, and the log probabilities at its place where the request asked for them."""
 
 
 class TokenStream:
@@ -22,7 +27,7 @@ class TokenStream:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._items: asyncio.Queue[int | Future[FinishReason]] = asyncio.Queue()
+        self._items: asyncio.Queue[Token | Future[FinishReason]] = asyncio.Queue()
         self._outcome_follows = False
         self._cancelled = threading.Event()
         self._ended = asyncio.Event()
@@ -36,11 +41,11 @@ class TokenStream:
         """Ask the thread to stop at its next token."""
         self._cancelled.set()
 
-    def put(self, token: int, *, last: bool) -> None:
+    def put(self, token: Token, *, last: bool) -> None:
         """Hand one token to the reader; after the `last` one only the outcome follows, and soon."""
         self._loop.call_soon_threadsafe(self._put, token, last)
 
-    def _put(self, token: int, last: bool) -> None:
+    def _put(self, token: Token, last: bool) -> None:
         self._outcome_follows = last
         self._items.put_nowait(token)
 
@@ -52,14 +57,14 @@ class TokenStream:
         self._items.put_nowait(work)
         self._ended.set()
 
-    async def next(self) -> tuple[list[int], FinishReason | None]:
+    async def next(self) -> tuple[list[Token], FinishReason | None]:
         """Wait for tokens; return all that are there, and the finish reason with the last.
 
         A token that ends the answer waits for the reason: a frontend that knows the end token leaves with it.
         Raises what the thread raised, once its tokens are read. Work that was cancelled before it
         began has the reason "cancelled".
         """
-        tokens: list[int] = []
+        tokens: list[Token] = []
         item = await self._items.get()
         while not isinstance(item, Future):
             tokens.append(item)
@@ -88,17 +93,19 @@ class AnswerEnd(StoppingCriteria):  # type: ignore[misc]
 
     def __init__(
         self,
-        sampling: SamplingParams,
+        prepared: PreparedRequest,
         stop_token_ids: Sequence[int],
         tokenizer: PreTrainedTokenizerBase,
-        prompt_tokens: int,
         stream: TokenStream,
+        logprobs: ModelsLogprobs | None,
     ) -> None:
-        self._sampling = sampling
+        self._sampling = sampling = prepared.sampling
+        self._constraint = prepared.constraint
         self._stop_token_ids = frozenset(stop_token_ids)
         self._tokenizer = tokenizer
-        self._prompt_tokens = prompt_tokens
+        self._prompt_tokens = prepared.prompt_tokens
         self._stream = stream
+        self._logprobs = logprobs
         # Every token stands for a byte at least, so a stop string lies within as many tokens as it has bytes.
         self._window = max((len(text.encode()) for text in sampling.stop), default=0) + 1
         self.reason: FinishReason = "length"
@@ -110,8 +117,11 @@ class AnswerEnd(StoppingCriteria):  # type: ignore[misc]
         # On cuda, generate looks at the answer one step late and then takes that step back.
         if not ended:
             answer = input_ids[0, self._prompt_tokens :]
+            token = int(answer[-1])
+            if self._constraint is not None:
+                self._constraint.take(token)
             ended = self._ends(answer)
-            self._stream.put(int(answer[-1]), last=ended)
+            self._stream.put((token, self._logprobs and self._logprobs.at(token)), last=ended)
         return torch.full((input_ids.shape[0],), ended, device=input_ids.device)
 
     def _ends(self, answer: torch.Tensor) -> bool:
@@ -122,7 +132,7 @@ class AnswerEnd(StoppingCriteria):  # type: ignore[misc]
         return self.reason != "length"
 
     def _stops(self, newest: list[int]) -> bool:
-        if newest[-1] in self._stop_token_ids:
+        if newest[-1] in self._stop_token_ids or (self._constraint and self._constraint.ended):
             return True
         if not self._sampling.stop:
             return False

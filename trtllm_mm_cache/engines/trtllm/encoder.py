@@ -77,6 +77,10 @@ class TrtllmVisionEncoder:
             )
         return item.image.convert("RGB")
 
+    def prepared_bytes(self, prepared: Image.Image) -> int:
+        """See `VisionEncoder.prepared_bytes`: three bytes a pixel."""
+        return 3 * prepared.width * prepared.height
+
     def encode(self, batch: Sequence[Image.Image]) -> list[EncodedItem | MmCacheError]:
         """Run the tower; see `VisionEncoder.encode`. A batch that fails is repeated image by image."""
         try:

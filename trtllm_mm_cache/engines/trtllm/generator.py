@@ -18,12 +18,14 @@ from trtllm_mm_cache.engines.base import (
     GenerationRequest,
     ItemDescription,
     LeasedEmbedding,
+    PlaceLogprobs,
     TokenDelta,
 )
 from trtllm_mm_cache.engines.checks import fit_for_client, grid_of
 from trtllm_mm_cache.engines.fingerprint import model_fingerprint
 from trtllm_mm_cache.engines.trtllm.handles import PositionBufferPool
 from trtllm_mm_cache.engines.trtllm.layout import ModelLayout, embedding_dtype_name
+from trtllm_mm_cache.engines.trtllm.logprobs import places_of
 from trtllm_mm_cache.engines.trtllm.prepare import PreparedRequest, RequestPreparer
 from trtllm_mm_cache.engines.trtllm.prompt import PromptReader
 from trtllm_mm_cache.engines.trtllm.settings import TrtllmLlmArgs
@@ -79,6 +81,7 @@ class TrtllmGenerator:
                 reader=PromptReader(self._llm.input_processor.tokenizer, layout.placeholder_ids),
                 buffers=self._buffers,
                 openers=args.tensor_parallel_size * args.pipeline_parallel_size,
+                guide=args.guided_decoding_backend,
             )
         logger.info(
             "embeddings reach the engine by handle, keyed by their content; KV block reuse is %s",
@@ -125,17 +128,20 @@ class TrtllmGenerator:
         """
         prepared = await self._prepared(request, leases)
         result: Any = None
-        sent = 0
+        sent, likeliest = 0, request.sampling.logprobs
         try:
             result = self._submit(prepared)
             async with contextlib.aclosing(self._outputs(result)) as outputs:
                 async for output in outputs:
                     completion = output.outputs[0]
                     tokens = tuple(completion.token_ids[sent:])
+                    logprobs: tuple[PlaceLogprobs, ...] = ()
+                    if likeliest is not None:
+                        logprobs = places_of(tokens, completion.logprobs[sent:], likeliest)
                     sent += len(tokens)
                     finish_reason = _finish_reason(completion.finish_reason) if output.finished else None
                     if tokens or finish_reason is not None:
-                        yield TokenDelta(tokens, prepared.prompt_tokens, finish_reason)
+                        yield TokenDelta(tokens, prepared.prompt_tokens, finish_reason, logprobs)
         finally:
             await self._end(result, prepared)
 

@@ -14,7 +14,7 @@ from trtllm_mm_cache.engines.trtllm.handles import PositionBuffer, PositionBuffe
 from trtllm_mm_cache.engines.trtllm.layout import ModelLayout
 from trtllm_mm_cache.engines.trtllm.mrope import mrope_positions
 from trtllm_mm_cache.engines.trtllm.prompt import PromptReader
-from trtllm_mm_cache.engines.trtllm.sampling import engine_sampling
+from trtllm_mm_cache.engines.trtllm.sampling import engine_guide, engine_sampling
 from trtllm_mm_cache.engines.trtllm.support import TrtllmArchitecture
 from trtllm_mm_cache.errors import InvalidRequestError, PlaceholderMismatchError
 
@@ -38,7 +38,10 @@ class PreparedRequest:
 
 @dataclass(frozen=True)
 class RequestPreparer:
-    """Thread-safe. `tensorrt_llm` is the imported package, `openers` the number of engine processes."""
+    """Thread-safe. `tensorrt_llm` is the imported package, `openers` the number of engine processes.
+
+    `guide` is what the engine holds answers to a schema or pattern with, or None.
+    """
 
     tensorrt_llm: Any
     architecture: TrtllmArchitecture
@@ -46,6 +49,7 @@ class RequestPreparer:
     reader: PromptReader
     buffers: PositionBufferPool
     openers: int
+    guide: str | None = None
 
     def __call__(self, request: GenerationRequest, leases: Sequence[LeasedEmbedding]) -> PreparedRequest:
         """Check the request and describe it to the engine. No byte of an embedding is copied.
@@ -86,9 +90,12 @@ class RequestPreparer:
                 f"the prompt has {prompt_tokens} tokens with its images expanded; the context of "
                 f"{self.layout.context} tokens has no room left for an answer"
             )
+        sampling = engine_sampling(request.sampling, room)
+        if guide := engine_guide(request.sampling, self.guide):
+            sampling["guided_decoding"] = self.tensorrt_llm.llmapi.GuidedDecodingParams(**guide)
         return {
             "inputs": inputs,
-            "sampling_params": self.tensorrt_llm.SamplingParams(**engine_sampling(request.sampling, room)),
+            "sampling_params": self.tensorrt_llm.SamplingParams(**sampling),
             "streaming": True,
             "cache_salt": request.cache_salt,
         }

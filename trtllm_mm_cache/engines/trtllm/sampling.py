@@ -3,15 +3,30 @@
 The names and meanings were read in `tensorrt_llm/sampling_params.py` (1.3). Greedy decoding is
 `top_k=1`, which is greedy in every release; for drawing `top_p` is always given, since older releases
 take its absence for greedy.
+
+Penalties and `min_p` have fields there too, which the sampler of the PyTorch backend did not look at until
+July 2026 (TensorRT-LLM #16485 and #16590): in a release that ignores them an answer would say nothing of it.
+`embedding_bias` wants a row of the exact length of the logits, and a wrong length fails other requests of the
+same step. So these are refused here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from trtllm_mm_cache.engines.base import SamplingParams
 from trtllm_mm_cache.engines.checks import GREEDY_BELOW, check_sampling
+from trtllm_mm_cache.engines.grammar import WHAT, check_alone, grammar_of
 from trtllm_mm_cache.errors import InvalidRequestError
+
+_UNSERVED: Mapping[str, Any] = {
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "min_p": 0.0,
+    "logit_bias": {},
+}
 
 
 def engine_sampling(sampling: SamplingParams, room: int) -> dict[str, Any]:
@@ -27,6 +42,12 @@ def engine_sampling(sampling: SamplingParams, room: int) -> dict[str, Any]:
             "ignore_eos together with stop or stop_token_ids: TensorRT-LLM ignores the latter then; "
             "leave one out"
         )
+    for name, off in _UNSERVED.items():
+        if getattr(sampling, name) != off:
+            raise InvalidRequestError(
+                f"{name} is not served with TensorRT-LLM: leave it out, or use a server with the "
+                "transformers engine"
+            )
     if sampling.seed is not None and sampling.seed < 0:
         raise InvalidRequestError("seed must not be negative with TensorRT-LLM")
     wanted = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
@@ -42,6 +63,9 @@ def engine_sampling(sampling: SamplingParams, room: int) -> dict[str, Any]:
         arguments["stop"] = list(sampling.stop)
     if sampling.stop_token_ids:
         arguments["stop_token_ids"] = list(sampling.stop_token_ids)
+    if sampling.logprobs is not None:
+        # The chosen token's comes with any number from 1, and with 0 not in every release.
+        arguments["logprobs"] = max(1, sampling.logprobs)
     return arguments | _choice(sampling)
 
 
@@ -57,3 +81,21 @@ def _choice(sampling: SamplingParams) -> dict[str, Any]:
     if sampling.seed is not None:
         choice["seed"] = sampling.seed
     return choice
+
+
+def engine_guide(sampling: SamplingParams, backend: str | None) -> dict[str, Any] | None:
+    """Return the keyword arguments of TensorRT-LLM's `GuidedDecodingParams`; None without a constraint.
+
+    The engine compiles it in its own process, for all requests; so what cannot be read is refused here.
+    Raises `InvalidRequestError`, also where the engine was loaded without a `backend` for it.
+    """
+    constraint = sampling.constraint
+    if constraint is None:
+        return None
+    if backend is None:
+        raise InvalidRequestError(
+            f"{WHAT} is not served here: the engine's YAML file has no guided_decoding_backend"
+        )
+    check_alone(sampling)
+    grammar_of(constraint)
+    return {"json" if constraint.kind == "json_schema" else "regex": constraint.text}

@@ -49,6 +49,11 @@ class TrtllmLlmArgs(_CommonArgs):
     cuda_graph_config: dict[str, Any] | None = Field(None, description="CUDA graphs for decoding.")
     moe_config: dict[str, Any] | None = Field(None, description="Kernels of mixture-of-experts layers.")
 
+    guided_decoding_backend: Literal["xgrammar", "llguidance"] | None = Field(
+        None,
+        description="What holds answers to a schema or pattern. Default: nothing, such requests are refused.",
+    )
+
     @property
     def enable_block_reuse(self) -> bool:
         """Whether requests share KV blocks of equal prefixes: what is given, else the engine's default."""

@@ -74,6 +74,11 @@ def architecture_of(model_path: Path) -> TrtllmArchitecture:
         model_type = json.loads((model_path / "config.json").read_bytes())["model_type"]
     except (OSError, ValueError, KeyError) as error:
         raise ConfigurationError("the model directory has no config.json with a model_type") from error
+    return architecture(model_type)
+
+
+def architecture(model_type: str) -> TrtllmArchitecture:
+    """Return the entry of a config.json's `model_type`. Raises `ConfigurationError` as `architecture_of`."""
     if model_type in _SUPPORTED:
         return _SUPPORTED[model_type]
     reason = _REASONS.get(

@@ -12,11 +12,19 @@ from typing import Any
 
 import torch
 from blake3 import blake3
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from tensorrt_llm._torch.shared_tensor import SharedTensorContainer
 from tensorrt_llm.sampling_params import SamplingParams
 from trtllm_mm_cache.engines import base
+from trtllm_mm_cache.engines.transformers.constraint import ConstraintCompiler
 from trtllm_mm_cache.engines.transformers.features import FeatureLayout
 from trtllm_mm_cache.engines.transformers.loading import load_text_half, read_config
 from trtllm_mm_cache.engines.transformers.sampling import logits_processors
@@ -30,6 +38,8 @@ class LanguageModel:
         self._model: Any = load_text_half(model, self._config, self._architecture, args)
         self._model.generation_config = GenerationConfig()
         self._layout = FeatureLayout.of(self._config, self._architecture, torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        self._constrain = ConstraintCompiler(tokenizer, (tokenizer.eos_token_id,))
         self._content_of: dict[tuple[int, ...], bytes] = {}
 
     @torch.no_grad()
@@ -41,12 +51,13 @@ class LanguageModel:
         ]
         contents = [_content(tensor) for tensor in (*views, *mrope)]
         self._check_hashes(request.get("hashes") or [], contents)
-        tokens = _Tokens(request, send, aborted)
+        constraint = self._constrain(_engine_sampling(request["sampling"]))
+        tokens = _Tokens(request, send, aborted, constraint)
         self._generate(request, views, mrope, tokens)
         if contents != [_content(tensor) for tensor in (*views, *mrope)]:
             raise RuntimeError("bytes behind a handle changed before the request had finished")
         del views, mrope
-        send({"final": True, "token_ids": tokens.last, "finish_reason": tokens.reason})
+        send({"final": True, **tokens.last, "finish_reason": tokens.reason})
 
     def _check_hashes(self, hashes: list[list[int]], contents: list[bytes]) -> None:
         """KV blocks are shared by hash, so equal hashes must mean equal embeddings."""
@@ -77,7 +88,13 @@ class LanguageModel:
                 pad_token_id=0,
                 do_sample=False,
             ),
-            logits_processor=logits_processors(_engine_sampling(sampling)),
+            logits_processor=LogitsProcessorList(
+                [
+                    tokens.raw,
+                    *filter(None, [tokens.constraint]),
+                    *logits_processors(_engine_sampling(sampling)),
+                ]
+            ),
             stopping_criteria=StoppingCriteriaList([tokens]),
         )
 
@@ -101,33 +118,64 @@ class _Tokens(StoppingCriteria):
     As in the real executor, the response that ends a request brings its last token: that is in `last`.
     """
 
-    def __init__(self, request: dict[str, Any], send: Any, aborted: Any) -> None:
+    def __init__(self, request: dict[str, Any], send: Any, aborted: Any, constraint: Any) -> None:
+        self.raw = _Raw()
+        self.constraint = constraint
         self._sampling: SamplingParams = request["sampling"]
         self._prompt_tokens = len(request["token_ids"])
         self._send, self._aborted = send, aborted
         self.reason = "length"
-        self.last: list[int] = []
+        self.last: dict[str, Any] = {}
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         answer = input_ids[0, self._prompt_tokens :].tolist()
+        if self.constraint is not None:
+            self.constraint.take(answer[-1])
         if self._aborted.is_set():
             self.reason = "cancelled"
         else:
             ends = answer[-1] == self._sampling.end_id and not self._sampling.ignore_eos
+            ends |= self.constraint is not None and self.constraint.ended
             if ends or any(answer[-len(word) :] == word for word in self._sampling.stop_words()):
                 self.reason = "stop"
+            new: dict[str, Any] = {"token_ids": answer[-1:]}
+            if self._sampling.logprobs is not None:
+                new["logprobs"] = [self.raw.top(answer[-1], self._sampling.logprobs)]
             if self.reason == "stop" or len(answer) == self._sampling.max_tokens:
-                self.last = answer[-1:]
+                self.last = new
             else:
-                self._send({"final": False, "token_ids": answer[-1:]})
+                self._send({"final": False, **new})
         return torch.full((1,), self.reason != "length")
 
 
+class _Raw(LogitsProcessor):
+    """`LogprobMode.RAW`: of the logits before anything is done to them."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._logprobs = torch.log_softmax(scores[0].double(), -1)
+        return scores
+
+    def top(self, token: int, count: int) -> dict[int, tuple[float, int]]:
+        """The best `count`, and the sampled token behind them if it is not one of them; ranks from 1."""
+        order = self._logprobs.argsort(descending=True).tolist()
+        ids = order[:count] if token in order[:count] else [*order[:count], token]
+        return {one: (float(self._logprobs[one]), order.index(one) + 1) for one in ids}
+
+
 def _engine_sampling(sampling: SamplingParams) -> base.SamplingParams:
+    guide = sampling.guided_decoding
+    constraint = None
+    if guide is not None:
+        kind, text = ("json_schema", guide.json) if guide.json else ("regex", guide.regex)
+        constraint = base.Constraint(kind, str(text))
     if sampling.greedy:
-        return base.SamplingParams()
+        return base.SamplingParams(constraint=constraint)
     return base.SamplingParams(
-        temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, seed=sampling.seed
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=sampling.seed,
+        constraint=constraint,
     )
 
 

@@ -12,12 +12,19 @@ from tensorrt_llm.executor.utils import RequestError
 
 
 @dataclass
+class Logprob:
+    logprob: float
+    rank: int | None = None
+
+
+@dataclass
 class CompletionOutput:
-    """`token_ids` are all tokens so far."""
+    """`token_ids` and `logprobs` are all tokens so far; without a request for them `logprobs` stay empty."""
 
     index: int = 0
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     _last_token_ids_len: int = field(default=0, init=False, repr=False)
@@ -96,5 +103,7 @@ class RequestOutput:
         output = self.outputs[0]
         output._last_token_ids_len = len(output.token_ids)
         output.token_ids.extend(response.get("token_ids", ()))
+        for entry in response.get("logprobs", ()):
+            output.logprobs.append({token: Logprob(*reported) for token, reported in entry.items()})
         output.finish_reason = response.get("finish_reason")
         self.disaggregated_params = response.get("disaggregated_params")

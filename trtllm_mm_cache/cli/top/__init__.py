@@ -1,1 +1,0 @@
-"""`trtllm-mm-cache top`: a live view over the workers' metrics."""

@@ -1,0 +1,142 @@
+"""What `serve` is going to run: the engine, model and files that the settings mean, and each command line."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from trtllm_mm_cache.engines.registry import find_engine
+from trtllm_mm_cache.errors import ConfigurationError
+from trtllm_mm_cache.flags import arguments, flag
+from trtllm_mm_cache.serve.model import demo_model, model_config, shipped
+from trtllm_mm_cache.settings import EngineName, EngineSettings, FrontendSettings, PdSettings, ServeSettings
+
+_TRTLLM_MODEL = "llava-hf/llava-v1.6-mistral-7b-hf"
+# trtllm-llmapi-launch expands its command unquoted: a shell splits and globs it a second time.
+_UNSAFE_FOR_SHELL = set("'\"\\*?[] \t\n")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings with everything in its place, and what follows from them."""
+
+    settings: ServeSettings
+    engine: EngineName
+    model: str
+
+    @property
+    def name(self) -> str:
+        """The model's name for clients."""
+        return self.settings.served_model_name or Path(self.model).name
+
+    @property
+    def url(self) -> str:
+        """Where the frontend is reached from this machine."""
+        host = self.settings.http_host
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
+        return f"http://{host}:{self.settings.http_port}"
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the model is our own, which knows drawn cards alone."""
+        return Path(self.model) == demo_model()
+
+    def frontend_arguments(self) -> list[str]:
+        """Return the command line of the frontend."""
+        own = [flag("pd_endpoint"), self.settings.endpoint]
+        return ["frontend", *arguments(self.settings, FrontendSettings), *own]
+
+    def encode_arguments(self) -> list[str]:
+        """Return the command line of an encode worker."""
+        common = self.settings.model_copy(update={"extra_engine_args": self.settings.encode_engine_args})
+        own = [flag("endpoint"), self.settings.encode_endpoint]
+        return [
+            "encode",
+            *arguments(common, EngineSettings),
+            *own,
+            *shlex.split(self.settings.encode_extra_args),
+        ]
+
+    def pd_arguments(self) -> list[str]:
+        """Return the command line of a PD worker."""
+        return ["pd", *arguments(self.settings, PdSettings)]
+
+    def job(self) -> list[str]:
+        """Return what starts a PD worker of several ranks, to stand before its command; [] for one rank.
+
+        Raises `ConfigurationError` where that cannot work.
+        """
+        if self.settings.pd_ranks == 1:
+            return []
+        if shutil.which("mpirun") is None:
+            raise ConfigurationError(
+                f"PD_RANKS={self.settings.pd_ranks} needs mpirun: pip install 'trtllm-mm-cache[mpi]'"
+            )
+        # Without --bind-to none mpirun holds all threads of a rank to one core.
+        command = ["mpirun", "-n", str(self.settings.pd_ranks), "--bind-to", "none"]
+        if os.geteuid() == 0:
+            command.append("--allow-run-as-root")
+        if (os.cpu_count() or 1) < self.settings.pd_ranks:
+            command.append("--oversubscribe")
+        if self.engine == "trtllm":
+            for argument in self.pd_arguments():
+                if _UNSAFE_FOR_SHELL & set(argument):
+                    raise ConfigurationError(
+                        f"'{argument}' would not survive trtllm-llmapi-launch: with PD_RANKS use no spaces, "
+                        "quotes, backslashes or * ? ["
+                    )
+            command.append("trtllm-llmapi-launch")
+        return command
+
+
+def make_plan(settings: ServeSettings) -> Plan:
+    """Decide what runs, and look at the files it needs; imports no engine, contacts nobody.
+
+    Raises `ConfigurationError` for a missing package, model or tokenizer, and for a YAML file or a model that
+    the engine would refuse.
+    """
+    name = settings.engine or _best_engine()
+    engine = find_engine(name)
+    if importlib.util.find_spec(engine.PACKAGE) is None:
+        raise ConfigurationError(
+            f"ENGINE={name} needs the Python package {engine.PACKAGE}: pip install 'trtllm-mm-cache[{name}]'"
+        )
+    model = settings.model_path or (_TRTLLM_MODEL if name == "trtllm" else str(demo_model()))
+    pd_file = settings.extra_engine_args or _engine_file(model, name, "pd.yaml")
+    encode_file = settings.encode_engine_args or _engine_file(model, name, "encode.yaml")
+    for variable, file in (("PD_ENGINE_ARGS", pd_file), ("ENCODE_ENGINE_ARGS", encode_file)):
+        if not file.is_file():
+            raise ConfigurationError(
+                f"there is no engine configuration {file}; set {variable} to one (see configs/)"
+            )
+    config = model_config(model)
+    engine.check("pd", config, pd_file)
+    engine.check("encode", config, encode_file)
+    decided = {
+        "engine": name,
+        "model_path": model,
+        "extra_engine_args": pd_file,
+        "encode_engine_args": encode_file,
+        "served_model_name": settings.served_model_name or Path(model).name,
+    }
+    plan = Plan(settings.model_copy(update=decided), name, model)
+    plan.job()
+    return plan
+
+
+def _best_engine() -> EngineName:
+    """TensorRT-LLM where it is installed and `nvidia-smi` lists a GPU."""
+    if importlib.util.find_spec("tensorrt_llm") is None or shutil.which("nvidia-smi") is None:
+        return "transformers"
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False)
+    return "trtllm" if listed.returncode == 0 else "transformers"
+
+
+def _engine_file(model: str, engine: EngineName, name: str) -> Path:
+    folder = "cpu-demo" if engine == "transformers" else Path(model).name.lower()
+    return shipped("configs") / folder / name
