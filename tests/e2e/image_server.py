@@ -12,12 +12,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class ImageServer:
-    """Bodies by path, and the status of each answer by path, in order. `max_age` 0 asks for revalidation."""
+    """Bodies by path, and the status of each answer by path, in order. `max_age` 0 asks for revalidation.
+
+    `redirects` are places by path; `heads` are the headers of every request, `connections` how many came.
+    """
 
     url: str = ""
     max_age: int = 0
     bodies: dict[str, bytes] = field(default_factory=dict)
     answers: dict[str, list[int]] = field(default_factory=dict)
+    redirects: dict[str, str] = field(default_factory=dict)
+    heads: list[dict[str, str]] = field(default_factory=list)
+    connections: int = 0
 
     def put(self, path: str, body: bytes) -> str:
         """Serve `body` under `path`; return its URL."""
@@ -33,7 +39,19 @@ def image_server() -> Iterator[ImageServer]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def setup(self) -> None:
+            super().setup()
+            state.connections += 1
+
         def do_GET(self) -> None:
+            state.heads.append({name.lower(): value for name, value in self.headers.items()})
+            if place := state.redirects.get(self.path):
+                state.answers.setdefault(self.path, []).append(302)
+                self.send_response(302)
+                self.send_header("Location", place)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             body = state.bodies.get(self.path)
             tag = f'"{hashlib.sha256(body or b"").hexdigest()[:16]}"'
             status = 404 if body is None else 304 if self.headers.get("If-None-Match") == tag else 200

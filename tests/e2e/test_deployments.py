@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
@@ -36,11 +37,14 @@ def test_two_pd_workers_share_the_encode_workers_arena(tmp_path: Path, model_dir
     options = {"MODEL_PATH": str(model_dir), "PD_WORKERS": "2", "MM_CACHE_NO_RESTART": "1"}
     with launched(tmp_path / "run", *capacity, **options) as stack:
         asked = deal()
-        misses = "dynamo_component_embedding_cache_misses_total"
+        flights = "trtllm_mm_cache_flights_total"
 
         def both_have_seen_it() -> bool:
-            assert stack.ask(*asked.parts) == asked.answer
-            return all(worker.metric(misses) == 1 for worker in stack.workers("PD"))
+            # Requests for one image go to one worker, until that has much more under way than the other.
+            with ThreadPoolExecutor(16) as pool:
+                answers = list(pool.map(lambda _: stack.ask(*asked.parts), range(16)))
+            assert answers == [asked.answer] * 16
+            return all(worker.metric(flights) == 1 for worker in stack.workers("PD"))
 
         wait_until(both_have_seen_it, 30, "one PD worker got no request")
         assert stack.encodes() == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 import openai
@@ -62,11 +62,19 @@ def busy(stack: Stack) -> Stack:
     return stack
 
 
-@pytest.mark.parametrize("component", ["pd", "encode"])
-def test_what_a_worker_exposes_is_what_is_documented(busy: Stack, component: str) -> None:
-    (process,) = busy.workers({"pd": "PD"}.get(component, component))
+def frontend_of(stack: Stack) -> Process:
+    """Return the frontend, whose metrics are on its HTTP port."""
+    (process,) = [each for each in stack.processes if each.name == "frontend"]
+    return replace(process, system_port=int(urlsplit(stack.url).port or 0))
+
+
+@pytest.mark.parametrize("component", ["pd", "encode", "frontend"])
+def test_what_is_exposed_is_what_is_documented(busy: Stack, component: str) -> None:
+    workers = busy.workers({"pd": "PD"}.get(component, component))
+    (process,) = [frontend_of(busy)] if component == "frontend" else workers
     exposed = dict(families(process))
-    rows = {row.name: row for row in documented() if row.component in (component, "both")}
+    of = (component, "all") if component == "frontend" else (component, "both", "all")
+    rows = {row.name: row for row in documented() if row.component in of}
     assert exposed.keys() == rows.keys()
     for name, family in exposed.items():
         row = rows[name]
@@ -86,7 +94,7 @@ def test_every_error_code_is_there_before_the_first_error(busy: Stack) -> None:
 
 def test_no_label_holds_anything_of_a_request(busy: Stack) -> None:
     bounded = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
-    for process in [*busy.workers("PD"), *busy.workers("encode")]:
+    for process in [frontend_of(busy), *busy.workers("PD"), *busy.workers("encode")]:
         for name, family in families(process):
             values = {value for sample in family.samples for value in sample.labels.values()}
             assert all(bounded.fullmatch(value) for value in values), name
@@ -175,10 +183,29 @@ def test_of_requests_for_one_new_picture_all_but_the_first_are_coalesced_or_hits
 def test_an_error_is_counted_by_its_code(busy: Stack) -> None:
     (pd,) = busy.workers("PD")
     at_pd = Change(pd)
-    with pytest.raises(openai.BadRequestError):
+    with pytest.raises(openai.APIStatusError):
         busy.ask("data:image/png;base64,AAAA", QUESTION)
     assert at_pd.of("trtllm_mm_cache_errors_total", code="unsupported_media") == 1
     at_pd.comes_to(1, "trtllm_mm_cache_requests_total", outcome="failed")
+
+
+def test_the_frontend_counts_answers_by_status_and_their_tokens(busy: Stack) -> None:
+    at_frontend = Change(frontend_of(busy))
+    answer = busy.client.chat.completions.create(
+        model=busy.model, messages=[{"role": "user", "content": QUESTION}], max_tokens=3
+    )
+    with pytest.raises(openai.NotFoundError):
+        busy.client.chat.completions.create(model="other", messages=[{"role": "user", "content": QUESTION}])
+    assert answer.usage is not None
+    at_frontend.comes_to(1, "trtllm_mm_cache_responses_total", status="200")
+    at_frontend.comes_to(1, "trtllm_mm_cache_responses_total", status="404")
+    at_frontend.comes_to(answer.usage.completion_tokens, "trtllm_mm_cache_response_tokens_total")
+    assert at_frontend.of("trtllm_mm_cache_response_first_token_seconds_count") == 1
+    assert frontend_of(busy).metric("trtllm_mm_cache_pd_workers") == 1
+    wait_until(
+        lambda: frontend_of(busy).metric("trtllm_mm_cache_responses_in_flight") == 0, 5, "something waits"
+    )
+    assert frontend_of(busy).metric("trtllm_mm_cache_body_bytes") == 0
 
 
 def test_the_encode_worker_is_seen_and_nothing_is_left_over(busy: Stack) -> None:
@@ -192,8 +219,7 @@ def test_the_encode_worker_is_seen_and_nothing_is_left_over(busy: Stack) -> None
 
 def test_dashboard_and_alerts_ask_for_what_is_exposed(busy: Stack) -> None:
     exposed: dict[str, set[str]] = {}
-    frontend = Process("frontend", 0, int(urlsplit(busy.url).port or 0), busy.log)  # on its HTTP port
-    for process in [frontend, *busy.workers("PD"), *busy.workers("encode")]:
+    for process in [frontend_of(busy), *busy.workers("PD"), *busy.workers("encode")]:
         for _, family in families(process):
             for sample in family.samples:
                 exposed.setdefault(sample.name, set()).update(sample.labels)

@@ -227,21 +227,21 @@ def test_an_image_is_dropped_for_every_tenant(
     stack: Stack, images: ImageServer, tmp_path: Path, where: str
 ) -> None:
     command(stack, "drop", "--all")
-    picture = new_image()
-    (tmp_path / "image.png").write_bytes(png(picture))
+    image = new_image()
+    (tmp_path / "image.png").write_bytes(png(image))
     named = {
         "file": str(tmp_path / "image.png"),
-        "URL": images.put("/image.png?token=abc123", png(picture)),
-        "data": data_url(png(picture)),
+        "URL": images.put("/image.png?token=abc123", png(image)),
+        "data": data_url(png(image)),
     }
     for salt in ("tenant-one", "tenant-two", None):
-        ask_both(stack, picture, QUESTION, extra_body={"cache_salt": salt} if salt else {})
+        ask_both(stack, image, QUESTION, extra_body={"cache_salt": salt} if salt else {})
     ask_both(stack, new_image(), QUESTION)
     assert sum(entries(stack)) == 4 * 3
     done = command(stack, "drop", "--image", named[where])
     assert done.returncode == 0, done.stderr
     assert sum(entries(stack)) == 3, "the other image stays on both PD workers and one encode worker"
-    assert f"the image has {len(png(picture))} bytes" in done.stdout
+    assert f"the image has {len(png(image))} bytes" in done.stdout
     assert "abc123" not in done.stdout + done.stderr
 
 

@@ -107,7 +107,7 @@ EXTRA: dict[str, tuple[list[Any], list[Any]]] = {
     "min_tokens": ([0, 5], [-1, "x"]),
     "top_k": ([-1, 0, 50], [-2, 1.5]),
     "min_p": ([0, 1], [-0.1, 1.1]),
-    "repetition_penalty": ([1, 1.5], [0, -1]),
+    "repetition_penalty": ([1, 0.01, 100], [0, -1, 0.009]),
     "stop_token_ids": ([[], [1, 2]], [[-1], ["a"], 5]),
     "ignore_eos": ([True, False], [1, "x"]),
     "skip_special_tokens": ([True, False], ["x"]),

@@ -109,16 +109,16 @@ def test_no_process_writes_anything_but_lines_of_the_log(deployment: Stack) -> N
 
 def test_no_process_writes_the_private_part_of_a_url(deployment: Stack, images: ImageServer) -> None:
     body = png(new_image(56, 56))
-    there = images.put("/picture.png?token=told-nobody", body)
+    there = images.put("/image.png?token=told-nobody", body)
     user = there.replace("http://", "http://name:told-nobody@").replace("?token=told-nobody", "")
     for url in (
         there,
         f"{images.url}/absent.png?token=told-nobody",
-        "http://127.0.0.1:1/picture.png?token=told-nobody#told-nobody",
-        "https://told-nobody.invalid/picture.png?token=told-nobody",
+        "http://127.0.0.1:1/image.png?token=told-nobody#told-nobody",
+        "https://told-nobody.invalid/image.png?token=told-nobody",
         user,
         data_url(body[:100]),
-        "file:///picture.png?token=told-nobody",
+        "file:///image.png?token=told-nobody",
     ):
         post(deployment, url, "?")
     encoded = data_url(body).partition(",")[2]

@@ -18,6 +18,7 @@ from trtllm_mm_cache.frontend.server import Endpoint, HttpServer, make_app
 from trtllm_mm_cache.observability.logs import configure_logging
 from trtllm_mm_cache.observability.metrics import Exposition
 from trtllm_mm_cache.observability.traces import configure_tracing
+from trtllm_mm_cache.runtime.allocator import bound_heaps
 from trtllm_mm_cache.runtime.connect import connect, drain_on_signals, endpoint_path
 from trtllm_mm_cache.runtime.model import local_model_path
 from trtllm_mm_cache.runtime.pd_client import PdWorkers
@@ -31,6 +32,7 @@ def run_frontend(settings: FrontendSettings) -> None:
 
     Raises `ConfigurationError` for a model without tokenizer or template, and for a port that is taken.
     """
+    bound_heaps()
     configure_logging(settings.log_level, settings.log_format)
     configure_tracing("frontend")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -100,7 +100,7 @@ class GenerationOptions(_Strict):
     seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
-    repetition_penalty: Annotated[_Number, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[_Number, Field(ge=0.01, le=100)] | None = None
     logit_bias: Annotated[dict[str, _Bias], Field(max_length=1024)] | None = None
     stop: Annotated[list[_StopText], Field(max_length=64)] | None = None
     stop_token_ids: Annotated[list[_TokenId], Field(max_length=4096)] | None = None

@@ -84,7 +84,7 @@ class Reply:
 
     async def _start(self, status: int, items: ItemCounts | None) -> None:
         self._begun = True
-        if items:
+        if items and any(items.get(name) for name in _COUNTED):  # of a text there is nothing to say
             self._headers[CACHE_HEADER] = ", ".join(f"{name}={items.get(name, 0)}" for name in _COUNTED)
         headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self._headers.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})

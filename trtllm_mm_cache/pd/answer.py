@@ -89,6 +89,8 @@ class PdWorker:
         with span("request", parent=parent, kind=SpanKind.SERVER) as current:
             record = AnswerRecord(name, self._metrics, current)
             try:
+                if proof := self._admit(payload):
+                    emit(proof)
                 with self._running.admitted(), nullcontext() if mark is None else heartbeats(emit):
                     async with stopped_with(context):
                         await self._serve(payload, name, record, emit)
@@ -107,9 +109,6 @@ class PdWorker:
                 record.ended("served")
 
     async def _serve(self, payload: Any, name: str, record: AnswerRecord, emit: Emit[Output]) -> None:
-        proof = self._admit(payload)
-        if proof:
-            emit(proof)
         with span("references"):
             request = parse_request(payload, name, max_images=self._max_images)
         variant = self._generator.variant(len(request.references))

@@ -111,7 +111,9 @@ class PdWorkers(Collector):
                 sealed = payload | {PROOF_FIELD: call.proof()}
                 stream = await self._client.direct(sealed, instance, context=context)
                 del sealed
-                call.check(_message(await anext(stream)).get(PROOF_FIELD))
+                first = _data(await anext(stream))
+                # What a process says that has not proved itself is not believed, an error neither.
+                call.check(first.get(PROOF_FIELD, first.get("error")))
             while True:
                 try:
                     async with asyncio.timeout(_SILENCE_S):
@@ -138,11 +140,16 @@ class PdWorkers(Collector):
 
 
 def _message(item: Any) -> dict[str, Any]:
-    """Return the message of one item. Raises what a message reports, or what Dynamo reports in its place."""
-    if hasattr(item, "is_error") and item.is_error():
-        raise ConnectionError("; ".join(item.comments() or ["the worker failed"]))
-    data = item.data() if hasattr(item, "data") else item
-    message = data if isinstance(data, dict) else {}
+    """Return the message of one item. Raises what it reports."""
+    message = _data(item)
     if (error := error_of(message)) is not None:
         raise error
     return message
+
+
+def _data(item: Any) -> dict[str, Any]:
+    """Return what one item carries. Raises `ConnectionError` for what Dynamo reports in a worker's place."""
+    if hasattr(item, "is_error") and item.is_error():
+        raise ConnectionError("; ".join(item.comments() or ["the worker failed"]))
+    data = item.data() if hasattr(item, "data") else item
+    return data if isinstance(data, dict) else {}

@@ -1,0 +1,168 @@
+"""Answers are what OpenAI's own types say, strictly: nothing missing, of another type, or more."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.completion_choice import CompletionChoice
+from openai.types.model import Model
+from pydantic import BaseModel, TypeAdapter
+
+from tests.frontend.serving import PeerPdWorkers, events, serving, token_messages
+from trtllm_mm_cache.errors import PdLostError
+from trtllm_mm_cache.frontend.answer import Answer, ChatForm, Delta, Object, TextForm
+from trtllm_mm_cache.frontend.prompt import Prompts
+
+SAID = "A cat 😀 sat.\n猫"
+
+
+@pytest.fixture(scope="session")
+def prompts(prompts_of: Callable[[str], Prompts]) -> Prompts:
+    return prompts_of("qwen2_vl")
+
+
+def answer_of(prompts: Prompts, *, logprobs: bool = False, stop: Sequence[str] = ()) -> Answer:
+    text = prompts.answer_text([], stop, skip_special_tokens=True)
+    return Answer("0123", "tiny", text, prompts.backend, logprobs=logprobs)
+
+
+async def stream(messages: Sequence[Any]) -> AsyncIterator[Mapping[str, Any]]:
+    for message in messages:
+        yield message
+
+
+def with_logprobs(message: Any, alternatives: int) -> Any:
+    ids = message["token_ids"]
+    more: Object = {"log_probs": [-0.5] * len(ids)}
+    if alternatives:
+        more["top_logprobs"] = [
+            [
+                {"rank": rank, "token_id": 10 + rank, "logprob": -float(rank)}
+                for rank in range(1, alternatives + 1)
+            ]
+            for _ in ids
+        ]
+    return {**message, **more}
+
+
+def check(kind: type[BaseModel], content: Object, *, but: set[str] | None = None) -> BaseModel:
+    """Validate as OpenAI's client never does, and find fields that its types do not have."""
+    checked = TypeAdapter(kind).validate_python(content, strict=True)
+    assert not (unknown(checked) - (but or set())), unknown(checked)
+    return checked
+
+
+def unknown(value: Any) -> set[str]:
+    if isinstance(value, BaseModel):
+        inner = [unknown(getattr(value, name)) for name in type(value).model_fields]
+        return set(value.model_extra or {}).union(*inner)
+    if isinstance(value, list):
+        return set().union(*map(unknown, value))
+    return set()
+
+
+@pytest.mark.parametrize("alternatives", [None, 0, 2])
+@pytest.mark.parametrize("items", [None, {"hits": 1, "misses": 0, "hit_rows": 4}])
+async def test_chat(prompts: Prompts, alternatives: int | None, items: Object | None) -> None:
+    messages = token_messages(prompts, SAID, size=2)
+    if alternatives is not None:
+        messages = [with_logprobs(message, alternatives) for message in messages]
+    answer = answer_of(prompts, logprobs=alternatives is not None)
+    whole_form, stream_form = ChatForm(answer), ChatForm(answer)
+    deltas, chunks = [], []
+    async for delta in answer.deltas(stream([{}, *([{"items": items}] if items else []), *messages])):
+        deltas.append(delta)
+        chunks.append(check(ChatCompletionChunk, stream_form.chunk(delta)))
+    whole = check(ChatCompletion, whole_form.whole(deltas))
+    usage = check(ChatCompletionChunk, stream_form.usage_chunk())
+    assert isinstance(whole, ChatCompletion)
+    assert isinstance(usage, ChatCompletionChunk)
+    (choice,) = whole.choices
+    assert choice.message.content == SAID
+    assert choice.finish_reason == "stop"
+    assert whole.usage == usage.usage
+    assert whole.usage is not None
+    count = len(prompts.backend.encode(SAID).ids)
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (5, count)
+    cached = whole.usage.prompt_tokens_details
+    assert (cached and cached.cached_tokens) == (4 if items else None)
+    assert (choice.logprobs is None) == (alternatives is None)
+    if choice.logprobs and choice.logprobs.content:
+        content = choice.logprobs.content
+        assert len(content) == count
+        assert all(len(each.top_logprobs) == alternatives for each in content)
+        assert bytes(byte for each in content for byte in each.bytes or ()).decode(errors="replace")
+    streamed = [
+        chunk.choices[0] for chunk in chunks if isinstance(chunk, ChatCompletionChunk) and chunk.choices
+    ]
+    assert "".join(each.delta.content or "" for each in streamed) == SAID
+    assert [each.delta.role for each in streamed] == ["assistant"] + [None] * (len(streamed) - 1)
+    if alternatives is not None:
+        assert sum(len(each.logprobs.content or ()) for each in streamed if each.logprobs) == count
+
+
+async def test_text(prompts: Prompts) -> None:
+    answer = answer_of(prompts)
+    form = TextForm(answer)
+    deltas, chunks = [], []
+    async for delta in answer.deltas(stream(token_messages(prompts, SAID))):
+        deltas.append(delta)
+        chunks.append(form.chunk(delta))
+    whole = check(Completion, form.whole(deltas))
+    check(Completion, form.usage_chunk())
+    assert isinstance(whole, Completion)
+    assert whole.choices[0].text == SAID
+    for chunk in chunks[:-1]:
+        # OpenAI's own type says that even an unfinished choice has finished; it sends null, and so do we.
+        assert chunk["choices"][0]["finish_reason"] is None
+        check(Completion, chunk | {"choices": [chunk["choices"][0] | {"finish_reason": "stop"}]})
+    assert isinstance(check(Completion, chunks[-1]), Completion)
+    assert CompletionChoice(**chunks[-1]["choices"][0]).finish_reason == "stop"
+
+
+@pytest.mark.parametrize("reason", ["stop", "length"])
+async def test_the_reason_of_the_end_is_the_workers(prompts: Prompts, reason: str) -> None:
+    answer = answer_of(prompts)
+    deltas = [delta async for delta in answer.deltas(stream(token_messages(prompts, SAID, reason=reason)))]
+    assert check(ChatCompletion, ChatForm(answer).whole(deltas))
+    assert answer.finish_reason == reason
+
+
+async def test_an_empty_answer_is_one(prompts: Prompts) -> None:
+    answer = answer_of(prompts)
+    deltas = [delta async for delta in answer.deltas(stream([{"token_ids": [], "finish_reason": "stop"}]))]
+    check(ChatCompletion, ChatForm(answer).whole(deltas))
+    check(ChatCompletionChunk, ChatForm(answer).chunk(Delta("")))
+
+
+async def test_what_is_held_back_comes_with_the_end(prompts: Prompts) -> None:
+    answer = answer_of(prompts, stop=["sat down"])
+    deltas = [delta async for delta in answer.deltas(stream(token_messages(prompts, "A cat sat do")))]
+    assert "".join(delta.text for delta in deltas) == "A cat sat do"
+
+
+async def test_messages_that_end_too_early_are_a_lost_worker(prompts: Prompts) -> None:
+    answer = answer_of(prompts)
+    with pytest.raises(PdLostError):
+        _ = [delta async for delta in answer.deltas(stream(token_messages(prompts, SAID)[:-1]))]
+
+
+async def test_the_list_of_models(prompts: Prompts) -> None:
+    async with serving(prompts, PeerPdWorkers()) as up:
+        (model,) = (await up.client.get("/v1/models")).json()["data"]
+    check(Model, model)
+
+
+async def test_over_http_too(prompts: Prompts) -> None:
+    async with serving(prompts, PeerPdWorkers(token_messages(prompts, SAID))) as up:
+        asked = {"model": "tiny", "prompt": "Once", "stream": True, "stream_options": {"include_usage": True}}
+        *chunks, usage, done = events((await up.client.post("/v1/completions", json=asked)).text)
+        whole = (await up.client.post("/v1/completions", json={"model": "tiny", "prompt": "Once"})).json()
+    assert done == "[DONE]"
+    check(Completion, whole)
+    check(Completion, usage)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == SAID
