@@ -20,7 +20,7 @@ from tests.deploy.containers import (
     of_compose,
     of_graph,
 )
-from trtllm_mm_cache.settings import GB, MB, PdSettings
+from trtllm_mm_cache.settings import GB, MB, EncodeSettings, FrontendSettings, ImageLimits, PdSettings
 
 CONTAINERS = [*of_compose(COMPOSE), *of_compose(COMPOSE, COMPOSE_TRTLLM), *of_graph()]
 WORKERS = [each for each in CONTAINERS if each.role != "frontend"]
@@ -57,7 +57,7 @@ def test_a_wrong_command_is_not_taken() -> None:
 
 @every_container
 def test_every_variable_is_read(container: Container, readers: bytes) -> None:
-    names = set(container.environment) - {"MM_CACHE_SECRET_FILE"}
+    names = set(container.environment)
     assert not {name for name in names if name.encode() not in readers and not OTHERS.fullmatch(name)}
 
 
@@ -100,6 +100,31 @@ def test_shared_memory_holds_the_arenas_and_counts_in_the_memory_limit(container
     engine = GB if container.flag("engine") == "trtllm" else 0  # files of its own
     assert arenas + engine <= container.shared_bytes
     assert container.shared_bytes + GB < container.memory_bytes
+
+
+BASE, PEERS = 768 * MB, 2
+"""What a process takes that has served nothing (transformers: 0.6 GB); how many peers of a kind it has."""
+LIMITS = ImageLimits()
+
+
+def most(container: Container) -> int:
+    """Return the bytes that docs/operations.md states for the role with its defaults, without an engine."""
+    frontend, largest_file = FrontendSettings(model_path=""), LIMITS.max_file_bytes
+    if container.role == "frontend":
+        return BASE + int(frontend.request_memory_mb * MB)
+    settings = {"pd": PdSettings, "encode": EncodeSettings}[container.role](model_path="")
+    plane = 8 * largest_file * PEERS
+    total = BASE + container.shared_bytes + plane + int(settings.max_waiting_image_mb * MB)
+    if isinstance(settings, PdSettings):
+        sent = 2 * PEERS * frontend.request_memory_mb / 3
+        return total + int((2 * settings.max_incoming_image_mb + sent + settings.media.http_cache_mb) * MB)
+    prepared = settings.preprocess_threads * 12 * LIMITS.max_pixels
+    return total + int(settings.max_prepared_mb * MB) + prepared
+
+
+@every_container
+def test_the_memory_limit_has_room_for_what_a_process_may_take(container: Container) -> None:
+    assert most(container) <= container.memory_bytes
 
 
 @every_worker
