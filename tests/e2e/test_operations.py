@@ -12,6 +12,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,13 @@ def request_lines(stack: Stack) -> list[dict[str, Any]]:
 
 
 def ask_both(stack: Stack, *parts: Any, **options: Any) -> None:
-    """Ask until both PD workers have the picture."""
+    """Ask until both PD workers have the picture: at once, for one by one it always goes to the same."""
     before = [worker.metric(ENTRIES) for worker in stack.workers("PD")]
 
     def both_have() -> bool:
-        stack.ask(*parts, max_tokens=1, **options)
+        with ThreadPoolExecutor(12) as clients:
+            for asked in [clients.submit(stack.ask, *parts, max_tokens=1, **options) for _ in range(12)]:
+                asked.result()
         now = [worker.metric(ENTRIES) for worker in stack.workers("PD")]
         return all(count > old for count, old in zip(now, before, strict=True))
 
