@@ -158,7 +158,7 @@ def pd_workers_seen(url: str) -> int:
     """Return how many PD workers the frontend at `url` has found; -1 while it does not answer."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"{url.removesuffix('/v1')}/health", timeout=5) as answer:
+        with opener.open(f"{url.rstrip('/').removesuffix('/v1')}/health", timeout=5) as answer:
             return int(json.load(answer)["pd_workers"])
     except OSError:
         return -1
