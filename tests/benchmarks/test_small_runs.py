@@ -49,3 +49,16 @@ def test_every_token_of_an_answer_is_counted(small_run: SmallRun, monkeypatch: p
     """The benchmark itself refuses an answer of another number of tokens."""
     monkeypatch.setattr("benchmarks.token_cost.TOKENS", 20)
     assert small_run("token_cost", "--rounds", 2)["rounds"] == 2
+
+
+def test_both_frontends_stream_every_token(small_run: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that breaks off is an error of the benchmark's own."""
+    monkeypatch.setattr("benchmarks.frontend.CONCURRENCY", (2,))
+    report = small_run("frontend", "--rounds", 1, "--tokens", 4)
+    assert report["2"]["tokens_s"].keys() == {"ours", "dynamo", "ratio"}
+
+
+def test_items_that_come_again_are_found_whichever_pd_worker_there_is(small_run: SmallRun) -> None:
+    report = small_run("routing", "--workers", 2, "--images", 4, "--requests", 12)
+    ours, dynamo = report["2"]["ours"], report["2"]["dynamo"]
+    assert ours["misses"] == ours["entries"] <= 4 < dynamo["entries"]
