@@ -83,7 +83,8 @@ async def test_a_false_pd_worker_is_told_nothing(
 ) -> None:
     """It calls the encode worker as a PD worker does: nothing is computed, exported or told for it."""
     monkeypatch.setenv("DYN_FILE_KV", str(deployment.discovery))
-    false = deployment.another("false-pd", "pd", *elsewhere("false"), MM_CACHE_SECRET_FILE=str(other_secret))
+    variables = {"MM_CACHE_SECRET_FILE": str(other_secret), "MM_CACHE_ALLOW_UNPROVEN_REQUESTS": "1"}
+    false = deployment.another("false-pd", "pd", *elsewhere("false"), **variables)
     request = TEXT | {"multi_modal_data": {"image_url": [{"Url": data_url(png(new_image()))}]}}
     metric = deployment.encode.process.metric
     counted = ("trtllm_mm_cache_encodes_total", "trtllm_mm_cache_embeddings_total")
@@ -114,7 +115,7 @@ async def test_a_pd_worker_answers_only_who_belongs(
     deployment: Deployment, other_secret: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DYN_FILE_KV", str(deployment.discovery))
-    strict = deployment.another("strict-pd", "pd", *elsewhere("strict"), MM_CACHE_ALLOW_UNPROVEN_REQUESTS="0")
+    strict = deployment.another("strict-pd", "pd", *elsewhere("strict"))
     strict.start()
     try:
         strict.wait_ready()

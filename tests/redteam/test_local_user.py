@@ -19,10 +19,12 @@ from tests.e2e.cards import Deal
 from tests.e2e.stack import REPOSITORY, new_image, png
 from tests.redteam.deployment import ARGS, ENDPOINTS, MODEL, Deployment, answers, caller
 from tests.redteam.stranger import NOBODY
-from trtllm_mm_cache.cache.key import embedding_key
+from trtllm_mm_cache.cache.key import content_digest, embedding_key
 from trtllm_mm_cache.engines.registry import load_engine
+from trtllm_mm_cache.media import pixels_fingerprint
 from trtllm_mm_cache.runtime.membership import Membership
 from trtllm_mm_cache.runtime.messages import EncodeReady, EncodeRequest, parse_answer
+from trtllm_mm_cache.settings import ImageLimits
 from trtllm_mm_cache.transfer import Export
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -68,14 +70,16 @@ def fingerprint() -> str:
     """That of the deployment's model, which PD workers tell an encode worker."""
     encoder = load_engine("transformers").load_vision_encoder(MODEL, ARGS / "encode.yaml")
     encoder.close()
-    return encoder.fingerprint
+    return pixels_fingerprint(encoder.fingerprint, ImageLimits())
 
 
 def encode_request(fingerprint: str) -> EncodeRequest:
     """A request that the encode worker serves."""
     media = png(new_image())
     return EncodeRequest(
-        fingerprint=fingerprint, key=embedding_key(media, fingerprint=fingerprint).hex, media=media
+        fingerprint=fingerprint,
+        key=embedding_key(content_digest(media), fingerprint=fingerprint).hex,
+        media=media,
     )
 
 
