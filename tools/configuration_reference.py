@@ -104,7 +104,7 @@ Set by the workers where the environment says nothing; `transfer/environment.py`
 FIXED = """\
 ## Fixed values
 
-What no flag changes, and why. A change is one line of `settings.py`.
+What no flag changes, and why. A change is one line of `settings/`.
 """
 
 
