@@ -29,6 +29,7 @@ from trtllm_mm_cache.encode.pipeline import EncodePipeline
 from trtllm_mm_cache.encode.server import EncodeServer
 from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem, ItemDescription
 from trtllm_mm_cache.errors import MmCacheError
+from trtllm_mm_cache.media import pixels_fingerprint
 from trtllm_mm_cache.runtime.drops import DropWatch
 from trtllm_mm_cache.runtime.messages import EncodeReady, EncodeRequest, parse_answer
 from trtllm_mm_cache.settings import EncodeSettings, PdSettings
@@ -151,7 +152,8 @@ async def our_receiver(connection: Connection) -> AsyncIterator[Receiver]:
     # No model, so nothing that rows could disagree with.
     receiver = ItemReceiver(manager, manager, None, lambda *_: None, registry)
     settings = PdSettings(model_path="none", transfer_timeout_s=30)
-    tiers = TierChain([EncodeTier(peer, Reader(agent), FINGERPRINT, settings, registry)], receiver)
+    fingerprint = pixels_fingerprint(FINGERPRINT, settings.images)
+    tiers = TierChain([EncodeTier(peer, Reader(agent), fingerprint, settings, registry)], receiver)
     try:
         yield OurReceiver(tiers, peer, picture(1, 32))
     finally:

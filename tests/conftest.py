@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Iterator
 
@@ -25,6 +26,16 @@ def live_managers() -> Iterator[weakref.WeakSet[MultimodalEmbeddingCacheManager]
     with pytest.MonkeyPatch.context() as patch:
         remember_managers(patch, managers.add)
         yield managers
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """What the product sets for its own process and children is no other test's."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        if name.startswith(("DYN_", "MM_CACHE_")):
+            del os.environ[name]
 
 
 @pytest.fixture(autouse=True)

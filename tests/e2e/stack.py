@@ -132,7 +132,9 @@ def launched(run_dir: Path, *pd_arguments: str, **environment: str) -> Iterator[
             "the stack did not become ready",
         )
         assert launcher.poll() is None, log.read_text()
-        yield Stack(launcher, run_dir, port, log)
+        stack = Stack(launcher, run_dir, port, log)
+        with stack.client:
+            yield stack
     finally:
         if launcher.poll() is None:
             launcher.send_signal(signal.SIGTERM)

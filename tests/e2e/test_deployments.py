@@ -50,7 +50,8 @@ def test_two_pd_workers_share_the_encode_workers_arena(tmp_path: Path, model_dir
         assert stack.encodes() == 1
         delivered = "trtllm_mm_cache_embeddings_total"
         assert stack.total("encode", delivered, origin="encoded") == 1
-        assert stack.total("encode", delivered, origin="cached") == 1
+        # The second PD worker's miss found it there, or came while it was being encoded.
+        assert sum(stack.total("encode", delivered, origin=origin) for origin in ("cached", "joined")) == 1
         the_other_pd_worker_goes_on(stack, asked)
 
 

@@ -26,16 +26,14 @@ class SlowImageServer:
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/card.png"
 
     def serve(self) -> None:
-        """Answer the frontend, which looks at a picture first, at once, and the PD worker when told to."""
-        for wait in (False, True):
-            connection, _ = self._listener.accept()
-            with connection:
-                connection.recv(65536)
-                if wait:
-                    self.asked.set()
-                    assert self.send.wait(60)
-                head = "HTTP/1.1 200 OK\r\nContent-Type: image/png\r\nConnection: close\r\n"
-                connection.sendall(f"{head}Content-Length: {len(self._body)}\r\n\r\n".encode() + self._body)
+        """Answer the PD worker when told to; no other process asks."""
+        connection, _ = self._listener.accept()
+        with connection:
+            connection.recv(65536)
+            self.asked.set()
+            assert self.send.wait(60)
+            head = "HTTP/1.1 200 OK\r\nContent-Type: image/png\r\nConnection: close\r\n"
+            connection.sendall(f"{head}Content-Length: {len(self._body)}\r\n\r\n".encode() + self._body)
 
     def close(self) -> None:
         """Take no more requests."""

@@ -27,7 +27,13 @@ from trtllm_mm_cache.runtime.messages import EncodeReady, EncodeRequest, parse_a
 from trtllm_mm_cache.settings import ImageLimits
 from trtllm_mm_cache.transfer import Export
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user"),
+    pytest.mark.skipif(
+        not all(folder.stat().st_mode & 0o001 for folder in Path(sys.prefix).resolve().parents),
+        reason=f"another user cannot import the package from {sys.prefix}: a folder above it is closed",
+    ),
+]
 
 
 @pytest.fixture

@@ -73,7 +73,8 @@ def connect(settings: DiscoverySettings) -> tuple[DistributedRuntime, Membership
     os.environ.pop("DYN_SYSTEM_PORT", None)
     defaults = {
         "DYN_TCP_MAX_MESSAGE_SIZE": str(MAX_MESSAGE_BYTES),
-        "DYN_HTTP_BODY_LIMIT_MB": str(MAX_MESSAGE_BYTES // MB),
+        # Model cards lie in discovery, and not on the system port, which is not Dynamo's here.
+        "DYN_SELF_HOST_METADATA": "0",
     }
     if settings.discovery_backend in ("file", "mem"):
         defaults |= dict.fromkeys(_LISTEN_ADDRESSES, "127.0.0.1")
