@@ -59,6 +59,11 @@ class ReadyTower:
         """Return how many rows the request asks for."""
         return int(item.processor_kwargs["nbytes"]) // (2 * WIDTH)
 
+    def prepared_bytes(self, prepared: int) -> int:
+        """Return 0: nothing is held but a number."""
+        del prepared
+        return 0
+
     def encode(self, batch: Sequence[int]) -> list[EncodedItem | MmCacheError]:
         """Hand over a part of what is there, of another tensor each time."""
         self._ready.reverse()
