@@ -6,10 +6,22 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export RUN_DIR=${RUN_DIR:-$root/.run/$(date +%Y%m%d-%H%M%S)-$$}
 
+# In this folder any Python finds the package; what it needs is there only where it was installed.
+installed() {
+    "$1" - <<'PYTHON' 2>/dev/null
+import sys
+from importlib.util import find_spec
+
+import trtllm_mm_cache.cli.main
+
+sys.exit(not (find_spec("dynamo") and find_spec("torch")))
+PYTHON
+}
+
 python=python3
-if ! python3 -c 'import trtllm_mm_cache' 2>/dev/null; then
+if ! installed python3; then
     python=$root/.venv/bin/python
-    if ! "$python" -c 'import trtllm_mm_cache' 2>/dev/null; then
+    if ! installed "$python"; then
         extras=(transformers)
         if [[ ${ENGINE:-} == trtllm ]]; then extras=(trtllm); elif [[ ${PD_RANKS:-1} != 1 ]]; then extras+=(mpi); fi
         (umask 077 && mkdir -p "$RUN_DIR")

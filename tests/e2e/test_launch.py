@@ -285,3 +285,26 @@ def test_a_taken_port_is_named(tmp_path: Path, model_dir: Path) -> None:
         ended = run_to_the_end(tmp_path, MODEL_PATH=str(model_dir), DYN_HTTP_PORT=port)
     assert ended.returncode == 2
     assert f"port {port} is taken; set DYN_HTTP_PORT" in ended.stderr
+
+
+@pytest.mark.skipif(not Path("/usr/bin/python3").exists(), reason="needs a Python of the system's own")
+def test_in_a_fresh_clone_the_script_sets_up_what_the_package_needs(tmp_path: Path) -> None:
+    """Any Python finds the package in the repository's folder, and not what it imports."""
+    (tmp_path / "launch").mkdir()
+    shutil.copy(REPOSITORY / "launch/disagg_e_pd.sh", tmp_path / "launch")
+    (tmp_path / "trtllm_mm_cache").symlink_to(REPOSITORY / "trtllm_mm_cache")
+    setup = tmp_path / "launch/setup_venv.sh"
+    setup.write_text("#!/bin/sh\necho setting up $*\nexit 1\n")
+    setup.chmod(0o755)
+    ended = subprocess.run(
+        ["launch/disagg_e_pd.sh"],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "RUN_DIR": str(tmp_path / "run")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert f"setting up {tmp_path}/.venv transformers" in ended.stdout
+    assert "the set-up failed" in ended.stderr
