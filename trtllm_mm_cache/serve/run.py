@@ -134,6 +134,7 @@ def _frontend(plan: Plan) -> Spec:
         plan.frontend_arguments(),
         variables={"DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS": f"{plan.settings.drain_timeout_s:.0f}"},
         probe=f"{plan.url}/live",
+        port=plan.settings.http_port,
     )
 
 

@@ -36,7 +36,8 @@ class Spec:
     `arguments` are those of `trtllm-mm-cache`, `job` what stands before that command, `variables` what is
     added to the environment. `warm`: it may be forked from the process that has the engine. `drain_signal`
     tells it to finish; `end_signal` ends it, and is what the kernel sends when `serve` is killed. It serves
-    when `probe`, a URL, answers; without one it says so by itself (`runtime.readiness`).
+    when `probe`, a URL, answers; without one it says so by itself (`runtime.readiness`). `port` is that of
+    its metrics; without one it gets one that is free.
     """
 
     kind: Kind
@@ -46,6 +47,7 @@ class Spec:
     variables: Mapping[str, str] = field(default_factory=dict)
     warm: bool = False
     probe: str | None = None
+    port: int | None = None
     drain_signal: signal.Signals = signal.SIGTERM
     end_signal: signal.Signals = signal.SIGKILL
 
@@ -85,7 +87,7 @@ class Service:
         self.spec = spec
         self.log = log
         self.life: Life | None = None
-        self.port = free_port()
+        self.port = spec.port or free_port()
         self._children = children
         self._warm = warm if spec.warm else None
 
@@ -99,9 +101,11 @@ class Service:
 
     async def start(self, environment: Mapping[str, str]) -> Life:
         """Start a process and return it. Raises `OSError` when the system has none left."""
-        if bind_problem(self.port) is not None:
-            self.port = free_port()
-        variables = {**self.spec.variables, "DYN_SYSTEM_PORT": str(self.port)}
+        variables = dict(self.spec.variables)
+        if self.spec.port is None:
+            if bind_problem(self.port) is not None:
+                self.port = free_port()
+            variables["DYN_SYSTEM_PORT"] = str(self.port)
         if self.spec.probe:
             serves = answers(self.spec.probe)
         else:
