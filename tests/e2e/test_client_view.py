@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.cards import Deal
 from tests.e2e.image_server import ImageServer, image_server
-from tests.e2e.stack import Stack, data_url, image_part, message, new_image, png
+from tests.e2e.stack import Stack, data_url, image_part, message, new_image, png, wait_until
 
 QUESTION = "What is this?"
 MB = 1024**2
@@ -190,5 +190,7 @@ def test_plain_completions_continue_the_text(stack: Stack) -> None:
 def test_every_answer_has_an_id_that_its_log_line_has(stack: Stack) -> None:
     name = ask(stack, QUESTION).headers["x-request-id"]
     (frontend,) = [process for process in stack.processes if process.name == "frontend"]
-    assert name in frontend.log.read_text()
-    assert any(name in worker.log.read_text() for worker in stack.workers("PD"))
+    for processes in ([frontend], stack.workers("PD")):
+        wait_until(
+            lambda processes=processes: any(name in each.log.read_text() for each in processes), 10, "no line"
+        )

@@ -35,26 +35,20 @@ def ask_server(images: Sequence[str], question: str, settings: AskSettings) -> N
     `ConfigurationError` when the question is an image.
     """
     _check_question(question)
-    client = openai.OpenAI(
-        base_url=settings.base_url,
-        api_key="not-needed",
-        timeout=settings.timeout_s,
-        max_retries=0,
-        http_client=_http_client(settings.base_url),
-    )
     content: list[Any] = [{"type": "image_url", "image_url": {"url": _image_url(image)}} for image in images]
     content.append({"type": "text", "text": question})
     try:
-        name = settings.model or _first_model(client)
-        started = time.perf_counter()
-        stream = client.chat.completions.create(
-            model=name,
-            messages=[{"role": "user", "content": content}],
-            max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-            stream=True,
-        )
-        first = _print_stream(stream)
+        with _client(settings) as client:
+            name = settings.model or _first_model(client)
+            started = time.perf_counter()
+            stream = client.chat.completions.create(
+                model=name,
+                messages=[{"role": "user", "content": content}],
+                max_tokens=settings.max_tokens,
+                temperature=settings.temperature,
+                stream=True,
+            )
+            first = _print_stream(stream)
     except openai.APIConnectionError as error:
         raise AskError(
             f"no server answers at {settings.base_url}; start one with launch/disagg_e_pd.sh, or name "
@@ -96,6 +90,16 @@ def _check_question(question: str) -> None:
             f"the question is missing: '{_shortened(question)}' is an image. For example: ask "
             f'{_shortened(question)} "What is this?"'
         )
+
+
+def _client(settings: AskSettings) -> openai.OpenAI:
+    return openai.OpenAI(
+        base_url=settings.base_url,
+        api_key="not-needed",
+        timeout=settings.timeout_s,
+        max_retries=0,
+        http_client=_http_client(settings.base_url),
+    )
 
 
 def _http_client(url: str) -> httpx2.Client | None:
