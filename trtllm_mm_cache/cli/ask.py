@@ -134,13 +134,10 @@ def _image_url(image: str) -> str:
 
 
 def _refused(status: object, message: str) -> AskError:
-    """Return what to tell the user; Dynamo's text of a 503 says neither why nor what to do."""
+    """Return what to tell the user; a 503 may pass by itself."""
     text = f"the server answered {status}: {message}"
     if str(status) == "503":
-        text += (
-            ". No PD worker is ready, or an image is new and no encode worker can take it (starting, gone, "
-            "busy). Ask again in a moment; if that does not help, the workers' logs say why"
-        )
+        text += ". If asking again in a moment does not help, the workers' logs say why"
     return AskError(text)
 
 
