@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from tests.deploy.containers import COMPOSE, DEPLOY, ROOT, composed, of_compose
-from tests.e2e.stack import free_port, message, wait_until
+from tests.e2e.stack import free_port, message, pd_workers_seen, wait_until
 from tests.services import CLI, Service
 
 pytestmark = pytest.mark.skipif(
@@ -104,7 +104,8 @@ def running(tmp_path: Path, system_port: Callable[[], int]) -> Iterator[Composed
 
 
 def test_the_services_serve_an_image_and_drain(running: Composed) -> None:
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{running.http_port}/v1", api_key="none", max_retries=0)
+    url = f"http://127.0.0.1:{running.http_port}/v1"
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
     with Image.open(ROOT / "models/card.png") as card:
         asked = message(card, "Where is the yellow cross?")
 
@@ -115,7 +116,7 @@ def test_the_services_serve_an_image_and_drain(running: Composed) -> None:
         return chat.choices[0].message.content or ""
 
     with client:
-        wait_until(lambda: bool(client.models.list().data), 30, "no model")
+        wait_until(lambda: pd_workers_seen(url) == 1, 30, "the frontend finds no PD worker")
         assert [answer(), answer()] == ["top right", "top right"]
     pd = running.services["pd"].process
     assert pd.metric("dynamo_component_embedding_cache_hits_total") == 1
