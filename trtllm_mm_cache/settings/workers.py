@@ -43,7 +43,9 @@ class EngineSettings(WorkerSettings):
 
     model_path: str = Field(description="Model directory, or a name on the Hugging Face hub.")
     engine: EngineName = Field(
-        "transformers", description="Engine that runs the model: `trtllm` on GPUs, `transformers` anywhere."
+        "transformers",
+        description="Engine that runs the model: `trtllm` on GPUs, `vllm` a PD worker on GPUs or a CPU, "
+        "`transformers` anywhere.",
     )
     extra_engine_args: Path | None = Field(
         None, description="YAML file with the engine's own settings; see configs/."
