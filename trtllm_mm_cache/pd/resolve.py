@@ -6,7 +6,8 @@ Read it top to bottom; the steps bear the numbers of the design:
     2 bytes        fetched, size and format checked: `fetch.py`
     3 key          the content is the key
     4 lookup       a hit is a lease on the arena's view; done
-    5 miss         one flight per key; the tiers are asked in order: `tiers/chain.py`
+    5 miss         one flight per key; the tiers are asked in order: `tiers/chain.py`; in an aggregated worker
+                   the engine's own tower makes it during step 8, and steps 6 and 7 are `tiers/own_tower.py`
     6 fill         the tier writes straight into a reserved extent: `tiers/receive.py`
     7 commit       only after all that was announced agrees
 
@@ -20,6 +21,9 @@ import asyncio
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 from trtllm_mm_cache.cache.flight import SingleFlight
 from trtllm_mm_cache.cache.key import EmbeddingKey, content_digest, embedding_key
@@ -47,6 +51,7 @@ from trtllm_mm_cache.runtime.drops import Drops
 from trtllm_mm_cache.settings import MB, PdSettings
 from trtllm_mm_cache.tiers.base import MissingItem
 from trtllm_mm_cache.tiers.chain import TierChain
+from trtllm_mm_cache.tiers.own_tower import OwnTower
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +72,7 @@ class ItemResolver:
         self,
         cache: MultimodalEmbeddingCacheManager,
         what_if: WhatIf | None,
-        tiers: TierChain,
+        tiers: TierChain | OwnTower,
         fingerprint: str,
         settings: PdSettings,
         metrics: PdMetrics,
@@ -102,7 +107,8 @@ class ItemResolver:
             ),
             room_for_small=True,
         )
-        for part in (FlightCollector(self.flights), self.waiting, self.incoming):
+        flights = tiers.claims if isinstance(tiers, OwnTower) else self.flights
+        for part in (FlightCollector(flights), self.waiting, self.incoming):
             metrics.registry.register(part)
 
     async def resolve(self, request: PdRequest, *, variant: str) -> ResolvedItems:
@@ -116,20 +122,21 @@ class ItemResolver:
         scope = Scope.of(request.generation.cache_salt, require_salt=self._require_salt)
         first_at: dict[Reference, int] = {}
         places = [first_at.setdefault(each, index) for index, each in enumerate(request.references)]
-        needs: dict[str, int] = {}
+        needs, filling = dict[str, int](), set[str]()
         with self.incoming.admitted(sum(each.nbytes for each in request.references)) as incoming:
             for index, reference in enumerate(request.references):
                 if places[index] != index:
                     reference.take()
                     incoming.shrink(reference.nbytes)
             works = [
-                self._resolve_one(index, reference, request, scope, variant, incoming, needs)
+                self._resolve_one(index, reference, request, scope, variant, incoming, needs, filling)
                 for reference, index in first_at.items()
             ]
             try:
                 found = dict(zip(first_at.values(), await all_or_first_error(works), strict=True))
             except (ArenaFullError, EntryTooLargeError):
-                self._tiers.check_can_fit(needs, retained=scope.retain)
+                if isinstance(self._tiers, TierChain):
+                    self._tiers.check_can_fit(needs, retained=scope.retain)
                 raise
         return ResolvedItems.of(places, found, seconds=time.perf_counter() - started)
 
@@ -163,6 +170,7 @@ class ItemResolver:
         variant: str,
         incoming: Admitted,
         needs: dict[str, int],
+        filling: set[str],
     ) -> Found:
         """Steps 2 to 7 for one item, whose bytes are `incoming` until its key is known."""
         fetched = 0
@@ -179,7 +187,7 @@ class ItemResolver:
                 info.width, info.height, request.processor_kwargs, variant, reference.kind
             )
             key, watch.content = await self._key(media, description, scope)
-            item = MissingItem(key, media, description, scope, watch, needs)
+            item = MissingItem(key, media, description, scope, watch, needs, filling)
             del media, watch  # the item's now, which may forget them
             incoming.shrink(reference.nbytes + fetched)
             looked_up = time.perf_counter()
@@ -223,14 +231,25 @@ class ItemResolver:
     async def _find(self, item: MissingItem) -> Found:
         if item.scope.retain and (lease := self._look_up(item.key)) is not None:
             return Found(lease, "hit")
+        if isinstance(self._tiers, OwnTower):
+            held, joined = await self._tiers.find(item, self._loading)
+            return Found(held, "joined" if joined else "miss")
         if item.key.hex in self.flights:
             item.release_media()
-        lease, joined = await self.flights.run(item.key.hex, lambda: self._load(item))
+        lease, joined = await self.flights.run(item.key.hex, partial(self._load, item, self._tiers))
         return Found(lease, "joined" if joined else "miss")
 
-    async def _load(self, item: MissingItem) -> Lease:
-        with self.waiting.admitted(len(item.media)), self._drops.loading(item.key.hex, item.watch):
-            return await self._tiers.load(item)
+    async def _load(self, item: MissingItem, tiers: TierChain) -> Lease:
+        with self._loading(item):
+            return await tiers.load(item)
+
+    @contextmanager
+    def _loading(self, item: MissingItem) -> Iterator[Admitted]:
+        with (
+            self.waiting.admitted(len(item.media)) as admitted,
+            self._drops.loading(item.key.hex, item.watch),
+        ):
+            yield admitted
 
     def _look_up(self, key: EmbeddingKey) -> Lease | None:
         lease = self._cache.lease(key.hex)

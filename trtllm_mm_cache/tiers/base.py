@@ -24,8 +24,8 @@ from trtllm_mm_cache.runtime.drops import DropWatch
 class MissingItem:
     """One item between lookup and commit. `watch` tells whether a drop concerned it meanwhile.
 
-    `needs` are the bytes of its request's embeddings by key, as far as they are known; a request's items
-    share one, and whoever learns a size puts it in.
+    `needs` are the bytes of its request's embeddings by key, as far as they are known, and `filling` the keys
+    that its request has undertaken to fill; a request's items share both, and whoever learns of more adds it.
     """
 
     key: EmbeddingKey
@@ -34,6 +34,7 @@ class MissingItem:
     scope: Scope
     watch: DropWatch
     needs: dict[str, int] = field(default_factory=dict)
+    filling: set[str] = field(default_factory=set)
 
     def release_media(self) -> None:
         """Forget the bytes: a flight that has its own is under way."""
