@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trtllm_mm_cache.engines.base import GenerationRequest, LeasedEmbedding
-from trtllm_mm_cache.engines.checks import grid_of
+from trtllm_mm_cache.engines.checks import fit_for_client, grid_of
 from trtllm_mm_cache.engines.huggingface.architectures import Architecture
 from trtllm_mm_cache.engines.huggingface.embedding_check import placeholder_of
 from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
@@ -150,8 +150,13 @@ def _entry(lease: LeasedEmbedding) -> list[Any] | None:
 
 def _sampling_params(sampling: dict[str, Any], constraint: dict[str, Any] | None) -> Any:
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-    if constraint is not None:
-        sampling["structured_outputs"] = StructuredOutputsParams(**constraint)
-    return SamplingParams(**sampling, output_kind=RequestOutputKind.DELTA)
+    try:
+        if constraint is not None:
+            sampling["structured_outputs"] = StructuredOutputsParams(**constraint)
+        return SamplingParams(**sampling, output_kind=RequestOutputKind.DELTA)
+    except (VLLMClientError, ValueError) as error:
+        reason = fit_for_client(error, "its parameters do not fit the engine")
+        raise InvalidRequestError(f"vLLM refuses the request: {reason}") from error
