@@ -29,6 +29,7 @@ from vllm.distributed.ec_transfer.ec_connector.base import (
 
 from trtllm_mm_cache.cache.arena.handle import Handle, OpenArenas
 from trtllm_mm_cache.engines.vllm.copies import copies_for
+from trtllm_mm_cache.engines.vllm.cpu_generators import make_generators_rewind
 from trtllm_mm_cache.engines.vllm.handles import LOAD, handle_of
 
 logger = logging.getLogger(__name__)
@@ -158,7 +159,10 @@ class ArenaConnector(ECConnectorBase):  # type: ignore[misc]
         if role == ECConnectorRole.SCHEDULER:
             self.scheduler = SchedulerSide()
         else:
-            self.worker = WorkerSide(torch.device(vllm_config.device_config.device_type))
+            device = torch.device(vllm_config.device_config.device_type)
+            if device.type == "cpu":
+                make_generators_rewind()
+            self.worker = WorkerSide(device)
 
     # The scheduler's side.
 
