@@ -78,6 +78,7 @@ class TransformersGenerator:
         text_config = config.get_text_config()
         layout = FeatureLayout.of(config, self._architecture, args.resolved_embedding_dtype())
         expander = PromptExpander(processor, config)
+        self._layout = layout
         self._check = EmbeddingCheck(self._architecture, layout, expander)
         self._prepare = RequestPreparer(
             architecture=self._architecture,
@@ -190,7 +191,7 @@ class TransformersGenerator:
         first = filter(None, (noted, prepared.constraint, min_tokens))
         with self._ranks.computing(prepared.inputs, prepared.handles, limits):
             self._model.generate(
-                **prepared.inputs,
+                **self._inputs(prepared),
                 generation_config=limits.generation_config(),
                 logits_processor=LogitsProcessorList([*first, *logits_processors(sampling)]),
                 stopping_criteria=self._ranks.criteria(end),
@@ -199,11 +200,18 @@ class TransformersGenerator:
             prepared.constraint.check()
         return end.reason
 
+    def _inputs(self, prepared: PreparedRequest) -> dict[str, Any]:
+        """Return the inputs, with the embeddings where the model is; not before the request's turn."""
+        if not prepared.embeddings:
+            return dict(prepared.inputs)
+        output = self._layout.encoder_output(prepared.embeddings, self._model.device)
+        return {**prepared.inputs, "mm_encoder_outputs": {"image": output}}
+
     def _first_logits(self, prepared: PreparedRequest) -> torch.Tensor:
         limits = Limits(max_new_tokens=1)
         with self._ranks.computing(prepared.inputs, prepared.handles, limits):
             output = self._model.generate(
-                **prepared.inputs,
+                **self._inputs(prepared),
                 generation_config=limits.generation_config(output_logits=True, return_dict_in_generate=True),
                 stopping_criteria=self._ranks.criteria(),
             )
