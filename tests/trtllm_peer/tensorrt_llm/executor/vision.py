@@ -34,7 +34,7 @@ class VisionTower:
         if len(images) != len(items):
             raise RuntimeError("an image could not be encoded")
         encoded: dict[str, Any] = {
-            "multimodal_embedding_handles": [self._export(image.tensor) for image in images],
+            "multimodal_embedding_handles": [self._export(image.tensor.clone()) for image in images],
             "multimodal_hashes": [self._hash(image.tensor) for image in images],
         }
         grids = [image.metadata.grid_thw for image in images if image.metadata.grid_thw is not None]
