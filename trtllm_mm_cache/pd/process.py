@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from trtllm_mm_cache.engines.base import Generator
 from trtllm_mm_cache.engines.ranks import place_in_job
@@ -82,9 +84,21 @@ async def _serve_model(
     control = Control(worker.drop)
     try:
         deployment.status.render = exposition.render
-        await _serve_endpoints(deployment, worker, control, model_path, settings)
+        await _while_alive(generator, _serve_endpoints(deployment, worker, control, model_path, settings))
     finally:
         await worker.close()
+
+
+async def _while_alive(generator: Generator, serving: Coroutine[Any, Any, None]) -> None:
+    """Serve until `serving` ends, or the engine's processes do: then raise `EngineLostError`."""
+    served, failed = asyncio.create_task(serving), asyncio.create_task(generator.failed())
+    try:
+        await asyncio.wait({served, failed}, return_when=asyncio.FIRST_COMPLETED)
+        await (failed if failed.done() else served)
+    finally:
+        for task in (served, failed):
+            task.cancel()
+        await asyncio.gather(served, failed, return_exceptions=True)
 
 
 def make_resolver(

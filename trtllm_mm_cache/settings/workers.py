@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -43,7 +44,9 @@ class EngineSettings(WorkerSettings):
 
     model_path: str = Field(description="Model directory, or a name on the Hugging Face hub.")
     engine: EngineName = Field(
-        "transformers", description="Engine that runs the model: `trtllm` on GPUs, `transformers` anywhere."
+        "transformers",
+        description="Engine that runs the model: `trtllm` on GPUs, `vllm` on GPUs or the CPU, `transformers` "
+        "anywhere.",
     )
     extra_engine_args: Path | None = Field(
         None, description="YAML file with the engine's own settings; see configs/."
@@ -117,6 +120,11 @@ class PdOptions(WorkerSettings):
         description="Dynamo endpoint of the encode workers.",
         json_schema_extra={"env": "ENCODE_ENDPOINT"},
     )
+    disaggregation_mode: Literal["pd", "agg"] = Field(
+        "pd",
+        description="Who runs the vision tower: with `pd` encode workers; with `agg` the PD worker's engine, "
+        "which must be `vllm`, and there are no encode workers.",
+    )
     multimodal_embedding_cache_capacity_gb: float = Field(
         0,
         ge=0,
@@ -171,13 +179,18 @@ class PdOptions(WorkerSettings):
 
     @property
     def arena_bytes(self) -> dict[str, int]:
-        """Sizes in bytes of cache and transit arena, by the flags that set them."""
-        return {
-            flag("multimodal_embedding_cache_capacity_gb"): int(
-                self.multimodal_embedding_cache_capacity_gb * GB
-            ),
-            flag("transfer_arena_mb"): int(self.transfer_arena_mb * MB),
-        }
+        """Sizes in bytes of cache and transit arena, by the flags that set them.
+
+        An aggregated worker has no transit arena: what is not cached stays inside its engine.
+        """
+        cache = int(self.multimodal_embedding_cache_capacity_gb * GB)
+        transit = 0 if self.is_aggregated else int(self.transfer_arena_mb * MB)
+        return {flag("multimodal_embedding_cache_capacity_gb"): cache, flag("transfer_arena_mb"): transit}
+
+    @property
+    def is_aggregated(self) -> bool:
+        """Whether the PD worker's engine runs the vision tower itself."""
+        return self.disaggregation_mode == "agg"
 
 
 class PdSettings(PdOptions, EngineSettings):

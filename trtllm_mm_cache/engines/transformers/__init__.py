@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trtllm_mm_cache.engines.engine_args import load_engine_args
-from trtllm_mm_cache.engines.transformers.architectures import architecture_of
+from trtllm_mm_cache.engines.huggingface.architectures import architecture_of
 from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs, dtype_name
 
 if TYPE_CHECKING:
