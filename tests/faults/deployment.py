@@ -112,6 +112,7 @@ def deployed(folder: Path, model: Path, *pd_options: str) -> Iterator[Deployment
             *pd_command,
             *("--multimodal-embedding-cache-capacity-gb", CACHE_GB),
             *("--encode-timeout-s", str(ENCODE_TIMEOUT_S), "--transfer-timeout-s", "2"),
+            *("--transfer", "nixl"),
             *("--max-concurrent-requests", str(MAX_REQUESTS), "--max-waiting-image-mb", "1"),
             *pd_options,
         ],

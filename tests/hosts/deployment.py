@@ -166,7 +166,7 @@ def _worker(
     cache = "--multimodal-embedding-cache-capacity-gb"
     if role == "pd":
         options += [cache, "0.03125", "--encode-timeout-s", str(ENCODE_TIMEOUT_S)]
-        options += ["--transfer-arena-mb", "8"]
+        options += ["--transfer-arena-mb", "8", "--transfer", "nixl"]  # it is one machine
     else:
         options += [cache, "0.03125"]
     ready = "PD worker ready" if role == "pd" else "encode worker ready"

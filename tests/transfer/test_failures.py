@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from tests.transfer.conftest import MB, PdSide, PdSideMaker, RemoteMaker, until
+from tests.transfer.conftest import MB, PdSide, PdSideMaker, RemoteMaker, by_nixl, until
 from tests.transfer.remote import RemoteExporter
 from trtllm_mm_cache.cache.arena.arena import Arena
 from trtllm_mm_cache.errors import ArenaFullError, PeerLostError, TransferError, TransferTimeoutError
@@ -46,6 +46,7 @@ async def tcp_exporter(exporter: RemoteExporter) -> RemoteExporter:
     return await exporter.start_agent(transports="tcp")
 
 
+@by_nixl
 async def test_a_killed_exporter_is_lost_and_its_successor_serves_at_once(
     pd_side: PdSide, make_exporter_process: RemoteMaker
 ) -> None:
@@ -67,6 +68,7 @@ async def test_a_killed_exporter_is_lost_and_its_successor_serves_at_once(
     pd_side.assert_nothing_leaked()
 
 
+@by_nixl
 @pytest.mark.parametrize("connected", [True, False])
 async def test_an_exporter_killed_in_the_middle_of_a_read_is_lost(
     connected: bool, tcp_side: PdSide, make_exporter_process: RemoteMaker
@@ -87,6 +89,7 @@ async def test_an_exporter_killed_in_the_middle_of_a_read_is_lost(
     assert tcp_side.reader.peers == 0
 
 
+@by_nixl
 async def test_a_frozen_exporter_costs_the_deadline_and_its_extent_until_it_wakes(
     tcp_side: PdSide, tcp_exporter: RemoteExporter
 ) -> None:
@@ -113,6 +116,7 @@ async def test_a_frozen_exporter_costs_the_deadline_and_its_extent_until_it_wake
     await read(tcp_side, tcp_exporter, await tcp_exporter.export("b", NBYTES))
 
 
+@by_nixl
 async def test_a_cancelled_read_keeps_its_extent_until_it_has_settled(
     tcp_side: PdSide, tcp_exporter: RemoteExporter
 ) -> None:
@@ -144,6 +148,7 @@ async def test_cancelling_at_any_moment_leaks_nothing(pd_side: PdSide, exporter:
     pd_side.assert_nothing_leaked()
 
 
+@by_nixl
 async def test_a_peer_that_nixl_forgot_in_the_middle_of_a_read_is_read_from_again(
     tcp_side: PdSide, tcp_exporter: RemoteExporter
 ) -> None:
@@ -173,6 +178,7 @@ async def test_a_peer_that_nixl_forgot_in_the_middle_of_a_read_is_read_from_agai
     assert tcp_side.manager.statistics().quarantined_bytes == NBYTES
 
 
+@by_nixl
 async def test_a_peer_that_nixl_forgot_while_idle_costs_one_read(
     pd_side: PdSide, exporter: RemoteExporter
 ) -> None:
@@ -191,6 +197,7 @@ async def forget(pd_side: PdSide, exporter: RemoteExporter) -> None:
     await asyncio.wrap_future(removed)
 
 
+@by_nixl
 async def test_closing_leaves_a_read_in_flight_alone_and_harms_neither_side(
     tcp_side: PdSide, tcp_exporter: RemoteExporter
 ) -> None:

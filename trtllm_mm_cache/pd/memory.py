@@ -10,7 +10,7 @@ from trtllm_mm_cache.cache.eviction.base import make_policy
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.what_if import WhatIf
 from trtllm_mm_cache.settings import PdSettings
-from trtllm_mm_cache.transfer import Reader, TransferAgent
+from trtllm_mm_cache.transfer import MappedReader, Reader, TransferAgent
 
 _CLOSE_DEADLINE_S = 5.0
 
@@ -45,7 +45,8 @@ class PdMemory:
         agent = await TransferAgent.start()
         for manager in {cache, transit}:
             await agent.register(manager.arena.base_address, manager.arena.capacity_bytes)
-        return cls(cache, transit, what_if, agent, Reader(agent))
+        reader = MappedReader(agent) if settings.transfer == "auto" else Reader(agent)
+        return cls(cache, transit, what_if, agent, reader)
 
     @property
     def arenas(self) -> dict[str, MultimodalEmbeddingCacheManager]:

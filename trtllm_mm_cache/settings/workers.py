@@ -149,6 +149,11 @@ class PdOptions(WorkerSettings):
         description="Host memory in MB for embeddings that are served but not cached: all of them with "
         "capacity 0, else those that may not enter the cache or for which it is too full of leased entries.",
     )
+    transfer: Literal["auto", "nixl"] = Field(
+        "auto",
+        description="How embeddings come from encode workers: `auto` copies from the mapped arena of one on "
+        "the same machine, of the same user, and READs by NIXL from all others; `nixl` READs from all.",
+    )
     encode_timeout_s: Seconds = Field(
         60,
         description="Deadline for one missing embedding: encode, transfer and the one retry together. The "

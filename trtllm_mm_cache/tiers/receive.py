@@ -9,6 +9,7 @@ What was found and will not be read is released at once, so that it does not sta
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -70,11 +71,13 @@ class Receiver(Collector):
             dtype = _dtype(found)
             item.needs[item.key.hex] = found.nbytes
             self._check(item.description, found.shape, dtype, found.metadata)
-            # In a thread: making room may move other entries, which copies megabytes.
             with self._reserve_step.time():
-                reservation = await in_thread(
-                    partial(self._reserve, item, found.nbytes), undo=Reservation.abandon
-                )
+                reservation = self._reserve_at_once(item, found.nbytes)
+                if reservation is None:
+                    # In a thread: making room may move other entries, which copies megabytes.
+                    reservation = await in_thread(
+                        partial(self._reserve, item, found.nbytes), undo=Reservation.abandon
+                    )
         except BaseException:
             found.release()
             raise
@@ -117,6 +120,16 @@ class Receiver(Collector):
     def collect(self) -> Iterable[Metric]:
         """Yield how many embeddings were served uncached."""
         yield counter("uncached", "Embeddings served without entering the cache.", self.uncached)
+
+    def _reserve_at_once(self, item: MissingItem, nbytes: int) -> Reservation | None:
+        """Reserve room in the cache where that takes microseconds; a hand-over takes 0.1 ms and more."""
+        if not item.retained:
+            return None
+        with suppress(ArenaFullError, EntryTooLargeError):
+            return self._cache.reserve_at_once(
+                item.key.hex, nbytes, owner="resolver", tag=item.scope.tag, content=item.watch.content
+            )
+        return None
 
     def _reserve(self, item: MissingItem, nbytes: int) -> Reservation:
         """Reserve room in the cache; where every byte is leased, in the transit arena: served, not cached."""

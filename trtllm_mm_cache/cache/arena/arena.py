@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from trtllm_mm_cache.cache.arena.extents import ALIGNMENT, Extent, ExtentMap, ExtentStatistics, aligned
+from trtllm_mm_cache.cache.arena.place import ArenaPlace
 from trtllm_mm_cache.cache.arena.region import create_shared_storage
 from trtllm_mm_cache.errors import IntegrityError
 
@@ -43,6 +44,7 @@ class Arena:
         self._capacity = aligned(max(capacity_bytes, ALIGNMENT))
         self._storage: torch.UntypedStorage | None = create_shared_storage(self._capacity, prefault=prefault)
         self._base_address = self._storage.data_ptr()
+        self._place = ArenaPlace.of(self._storage)
         whole = torch.empty(0, dtype=torch.uint8).set_(self._storage).numpy()
         self._array: npt.NDArray[np.uint8] | None = whole
         self._buffer: memoryview | None = whole.data
@@ -58,6 +60,11 @@ class Arena:
     def base_address(self) -> int:
         """Address of the first byte in this process, a multiple of 64; constant until `close`."""
         return self._base_address
+
+    @property
+    def place(self) -> ArenaPlace:
+        """Where another process of this machine and user finds the region, to map it."""
+        return self._place
 
     @property
     def page_locked(self) -> bool:
