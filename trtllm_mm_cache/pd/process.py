@@ -31,6 +31,7 @@ from trtllm_mm_cache.runtime.presence import serve_present
 from trtllm_mm_cache.runtime.readiness import announce_ready
 from trtllm_mm_cache.settings import PdSettings
 from trtllm_mm_cache.tiers.chain import TierChain
+from trtllm_mm_cache.tiers.configured import stored_tiers
 from trtllm_mm_cache.tiers.encode_remote import EncodeTier, EncodeWorkers
 from trtllm_mm_cache.tiers.receive import Receiver
 
@@ -118,7 +119,9 @@ def make_resolver(
     receiver = Receiver(memory.cache, memory.transit, memory.what_if, generator.check_embedding, registry)
     fingerprint = pixels_fingerprint(generator.fingerprint, settings.images)
     encoders = EncodeTier(encode_workers, memory.reader, fingerprint, settings, registry)
-    tiers = TierChain([encoders], receiver)
+    sizes = [manager.budget_bytes for manager in memory.arenas.values()]
+    stored = stored_tiers(settings.tiers, fingerprint, registry, arenas=sizes)
+    tiers = TierChain([encoders], receiver, stored)
     return ItemResolver(memory.cache, memory.what_if, tiers, fingerprint, settings, metrics)
 
 

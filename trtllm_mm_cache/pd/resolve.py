@@ -50,6 +50,8 @@ from trtllm_mm_cache.tiers.chain import TierChain
 
 logger = logging.getLogger(__name__)
 
+_DROP_S = 3600.0  # more than a drop may take; where it fails, until the next one
+
 
 class ItemResolver:
     """Resolves the items of one PD worker's requests. For use from one event loop.
@@ -140,13 +142,25 @@ class ItemResolver:
         when it has arrived, so that an encode worker that is asked to drop next misses nothing of it.
         """
         selection = request.selection
+        # Until the tiers have dropped too, nothing of it is retained: they may still bring it.
+        self._drops.bar(selection, seconds=request.bar_s or _DROP_S)
         self._drops.drop(selection)
         dropped = self._cache.drop_selected(selection)
         if self._what_if is not None:
             self._what_if.dropped(selection, dropped.keys)
         media = self._fetcher.forget()
         under_way = await self._drops.ended(selection, deadline_s=request.deadline_s)
-        return DropReport(entries=dropped.entries, nbytes=dropped.nbytes, media=media, under_way=under_way)
+        stored = await self._tiers.drop(selection, deadline_s=request.deadline_s)
+        if not request.bar_s:
+            self._drops.unbar(selection)
+        return DropReport(
+            entries=dropped.entries,
+            nbytes=dropped.nbytes,
+            media=media,
+            under_way=under_way + stored.unfinished,
+            stored=stored.entries,
+            stored_bytes=stored.nbytes,
+        )
 
     async def close(self) -> None:
         """Cancel what flies, close the tiers and the media source."""
@@ -222,10 +236,13 @@ class ItemResolver:
     # 4 lookup, 5 miss
     async def _find(self, item: MissingItem) -> Found:
         if item.scope.retain and (lease := self._look_up(item.key)) is not None:
+            self._tiers.used(item, lease)
             return Found(lease, "hit")
         if item.key.hex in self.flights:
             item.release_media()
         lease, joined = await self.flights.run(item.key.hex, lambda: self._load(item))
+        if joined:
+            self._tiers.used(item, lease)
         return Found(lease, "joined" if joined else "miss")
 
     async def _load(self, item: MissingItem) -> Lease:

@@ -20,6 +20,7 @@ from trtllm_mm_cache.settings.base import (
     constant,
 )
 from trtllm_mm_cache.settings.media import ImageLimits, MediaSettings
+from trtllm_mm_cache.settings.tiers import TierSettings
 
 
 class WorkerSettings(RuntimeSettings):
@@ -82,6 +83,7 @@ class EncodeSettings(EngineSettings):
     multimodal_embedding_cache_policy: EvictionPolicyName = Field(
         "lru", description="What leaves the arena first when it is full, as on the PD worker."
     )
+    tiers: TierSettings = TierSettings()
     max_batch_images: int = Field(8, ge=1, le=1024, description="Most images in one vision-tower batch.")
     preprocess_threads: int = Field(2, ge=1, le=256, description="Threads that decode and preprocess images.")
     max_prepared_mb: float = Field(
@@ -142,6 +144,7 @@ class PdOptions(WorkerSettings):
         description="Let only requests that carry a `cache_salt` share embeddings, each with those of the "
         "same salt. Requests without one are served past the cache and share nothing.",
     )
+    tiers: TierSettings = TierSettings()
     transfer_arena_mb: float = Field(
         128,
         ge=1,

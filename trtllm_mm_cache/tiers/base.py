@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.cache.key import EmbeddingKey
@@ -38,6 +38,16 @@ class MissingItem:
     def release_media(self) -> None:
         """Forget the bytes: a flight that has its own is under way."""
         self.media = b""
+
+    @property
+    def kind(self) -> str:
+        """What it is."""
+        return self.description.kind
+
+    @property
+    def content(self) -> bytes | None:
+        """The digest of its media."""
+        return self.watch.content
 
     @property
     def dropped(self) -> bool:
@@ -79,6 +89,14 @@ Receive = Callable[[MissingItem, Found], Awaitable[Lease]]
 found has then been released and what was reserved is free again or in quarantine."""
 
 
+class TierDropped(NamedTuple):
+    """What a drop removed from a tier: `entries` of `nbytes` bytes; `unfinished` were still being stored."""
+
+    entries: int = 0
+    nbytes: int = 0
+    unfinished: int = 0
+
+
 class Tier(Protocol):
     """One place that embeddings come from. For use from one event loop."""
 
@@ -89,13 +107,6 @@ class Tier(Protocol):
         """Bring the embedding of `item` by way of `receive`, or return None where this tier has none.
 
         Ends within the tier's own deadline. What it raises is a miss to the chain, unless it is the last.
-        """
-        ...
-
-    def offer(self, lease: Lease) -> None:
-        """Store what `lease` holds, some time soon, if the tier stores; the lease stays the caller's.
-
-        Never waits and never raises.
         """
         ...
 
