@@ -50,6 +50,7 @@ from trtllm_mm_cache.tiers.chain import StoredTiers
 from trtllm_mm_cache.tiers.receive import announced_dtype
 from trtllm_mm_cache.tiers.stored import StoredEmbedding
 from trtllm_mm_cache.transfer.checksum import checksum
+from trtllm_mm_cache.transfer.finite import checksum_and_finite
 
 logger = logging.getLogger(__name__)
 
@@ -295,7 +296,7 @@ class EncodePipeline:
         What the encode cost is kept with the entry, so that a later hit knows what it saved, and so is
         the checksum: taken here, while the bytes are in the processor's cache, it serves every export.
         """
-        tensor = result.item.tensor.detach().contiguous()
+        tensor = result.item.tensor.detach().contiguous()  # which it is: no copy
         if tensor.dim() != 2:
             raise EncodeFailedError(f"the engine made an embedding of {tensor.dim()} dimensions instead of 2")
         nbytes = tensor.numel() * tensor.element_size()
@@ -309,13 +310,23 @@ class EncodePipeline:
                 "moment, or give the encode worker a larger arena"
             ) from error
         try:
-            reservation.write(tensor)
             metadata = replace(
                 result.item.metadata,
                 encode_seconds=result.encode_seconds,
-                checksum=checksum(reservation.address, nbytes),
+                checksum=_written(reservation, tensor),
             )
         except BaseException:
             reservation.abandon()
             raise
         return _Stored(reservation, tensor.dtype, tuple(tensor.shape), metadata)
+
+
+def _written(reservation: Reservation, tensor: torch.Tensor) -> int:
+    """Write a contiguous tensor into its extent and return the checksum; one pass over host memory."""
+    if tensor.device.type == "cpu":
+        found, _ = checksum_and_finite(
+            reservation.address, reservation.nbytes, None, source=tensor.data_ptr()
+        )
+        return found
+    reservation.write(tensor, computed=True)
+    return checksum(reservation.address, reservation.nbytes)

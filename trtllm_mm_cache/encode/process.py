@@ -55,6 +55,7 @@ async def _serve(settings: EncodeSettings) -> None:
     capacity = int(settings.multimodal_embedding_cache_capacity_gb * GB)
     policy = make_policy(settings.multimodal_embedding_cache_policy, capacity)
     manager = await asyncio.to_thread(MultimodalEmbeddingCacheManager, capacity, policy=policy)
+    await asyncio.to_thread(manager.arena.page_lock)
     agent = await TransferAgent.start()
     await agent.register(manager.arena.base_address, manager.arena.capacity_bytes)
     registry = CollectorRegistry()

@@ -14,6 +14,9 @@ from trtllm_mm_cache.transfer import MappedReader, Reader, TransferAgent
 
 _CLOSE_DEADLINE_S = 5.0
 
+COPIES_IN_WORKER = frozenset({"transformers"})
+"""Engines that copy to the GPU in the PD worker's own process; those of others map the arena themselves."""
+
 
 @dataclass(frozen=True)
 class PdMemory:
@@ -42,6 +45,9 @@ class PdMemory:
             policy = make_policy(settings.multimodal_embedding_cache_policy, capacity)
             what_if = WhatIf(policy.name, capacity)
             cache = await asyncio.to_thread(MultimodalEmbeddingCacheManager, capacity, policy=policy)
+        if settings.engine in COPIES_IN_WORKER:
+            for manager in {cache, transit}:
+                await asyncio.to_thread(manager.arena.page_lock)
         agent = await TransferAgent.start()
         for manager in {cache, transit}:
             await agent.register(manager.arena.base_address, manager.arena.capacity_bytes)

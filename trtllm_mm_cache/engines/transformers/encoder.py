@@ -121,10 +121,11 @@ class TransformersVisionEncoder:
         rows = [image.rows for image in images]
         if features.shape[0] != sum(rows):
             raise ValueError(f"the tower gave {features.shape[0]} rows, the placeholders have {sum(rows)}")
-        return [
-            piece.to("cpu", self._embedding_dtype, copy=True).contiguous()
-            for piece in torch.split(features, rows)
-        ]
+        # Views of the batch, where the tower has put them: the arena's extents are the only other copy.
+        pieces = torch.split(features.to(self._embedding_dtype).contiguous(), rows)
+        if features.is_cuda:
+            torch.cuda.current_stream(features.device).synchronize()
+        return list(pieces)
 
 
 def _rows(features: Any) -> torch.Tensor:
