@@ -13,7 +13,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 test: lint check
 
 $(STAMP): pyproject.toml constraints/cpu.txt launch/setup_venv.sh
-	launch/setup_venv.sh $(VENV) transformers mpi --dev
+	launch/setup_venv.sh $(VENV) transformers mpi store --dev
 	touch $@
 
 lint: $(STAMP)

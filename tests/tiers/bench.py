@@ -185,7 +185,7 @@ def redis_server() -> Iterator[int]:
         yield port
 
 
-@pytest.fixture(params=["disk"])
+@pytest.fixture(params=["disk", "store"])
 def tier_kind(request: pytest.FixtureRequest) -> Kind:
     """Every test of the contract runs over every storage."""
     kind: Kind = request.param
@@ -195,7 +195,13 @@ def tier_kind(request: pytest.FixtureRequest) -> Kind:
 @pytest.fixture
 async def bench(tier_kind: Kind, folder: Path, request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
     def make(*, fingerprint: str = FINGERPRINT) -> Storage:
-        return DiskStorage(folder, fingerprint, 64 * 1024 * 1024)
+        if tier_kind == "disk":
+            return DiskStorage(folder, fingerprint, 64 * 1024 * 1024)
+        pytest.importorskip("redis", reason="the store's client is not installed: the extra `store`")
+        from trtllm_mm_cache.tiers.store import StoreStorage
+
+        port = request.getfixturevalue("redis_server")
+        return StoreStorage(f"redis://127.0.0.1:{port}/0", fingerprint, timeout_s=5)
 
     cache = MultimodalEmbeddingCacheManager(16 * NBYTES)
     transit = MultimodalEmbeddingCacheManager(0, transfer_bytes=2 * NBYTES)

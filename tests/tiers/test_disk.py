@@ -20,6 +20,12 @@ from trtllm_mm_cache.tiers.disk_index import blocks
 from trtllm_mm_cache.tiers.format import HEADER_BYTES, EntryName, Header, RefusedEntryError, Sealer
 from trtllm_mm_cache.tiers.storage import StorageError, StorageFullError
 
+
+@pytest.fixture
+def tier_kind() -> str:
+    return "disk"
+
+
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 CAPACITY = 64 * 1024 * 1024
 

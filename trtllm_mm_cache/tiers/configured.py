@@ -50,6 +50,15 @@ def _storages(settings: TierSettings, fingerprint: str) -> Iterable[Storage]:
     if folder is not None:
         sweep_s = None if age is None else min(age / _SWEEPS, _MOST_SWEEP_S)
         yield DiskStorage(folder, fingerprint, settings.disk_bytes, sweep_s=sweep_s)
+    url = settings.multimodal_embedding_cache_store_url
+    if url is not None:
+        try:
+            from trtllm_mm_cache.tiers.store import StoreStorage
+        except ImportError as error:
+            raise ConfigurationError(
+                "a store (MM_CACHE_STORE_URL) needs the client: pip install 'trtllm-mm-cache[store]'"
+            ) from error
+        yield StoreStorage(url.get_secret_value(), fingerprint, max_age_s=age)
 
 
 def _secret(settings: TierSettings) -> bytes:

@@ -8,6 +8,7 @@ than `threads` of them. While none is free, calls wait for their turn; while all
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -17,7 +18,10 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from trtllm_mm_cache.errors import MmCacheError
 from trtllm_mm_cache.tiers.storage import StorageError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -166,7 +170,12 @@ class _Running:
 def _perform(work: Callable[[], Any], outcome: Future[Any]) -> None:
     try:
         result = work()
-    except BaseException as error:  # noqa: BLE001 - it is raised where the outcome is waited for
+    except MmCacheError as error:
         outcome.set_exception(error)
+    except BaseException as error:
+        logger.exception("a call of a tier failed in a way that it does not know")
+        failure = StorageError(f"a tier failed ({type(error).__name__}); its log has more")
+        failure.__cause__ = error
+        outcome.set_exception(failure)
     else:
         outcome.set_result(result)

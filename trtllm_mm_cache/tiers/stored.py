@@ -283,7 +283,7 @@ class StoredTier(Collector):
 
         def work() -> TierDropped:
             ended = self.offers.wait_ended(running, deadline_s / 2)
-            dropped = self._storage.drop(selection, self._rules.judge)
+            dropped = self._storage.drop(selection, self._rules.authentic)
             return TierDropped(dropped.entries, dropped.nbytes, 0 if ended else len(running))
 
         try:
