@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: test test-parts lint check docs demo format clean
-.PHONY: bench-cache bench-transfer bench-serving bench-burst soak soak-serving fuzz faults chaos redteam
+.PHONY: bench-cache bench-transfer gpu-check bench-serving bench-burst soak soak-serving fuzz faults chaos redteam
 .PHONY: test-vllm test-vllm-part bench-vllm
 
 test: lint check
@@ -63,6 +63,11 @@ BENCH_ARGS ?=
 	pip install --quiet --no-deps --target $@ ai-dynamo==1.6.1 msgspec==0.21.1
 bench-transfer: .venv-dynamo
 	python -m benchmarks.transfer --peer .venv-dynamo $(BENCH_ARGS)
+
+# What only a GPU shows, within 8 minutes and with nothing from outside; GPU_CHECK_ARGS names parts and the model's size.
+GPU_CHECK_ARGS ?=
+gpu-check:
+	python -m benchmarks.gpu_check $(GPU_CHECK_ARGS)
 
 # The whole stack under AIPerf, which has a virtual environment of its own (1.2 GB).
 .venv-aiperf:
