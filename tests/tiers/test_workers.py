@@ -59,8 +59,8 @@ class Worker:
         self.bench, self.tiers = bench, tiers
         bench.cache.clear()
         metrics = PdMetrics()
-        chain = TierChain([bench.tier], bench.receiver, tiers)
-        self.resolver = ItemResolver(bench.cache, None, chain, FINGERPRINT, pd, metrics)
+        self.misses = TierChain([bench.tier], bench.receiver, tiers)
+        self.resolver = ItemResolver(bench.cache, None, self.misses, FINGERPRINT, pd, metrics)
 
     @property
     def stored(self) -> list[StoredTier]:
@@ -101,7 +101,7 @@ async def workers(
     yield make
     for worker in made:
         await worker.tiers.close()
-        await worker.resolver.flights.close()
+        await worker.misses.flights.close()
         await worker.resolver._fetcher.close()
 
 
@@ -237,7 +237,7 @@ async def test_a_worker_starts_with_a_dead_store_and_serves(
     with pytest.raises(EncodeUnavailableError):
         await worker.ask(image_url())
     await tiers.close()
-    await worker.resolver.flights.close()
+    await worker.misses.flights.close()
     await worker.resolver._fetcher.close()
 
 

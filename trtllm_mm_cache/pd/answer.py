@@ -126,6 +126,7 @@ class PdWorker:
                         unfinished -= delta.finish_reason is not None
                         record.generated(len(delta.token_ids), finished=unfinished == 0)
                         emit(_output(delta, record.tokens))
+                        items.first_token()
         finally:
             items.release()
 

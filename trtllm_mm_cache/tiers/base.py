@@ -9,6 +9,7 @@ wrong.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ from trtllm_mm_cache.cache.key import EmbeddingKey
 from trtllm_mm_cache.cache.manager import Lease, Reservation
 from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.engines.base import ItemDescription
+from trtllm_mm_cache.runtime.admission import Admitted
 from trtllm_mm_cache.runtime.drops import DropWatch
 
 
@@ -24,8 +26,8 @@ from trtllm_mm_cache.runtime.drops import DropWatch
 class MissingItem:
     """One item between lookup and commit. `watch` tells whether a drop concerned it meanwhile.
 
-    `needs` are the bytes of its request's embeddings by key, as far as they are known; a request's items
-    share one, and whoever learns a size puts it in.
+    `needs` are the bytes of its request's embeddings by key, as far as they are known, and `filling` the keys
+    that its request has undertaken to fill; a request's items share both, and whoever learns of more adds it.
     """
 
     key: EmbeddingKey
@@ -34,6 +36,7 @@ class MissingItem:
     scope: Scope
     watch: DropWatch
     needs: dict[str, int] = field(default_factory=dict)
+    filling: set[str] = field(default_factory=set)
 
     def release_media(self) -> None:
         """Forget the bytes: a flight that has its own is under way."""
@@ -58,6 +61,10 @@ class MissingItem:
     def retained(self) -> bool:
         """Whether its embedding may be stored, as things are now."""
         return self.scope.retain and not self.dropped
+
+
+Loading = Callable[[MissingItem], AbstractContextManager[Admitted]]
+"""Counts what an item holds until its embedding is there, and lets drops wait for that."""
 
 
 class Found(Protocol):

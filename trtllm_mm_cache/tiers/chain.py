@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
+from trtllm_mm_cache.cache.flight import SingleFlight
 from trtllm_mm_cache.cache.manager import Lease
 from trtllm_mm_cache.cache.scope import Selection
 from trtllm_mm_cache.errors import EncodeUnavailableError, MmCacheError
-from trtllm_mm_cache.tiers.base import MissingItem, Tier, TierDropped
+from trtllm_mm_cache.tiers.base import Loading, MissingItem, Tier, TierDropped
 from trtllm_mm_cache.tiers.receive import Receiver
 from trtllm_mm_cache.tiers.stored import StoredEmbedding, StoredTier, Wanted
 
@@ -69,7 +71,7 @@ class StoredTiers:
 
 
 class TierChain:
-    """The tiers of one PD worker, each with its own deadline. For use from one event loop.
+    """`Misses` by way of tiers, each with its own deadline. For use from one event loop.
 
     Those of `stored` are asked first, then `tiers`, which make what none has. A tier that fails is a miss
     there; only the last one's error reaches the request. What a tier brought is offered to the `stored` ones.
@@ -79,6 +81,20 @@ class TierChain:
         self._tiers = tuple(tiers)
         self._receiver = receiver
         self._stored = stored or StoredTiers()
+        self.flights: SingleFlight[Lease] = SingleFlight(share=Lease.clone, discard=Lease.release)
+
+    async def find(self, item: MissingItem, loading: Loading) -> tuple[Lease, bool]:
+        """See `Misses.find`: one flight for each key."""
+        if item.key.hex in self.flights:
+            item.release_media()
+        lease, joined = await self.flights.run(item.key.hex, partial(self._load, item, loading))
+        if joined:
+            self.used(item, lease)
+        return lease, joined
+
+    async def _load(self, item: MissingItem, loading: Loading) -> Lease:
+        with loading(item):
+            return await self.load(item)
 
     async def load(self, item: MissingItem) -> Lease:
         """Return a lease on the embedding of `item`. Raises the last tier's error."""
@@ -100,19 +116,20 @@ class TierChain:
         raise EncodeUnavailableError("no tier has the embedding of this item, and none can make it")
 
     def used(self, item: MissingItem, lease: Lease) -> None:
-        """Note that the arena served the embedding of `item`: a tier may store it, or note its use."""
+        """See `Misses.used`."""
         self._stored.offer(item, lease)
 
     async def drop(self, selection: Selection, *, deadline_s: float) -> TierDropped:
-        """Drop in every tier; see `StoredTiers.drop`."""
+        """See `Misses.drop`."""
         return await self._stored.drop(selection, deadline_s=deadline_s)
 
     def check_can_fit(self, needs: Mapping[str, int], *, retained: bool) -> None:
-        """See `Receiver.check_can_fit`."""
+        """See `Misses.check_can_fit`."""
         self._receiver.check_can_fit(needs, retained=retained)
 
     async def close(self) -> None:
-        """Close every tier."""
+        """See `Misses.close`."""
+        await self.flights.close()
         await self._stored.close()
         for tier in self._tiers:
             await tier.close()

@@ -1,6 +1,7 @@
 """vLLM as the engine of a PD worker. Imports nothing of `vllm` until the engine is loaded.
 
 The encode worker runs the model's tower in transformers (`--engine transformers`); vLLM gets its embeddings.
+Aggregated there is no encode worker, and vLLM's own tower encodes what is missing (`own_tower.py`).
 vLLM's own processes import `connector` from here, so importing this package must stay cheap.
 """
 
@@ -15,21 +16,28 @@ from trtllm_mm_cache.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from trtllm_mm_cache.engines.vllm.generator import VllmGenerator
+    from trtllm_mm_cache.engines.vllm.own_tower import VllmOwnTowerGenerator
     from trtllm_mm_cache.engines.vllm.settings import VllmEngineArgs
 
 __all__ = [
     "VllmEngineArgs",
     "VllmGenerator",
+    "VllmOwnTowerGenerator",
     "check",
     "embedding_dtype",
     "follow",
     "import_all",
     "load_generator",
+    "load_own_tower",
     "load_vision_encoder",
 ]
 
 PACKAGE = "vllm"
-_LAZY = {"VllmGenerator": "generator", "VllmEngineArgs": "settings"}
+_LAZY = {
+    "VllmGenerator": "generator",
+    "VllmOwnTowerGenerator": "own_tower",
+    "VllmEngineArgs": "settings",
+}
 """Names that this package exports, by the module that defines them."""
 
 
@@ -44,7 +52,7 @@ def import_all() -> None:
     from trtllm_mm_cache.engines.vllm.support import prepare_environment
 
     prepare_environment()
-    for module in ("vllm", "vllm.v1.engine.async_llm", f"{__name__}.generator"):
+    for module in ("vllm", "vllm.v1.engine.async_llm", f"{__name__}.own_tower"):
         importlib.import_module(module)
 
 
@@ -82,6 +90,15 @@ def load_generator(model_path: Path, args_file: Path | None) -> VllmGenerator:
     from trtllm_mm_cache.engines.vllm.settings import VllmEngineArgs
 
     return VllmGenerator(model_path, load_engine_args(args_file, VllmEngineArgs))
+
+
+def load_own_tower(model_path: Path, args_file: Path | None, *, kept: bool) -> VllmOwnTowerGenerator:
+    """Load the model, vision tower included, with the settings in `args_file`. See `engines.registry`."""
+    from trtllm_mm_cache.engines.engine_args import load_engine_args
+    from trtllm_mm_cache.engines.vllm.own_tower import VllmOwnTowerGenerator
+    from trtllm_mm_cache.engines.vllm.settings import VllmEngineArgs
+
+    return VllmOwnTowerGenerator(model_path, load_engine_args(args_file, VllmEngineArgs), kept=kept)
 
 
 def follow(args_file: Path | None) -> None:

@@ -1,7 +1,8 @@
 """A prompt as vLLM's engine takes it from vLLM's own processors: tokens, and where images lie in them.
 
-No processor of vLLM's runs, and it gets no pixels: of an image it is told its identifier, the range of its
-placeholder, and its grid where positions are computed from one (`vllm/inputs/engine.py`, 0.32).
+No processor of vLLM's runs on it: of an image vLLM is told its identifier, the range of its placeholder, and
+its grid where positions are computed from one (`vllm/inputs/engine.py`, 0.32); pixels only where vLLM's own
+tower is to encode it.
 
 The identifier is vLLM's own identity of an image, in its encoder cache and in its prefix cache.
 """
@@ -57,10 +58,14 @@ def engine_input(
     token_ids: list[int],
     identifiers: Sequence[str],
     placed: Sequence[PlacedImage],
-    grids: Sequence[Grid] | None,
+    images: Sequence[Any],
     cache_salt: str | None,
 ) -> Any:
-    """Return the `EngineInput` of an expanded prompt. `grids` is None where the model has none."""
+    """Return the `EngineInput` of an expanded prompt.
+
+    `images` are what vLLM is told of each besides: `grid_item`, its pixels where its own tower is to encode
+    it, or None.
+    """
     from vllm.inputs.engine import mm_input, tokens_input
     from vllm.multimodal.inputs import PlaceholderRange
 
@@ -69,17 +74,18 @@ def engine_input(
     ranges = [PlaceholderRange(image.offset, image.length, image.is_embed) for image in placed]
     return mm_input(
         token_ids,
-        {"image": [None] * len(placed) if grids is None else _grid_items(grids)},
+        {"image": list(images)},
         {"image": list(identifiers)},
         {"image": ranges},
         cache_salt=cache_salt,
     )
 
 
-def _grid_items(grids: Sequence[Grid]) -> list[Any]:
+def grid_item(grid: Grid) -> Any:
+    """Return what stands for an image without pixels where positions are computed from its grid."""
     from transformers import BatchFeature
     from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 
     field = {"image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
-    values = BatchFeature({"image_grid_thw": torch.tensor(grids)})
-    return list(MultiModalKwargsItems.from_hf_inputs(values, field)["image"])
+    values = BatchFeature({"image_grid_thw": torch.tensor([grid])})
+    return MultiModalKwargsItems.from_hf_inputs(values, field)["image"][0]

@@ -16,7 +16,7 @@ import torch
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.engines.base import GenerationRequest, ItemDescription, LeasedEmbedding, TokenDelta
 from trtllm_mm_cache.engines.checks import fit_for_client
-from trtllm_mm_cache.engines.fingerprint import transformers_fingerprint
+from trtllm_mm_cache.engines.fingerprint import model_fingerprint, transformers_fingerprint
 from trtllm_mm_cache.engines.huggingface.embedding_check import EmbeddingCheck
 from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
 from trtllm_mm_cache.engines.huggingface.model_files import load_processor, read_config
@@ -24,11 +24,12 @@ from trtllm_mm_cache.engines.huggingface.prompt import PromptExpander
 from trtllm_mm_cache.engines.vllm.outputs import deltas_of, ended_by_stop_string
 from trtllm_mm_cache.engines.vllm.prepare import EngineLimits, PreparedRequest, RequestPreparer
 from trtllm_mm_cache.engines.vllm.settings import VllmEngineArgs
-from trtllm_mm_cache.engines.vllm.support import check_architecture, model_type_of, start_engine
+from trtllm_mm_cache.engines.vllm.support import Tower, check_architecture, model_type_of, start_engine
 from trtllm_mm_cache.errors import EngineLostError, GenerationError, InvalidRequestError
 
 logger = logging.getLogger(__name__)
 
+ENCODE_WORKERS = Tower()
 _ABORT_WAIT_S = 10.0
 _LOOK_S = 0.25
 
@@ -39,29 +40,29 @@ class VllmGenerator:
     vLLM schedules requests itself; they run together. For use from one event loop.
     """
 
-    def __init__(self, model_path: Path, args: VllmEngineArgs) -> None:
+    def __init__(self, model_path: Path, args: VllmEngineArgs, tower: Tower = ENCODE_WORKERS) -> None:
         """Load the model. Blocking: minutes. Raises `ConfigurationError`."""
         check_architecture(model_type_of(model_path))
         config, architecture = read_config(model_path)
         dtype = args.resolved_dtype(model_path)
-        self._fingerprint = _fingerprint(model_path, args, dtype)
+        self._fingerprint = _fingerprint(model_path, args, dtype, tower)
         layout = FeatureLayout.of(config, architecture, getattr(torch, dtype))
         expander = PromptExpander(load_processor(model_path, config), config)
         self._check = EmbeddingCheck(architecture, layout, expander)
         self._ending: set[asyncio.Task[None]] = set()
         self._epoch = 0
-        self._llm: Any = start_engine(model_path, args)
+        self._llm: Any = start_engine(model_path, args, tower)
         loaded = self._llm.vllm_config
         limits = EngineLimits(
             context=min(loaded.model_config.max_model_len, args.max_model_len or sys.maxsize),
-            rows=loaded.scheduler_config.encoder_cache_size,
+            rows=self._llm.input_processor.mm_encoder_cache_size,
             vocabulary=loaded.model_config.get_vocab_size(),
         )
         self._prepare = RequestPreparer(architecture, layout, expander, limits)
 
     @property
     def fingerprint(self) -> str:
-        """See `Generator.fingerprint`: that of the transformers tower whose embeddings vLLM gets."""
+        """See `Generator.fingerprint`: of transformers' tower, whose embeddings vLLM gets, or of its own."""
         return self._fingerprint
 
     def variant(self, image_count: int) -> str:
@@ -158,7 +159,7 @@ class VllmGenerator:
 
     async def _end(self, name: str, prepared: PreparedRequest, *, finished: bool) -> None:
         """Release what the handles point into, once no worker reads it any more."""
-        if finished or self._llm is None:
+        if (finished and prepared.settled) or self._llm is None:
             _release(prepared)
             return
         ending = asyncio.create_task(self._abort(name, prepared), name="aborted request")
@@ -191,7 +192,12 @@ class VllmGenerator:
             _release(prepared)
 
 
-def _fingerprint(model_path: Path, args: VllmEngineArgs, dtype: str) -> str:
+def _fingerprint(model_path: Path, args: VllmEngineArgs, dtype: str, tower: Tower) -> str:
+    if tower.own:
+        import vllm
+
+        engine = f"vllm {vllm.__version__} computing in {dtype}"
+        return model_fingerprint(model_path, engine=engine, embedding_dtype=dtype)
     release = args.encoder_transformers
     if release is None:
         import transformers

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trtllm_mm_cache.engines.base import GenerationRequest, LeasedEmbedding
-from trtllm_mm_cache.engines.checks import grid_of
+from trtllm_mm_cache.engines.checks import fit_for_client, grid_of
 from trtllm_mm_cache.engines.huggingface.architectures import Architecture
 from trtllm_mm_cache.engines.huggingface.embedding_check import placeholder_of
 from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
 from trtllm_mm_cache.engines.huggingface.prompt import PromptExpander
-from trtllm_mm_cache.engines.vllm.engine_input import Grid, engine_input, place_images
-from trtllm_mm_cache.engines.vllm.handles import load_entry
+from trtllm_mm_cache.engines.own_tower import MissingEmbedding
+from trtllm_mm_cache.engines.vllm.engine_input import engine_input, grid_item, place_images
+from trtllm_mm_cache.engines.vllm.handles import fill_entry, load_entry
 from trtllm_mm_cache.engines.vllm.sampling import engine_constraint, engine_sampling
 from trtllm_mm_cache.errors import IntegrityError, InvalidRequestError
 
@@ -41,6 +42,16 @@ class PreparedRequest:
     prompt: Any
     sampling: Any
     leases: tuple[LeasedEmbedding, ...] = field(default=())
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing of the request, once it has finished, can still be written to by a worker.
+
+        An image whose tokens vLLM had in its prefix cache was not encoded, and would be after a preemption.
+        """
+        return all(
+            lease.filled or lease.fill is None for lease in self.leases if isinstance(lease, MissingEmbedding)
+        )
 
 
 @dataclass(frozen=True)
@@ -76,14 +87,17 @@ class RequestPreparer:
         rows = [lease.shape[0] for lease in leases]
         placed = place_images(token_ids, self.expander.config.image_token_id, rows) if leases else []
         identifiers = [f"{lease.key}.{epoch}" if epoch else lease.key for lease in leases]
-        prompt = engine_input(token_ids, identifiers, placed, self._grids(leases), request.cache_salt)
-        handed = tuple(lease.clone() for lease in leases)
-        if handed:
-            entries = {
-                name: load_entry(lease.handle()) for name, lease in zip(identifiers, handed, strict=True)
-            }
+        images = self._images(leases)
+        prompt = engine_input(token_ids, identifiers, placed, images, request.cache_salt)
+        entries = {
+            name: entry
+            for name, lease in zip(identifiers, leases, strict=True)
+            if (entry := _entry(lease)) is not None
+        }
+        if entries:
             sampling["extra_args"] = {"ec_transfer_params": entries}
-        return PreparedRequest(prompt, _sampling_params(sampling, constraint), handed)
+        parameters = _sampling_params(sampling, constraint)
+        return PreparedRequest(prompt, parameters, tuple(lease.clone() for lease in leases))
 
     def _check_token_ids(self, token_ids: Sequence[int]) -> None:
         if not token_ids:
@@ -103,23 +117,46 @@ class RequestPreparer:
                 "one image (max_num_batched_tokens): send a smaller image",
                 item_index=index,
             )
-        handle = lease.handle()
+        if isinstance(lease, MissingEmbedding):
+            if lease.fill is None:
+                return
+            handle = lease.fill.target
+        else:
+            handle = lease.handle()
         if not 0 <= handle.offset <= handle.offset + handle.nbytes <= handle.storage_bytes:
             raise IntegrityError("a leased embedding lies outside its arena")
 
-    def _grids(self, leases: Sequence[LeasedEmbedding]) -> list[Grid] | None:
-        if not self.architecture.has_grid:
-            return None
-        merge_size = self.expander.config.vision_config.spatial_merge_size
-        return [
-            grid_of(lease.metadata, lease.shape[0], merge_size, index) for index, lease in enumerate(leases)
-        ]
+    def _images(self, leases: Sequence[LeasedEmbedding]) -> list[Any]:
+        """Return what vLLM is told of each image: its pixels, its grid where positions need one, or None."""
+        images: list[Any] = []
+        for index, lease in enumerate(leases):
+            grid = None
+            if self.architecture.has_grid:
+                merge_size = self.expander.config.vision_config.spatial_merge_size
+                grid = grid_of(lease.metadata, lease.shape[0], merge_size, index)
+            if isinstance(lease, MissingEmbedding):
+                images.append(lease.prepared.pixels)
+            else:
+                images.append(None if grid is None else grid_item(grid))
+        return images
+
+
+def _entry(lease: LeasedEmbedding) -> list[Any] | None:
+    """Return what the connector is told of an embedding; None of one that is made and not kept."""
+    if not isinstance(lease, MissingEmbedding):
+        return load_entry(lease.handle())
+    return None if lease.fill is None else fill_entry(lease.fill)
 
 
 def _sampling_params(sampling: dict[str, Any], constraint: dict[str, Any] | None) -> Any:
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-    if constraint is not None:
-        sampling["structured_outputs"] = StructuredOutputsParams(**constraint)
-    return SamplingParams(**sampling, output_kind=RequestOutputKind.DELTA)
+    try:
+        if constraint is not None:
+            sampling["structured_outputs"] = StructuredOutputsParams(**constraint)
+        return SamplingParams(**sampling, output_kind=RequestOutputKind.DELTA)
+    except (VLLMClientError, ValueError) as error:
+        reason = fit_for_client(error, "its parameters do not fit the engine")
+        raise InvalidRequestError(f"vLLM refuses the request: {reason}") from error

@@ -29,7 +29,7 @@ FORCED: Final[Mapping[str, str]] = {
     "language_model_only": "vLLM would refuse prompts with images",
     "enable_mm_embeds": "embeddings come by handle, not in requests",
     "limit_mm_per_prompt": "it is --max-images-per-request",
-    "skip_mm_profiling": "it is true: this worker encodes nothing",
+    "skip_mm_profiling": "it follows from who runs the vision tower",
     "max_logprobs": "it is 20, as in OpenAI's API",
     "logprobs_mode": "log probabilities are the model's own, whatever the engine",
     "model_impl": "only vLLM's own models take embeddings by handle",

@@ -10,12 +10,15 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from packaging.version import InvalidVersion, Version
 
+from trtllm_mm_cache.cache.arena.handle import Handle
 from trtllm_mm_cache.engines.checks import MOST_LOGPROBS
+from trtllm_mm_cache.engines.vllm.handles import plain
 from trtllm_mm_cache.engines.vllm.settings import VllmEngineArgs
 from trtllm_mm_cache.errors import ConfigurationError
 
@@ -106,25 +109,46 @@ def is_known_release(version: str) -> bool:
     return found >= Version(FIRST_RELEASE) and found.release[:2] <= Version(LAST_RELEASE).release[:2]
 
 
-def engine_arguments(model_path: Path, args: VllmEngineArgs) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Tower:
+    """Whose vision tower makes the embeddings: encode workers', or vLLM's `own`.
+
+    Its own counts what it encodes where `encodes` leads to; without that nothing is kept, and there is no
+    connector.
+    """
+
+    own: bool = False
+    encodes: Handle | None = None
+
+    def connector(self) -> Any:
+        """Return vLLM's configuration of our connector."""
+        from vllm.config import ECTransferConfig
+
+        if self.own and self.encodes is None:
+            return None
+        return ECTransferConfig(
+            ec_connector="ArenaConnector",
+            ec_connector_module_path="trtllm_mm_cache.engines.vllm.connector",
+            ec_role="ec_both" if self.own else "ec_consumer",
+            ec_connector_extra_config={} if self.encodes is None else {"encodes": plain(self.encodes)},
+        )
+
+
+def engine_arguments(model_path: Path, args: VllmEngineArgs, tower: Tower) -> dict[str, Any]:
     """Return the keyword arguments of `AsyncEngineArgs`: what was given, and what must hold.
 
     See `settings.FORCED` for the reasons.
     """
-    from vllm.config import ECTransferConfig
+    import torch
 
-    connector = ECTransferConfig(
-        ec_connector="ArenaConnector",
-        ec_connector_module_path="trtllm_mm_cache.engines.vllm.connector",
-        ec_role="ec_consumer",
-    )
     return args.given() | {
         "model": str(model_path),
         "dtype": args.resolved_dtype(model_path),
-        "ec_transfer_config": connector,
+        "ec_transfer_config": tower.connector(),
         "worker_extension_cls": "trtllm_mm_cache.engines.vllm.connector.WorkerExtension",
         "mm_processor_cache_gb": 0,
-        "skip_mm_profiling": True,
+        # A tower that runs takes memory of the GPU that must not go to the KV cache.
+        "skip_mm_profiling": not (tower.own and torch.cuda.is_available()),
         "max_logprobs": MOST_LOGPROBS,
         "logprobs_mode": "raw_logprobs",
         "model_impl": "vllm",
@@ -135,7 +159,7 @@ def engine_arguments(model_path: Path, args: VllmEngineArgs) -> dict[str, Any]:
     }
 
 
-def start_engine(model_path: Path, args: VllmEngineArgs) -> Any:
+def start_engine(model_path: Path, args: VllmEngineArgs, tower: Tower) -> Any:
     """Return a running `AsyncLLM`. Blocking, seconds to minutes: it starts EngineCore and the workers.
 
     Call it outside an event loop's thread: vLLM takes the loop of its first request. Raises
@@ -146,6 +170,6 @@ def start_engine(model_path: Path, args: VllmEngineArgs) -> Any:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     try:
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(model_path, args)))
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(model_path, args, tower)))
     except (ValueError, TypeError, RuntimeError, OSError, AssertionError) as error:
         raise ConfigurationError(f"vLLM could not load the model: {error}") from error
