@@ -36,11 +36,11 @@ class Misses(Protocol):
         ...
 
     async def drop(self, selection: Selection, *, deadline_s: float) -> TierDropped:
-        """Drop in every tier that keeps embeddings. Raises the first `MmCacheError` when all have been asked."""
+        """Drop in every tier that keeps embeddings. Raises the first error when all have been asked."""
         ...
 
     def check_can_fit(self, needs: Mapping[str, int], *, retained: bool) -> None:
-        """Raise `InvalidRequestError` when embeddings of these sizes cannot lie in the arenas together, ever."""
+        """Raise `InvalidRequestError` when embeddings of these sizes can never lie in the arenas together."""
         ...
 
     async def close(self) -> None:
