@@ -40,7 +40,7 @@ PARTS: dict[str, tuple[list[str], int]] = {
     "serve": (["benchmarks.gpu_check.serve", "miss,ttft"], 240),
     "miss": (["benchmarks.gpu_check.serve", "miss"], 150),
     "ttft": (["benchmarks.gpu_check.serve", "ttft"], 200),
-    "contract": (["pytest", "-q", "-p", "no:cacheprovider", "tests/cuda"], 150),
+    "contract": (["pytest", "-q", "-W", "default", "tests/cuda"], 150),
     "transfer": (["benchmarks.transfer", "--rounds", "2"], 90),
 }
 """What each part runs after `python -m`, and its deadline in seconds."""

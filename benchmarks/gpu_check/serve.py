@@ -6,6 +6,7 @@ python -m benchmarks.gpu_check.serve miss|ttft FOLDER SIZE
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import statistics
 import sys
@@ -19,6 +20,9 @@ import torch
 from benchmarks.gpu_check.model import make_model
 from benchmarks.gpu_check.near import NearStack, jpeg, near_stack
 from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem
+from trtllm_mm_cache.engines.transformers import TransformersEngineArgs
+from trtllm_mm_cache.engines.transformers.loading import load_processor, read_config
+from trtllm_mm_cache.engines.transformers.preprocess import ImagePreprocessor
 from trtllm_mm_cache.media import decode_image
 from trtllm_mm_cache.settings import EncodeSettings
 from trtllm_mm_cache.transfer.checksum import checksum
@@ -75,10 +79,35 @@ def parts_of(stack: NearStack, file: bytes) -> Iterator[tuple[str, float]]:
     yield "mb", item.tensor.nbytes / 1e6
 
 
-async def miss(stack: NearStack) -> None:
+def torchvision_preprocessor(model: Path) -> ImagePreprocessor | None:
+    """Return the preprocessor that an encode worker has with `image_processor: torchvision`, if it can be."""
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    config, architecture = read_config(model)
+    device = TransformersEngineArgs().resolved_device()
+    return ImagePreprocessor(
+        load_processor(model, config, backend="torchvision"), config, architecture, device
+    )
+
+
+def preprocess_ms(preprocess: ImagePreprocessor, file: bytes) -> float:
+    """Return what preprocessing one image takes, its end on the device included."""
+    image = decode_image(file, EncodeSettings(model_path="none").images)
+    began = time.perf_counter()
+    preprocess(EncodeItem(image))
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - began)
+
+
+async def miss(stack: NearStack, model: Path) -> None:
     """Print the parts of a miss for each size of image."""
+    other = torchvision_preprocessor(model)
     for name, size in IMAGES.items():
         rounds = [dict(parts_of(stack, jpeg(seed, *size))) for seed in range(1 + REPEATS)]
+        if other is not None:
+            for seed, one in enumerate(rounds):
+                one["preprocess_by_torchvision"] = preprocess_ms(other, jpeg(seed, *size))
         line = {part: median([one[part] for one in rounds[1:]]) for part in rounds[0]}
         whole = []
         for seed in range(100, 101 + REPEATS):
@@ -89,8 +118,9 @@ async def miss(stack: NearStack) -> None:
         say(image=name, ms=line, whole_ms=median(whole[1:]), mapped=stack.reader.mapped)
 
 
-async def ttft(stack: NearStack) -> None:
+async def ttft(stack: NearStack, model: Path) -> None:
     """Print times to first token for one image, ten images, and a burst for one new image."""
+    del model
     for name, size in IMAGES.items():
         await one_image(stack, name, size)
     files = [jpeg(500 + number, 1024, 1024) for number in range(10)]
@@ -141,7 +171,7 @@ async def main(parts: str, folder: Path, size: str) -> None:
         gpu_mb = round(torch.cuda.memory_allocated() / 1e6) if torch.cuda.is_available() else 0
         say(size=size, load_s=round(time.perf_counter() - began, 1), gpu_mb=gpu_mb, **made)
         for part in parts.split(","):
-            await {"miss": miss, "ttft": ttft}[part](stack)
+            await {"miss": miss, "ttft": ttft}[part](stack, folder / "model")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from trtllm_mm_cache.errors import (
 )
 from trtllm_mm_cache.media import decode_image, pixels_fingerprint
 from trtllm_mm_cache.observability.cache_metrics import CacheCollector, FlightCollector
-from trtllm_mm_cache.observability.metrics import Step
+from trtllm_mm_cache.observability.metrics import STEP_SECONDS, Step, histogram
 from trtllm_mm_cache.observability.traces import span
 from trtllm_mm_cache.runtime.admission import Admission
 from trtllm_mm_cache.runtime.drops import Drops, DropWatch
@@ -150,6 +150,16 @@ class EncodePipeline:
         self._fingerprint = pixels_fingerprint(encoder.fingerprint, settings.images)
         self._preparing = Step.new(
             registry, "preprocess", "Decoding and preprocessing one image, the wait for a thread included."
+        )
+        # No steps: a thread of the pool knows no span that theirs would belong to.
+        self._decoding = histogram(
+            registry, "decode_seconds", "Of preprocessing, a file to an image.", STEP_SECONDS
+        )
+        self._processing = histogram(
+            registry, "process_seconds", "Of preprocessing, an image to the tower's input.", STEP_SECONDS
+        )
+        self._storing = Step.new(
+            registry, "store", "The tower's output into the arena with its checksum, the wait included."
         )
         self.batcher = MicroBatcher(encoder.encode, max_items=settings.max_batch_images, registry=registry)
         self._threads = ThreadPoolExecutor(settings.preprocess_threads, thread_name_prefix="preprocess")
@@ -269,7 +279,7 @@ class EncodePipeline:
                 result = await submitted
                 current.set_attribute("encode_seconds", result.encode_seconds)
             logger.debug("encoded %s… in %.3f s", job.key[:12], result.encode_seconds)
-            with span("store"):
+            with self._storing.time():
                 store = partial(self._store, job, watch.content, result)
                 stored = await in_thread(store, undo=_Stored.abandon, executor=self._threads)
             # On the event loop, so that no drop comes between this look at the watch and the commit.
@@ -278,8 +288,10 @@ class EncodePipeline:
     def _prepare(self, job: EncodeJob) -> tuple[Any, bytes]:
         """Return the encoder's input and the digest of the media."""
         try:
-            image = decode_image(job.media, self._limits)
-            prepared = self._encoder.preprocess(EncodeItem(image, job.processor_kwargs, job.variant))
+            with self._decoding.time():
+                image = decode_image(job.media, self._limits)
+            with self._processing.time():
+                prepared = self._encoder.preprocess(EncodeItem(image, job.processor_kwargs, job.variant))
             return prepared, content_digest(job.media)
         except MmCacheError:
             raise

@@ -36,7 +36,10 @@ class TransformersVisionEncoder:
         """Load the vision half. Blocking. Raises `ConfigurationError`."""
         config, self._architecture = read_config(model_path)
         self._fingerprint = fingerprint_of(model_path, args)
-        self._preprocess = ImagePreprocessor(load_processor(model_path, config), config, self._architecture)
+        backend = args.image_processor
+        processor = load_processor(model_path, config, backend=backend)
+        device = args.resolved_device() if backend == "torchvision" else None
+        self._preprocess = ImagePreprocessor(processor, config, self._architecture, device)
         self._model: Any = load_vision_half(model_path, config, self._architecture, args)
         self._device = args.resolved_device()
         self._embedding_dtype = args.resolved_embedding_dtype()

@@ -204,7 +204,11 @@ def _fingerprint(model_path: Path, args: VllmEngineArgs, dtype: str, tower: Towe
 
         release = transformers.__version__
     return transformers_fingerprint(
-        model_path, release=release, dtype=args.encoder_dtype, embedding_dtype=dtype
+        model_path,
+        release=release,
+        dtype=args.encoder_dtype,
+        embedding_dtype=dtype,
+        images=args.encoder_image_processor,
     )
 
 

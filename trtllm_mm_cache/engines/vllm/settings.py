@@ -43,7 +43,7 @@ FORCED: Final[Mapping[str, str]] = {
 class VllmEngineArgs(EngineArgs):
     """How vLLM loads and runs the model, and whose embeddings it takes.
 
-    `dtype`, `encoder_dtype` and `encoder_transformers` are part of the fingerprint.
+    `dtype` and what begins with `encoder_` are part of the fingerprint.
     """
 
     dtype: DtypeName | None = Field(
@@ -55,6 +55,9 @@ class VllmEngineArgs(EngineArgs):
         "float32",
         description="What the encode worker's tower computes in: its `dtype`, which is float32 on a cpu and "
         "bfloat16 on cuda unless set.",
+    )
+    encoder_image_processor: Literal["pil", "torchvision"] = Field(
+        "pil", description="What prepares images for the encode worker's tower: its `image_processor`."
     )
     encoder_transformers: str | None = Field(
         None,
@@ -108,7 +111,7 @@ class VllmEngineArgs(EngineArgs):
 
     def given(self) -> dict[str, Any]:
         """Return the arguments to pass to vLLM: those that were given, without those that are ours."""
-        ours = {"dtype", "encoder_dtype", "encoder_transformers"}
+        ours = {"dtype", "encoder_dtype", "encoder_image_processor", "encoder_transformers"}
         return self.model_dump(exclude_unset=True, exclude_none=True, exclude=ours)
 
     def resolved_dtype(self, model_path: Path) -> str:
