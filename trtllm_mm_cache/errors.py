@@ -30,6 +30,7 @@
     │   └── EmbeddingMismatchError       502  size, shape, dtype, rows or width disagree
     ├── NotAMemberError              502  another process did not prove that it belongs to the deployment
     ├── GenerationError              500  the engine failed on a request that it had accepted
+    ├── EngineLostError              503  the engine's own process ended; the worker ends, to be restarted
     ├── CacheError                   the cache core refuses
     │   ├── EntryTooLargeError           507  one entry larger than the arena
     │   ├── ArenaFullError               503  every byte that could be freed is leased (retryable)
@@ -272,6 +273,14 @@ class GenerationError(MmCacheError):
     """The engine failed on a request that it had accepted."""
 
     code = "generation_error"
+
+
+class EngineLostError(MmCacheError):
+    """The engine computes in processes of its own and one of them ended: the worker ends too."""
+
+    code = "engine_lost"
+    http_status = 503
+    retryable = True
 
 
 class CacheError(MmCacheError):

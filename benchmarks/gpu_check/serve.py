@@ -20,8 +20,8 @@ import torch
 from benchmarks.gpu_check.model import make_model
 from benchmarks.gpu_check.near import NearStack, jpeg, near_stack
 from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem
+from trtllm_mm_cache.engines.huggingface.model_files import load_processor, read_config
 from trtllm_mm_cache.engines.transformers import TransformersEngineArgs
-from trtllm_mm_cache.engines.transformers.loading import load_processor, read_config
 from trtllm_mm_cache.engines.transformers.preprocess import ImagePreprocessor
 from trtllm_mm_cache.media import decode_image
 from trtllm_mm_cache.settings import EncodeSettings

@@ -25,7 +25,7 @@ from tests.engines.contract import (
 )
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.engines.base import EncodedItem
-from trtllm_mm_cache.engines.transformers.prompt import PromptExpander
+from trtllm_mm_cache.engines.huggingface.prompt import PromptExpander
 from trtllm_mm_cache.errors import EmbeddingMismatchError, PlaceholderMismatchError
 
 NEIGHBOURS = ("", "\n", "\n\n\n", " ", "word", " \n", "\n ")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trtllm_mm_cache.engines.transformers.features import FeatureLayout, joined_on
+from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
+from trtllm_mm_cache.engines.transformers.features import encoder_output, joined_on
 
 
 class Operators(TorchDispatchMode):
@@ -42,5 +43,5 @@ def test_each_image_is_copied_once_into_its_place(count: int) -> None:
 def test_on_the_cpu_one_image_is_not_copied_at_all(as_tensor: bool) -> None:
     (tensor,) = images(1)
     with Operators() as operators:
-        FeatureLayout(8, 0, torch.float32, as_tensor).encoder_output([tensor], torch.device("cpu"))
+        encoder_output(FeatureLayout(8, 0, torch.float32, as_tensor), [tensor], torch.device("cpu"))
     assert not {"copy_", "cat", "clone", "_to_copy"} & set(operators.names)

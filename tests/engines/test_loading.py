@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from tests.engines.conftest import ModelFactory
 from tests.engines.contract import ARCHITECTURES, reference_model
+from trtllm_mm_cache.engines.huggingface.model_files import read_config
 from trtllm_mm_cache.engines.transformers import (
     TransformersEngineArgs,
     TransformersGenerator,
     TransformersVisionEncoder,
 )
-from trtllm_mm_cache.engines.transformers.loading import load_text_half, load_vision_half, read_config
+from trtllm_mm_cache.engines.transformers.loading import load_text_half, load_vision_half
 from trtllm_mm_cache.errors import ConfigurationError, IntegrityError
 
 CPU = TransformersEngineArgs(device="cpu")

@@ -175,11 +175,12 @@ async def test_the_context_bounds_prompt_and_answer(small: Halves) -> None:
         ("min_p", [-0.1, 1.1, float("nan")]),
         ("logit_bias", [{3: 100.5}, {3: float("nan")}, {-1: 1.0}, {10**6: 1.0}]),
         ("logprobs", [-1, 21]),
+        ("choices", [2]),
     ],
 )
 async def test_values_that_no_sampler_takes(small: Halves, field: str, values: list[Any]) -> None:
     for value in values:
-        with pytest.raises(InvalidRequestError, match=field):
+        with pytest.raises(InvalidRequestError, match="n: " if field == "choices" else field):
             await ask(small, **{field: value})
 
 

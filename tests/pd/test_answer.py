@@ -28,6 +28,7 @@ class PeerGenerator:
         self.stalls_after = 0
         self.held: list[int] = []
         self.logprobs: tuple[PlaceLogprobs, ...] = ()
+        self.deltas: tuple[TokenDelta, ...] = ()
 
     def variant(self, image_count: int) -> str:
         return ""
@@ -39,6 +40,10 @@ class PeerGenerator:
         self, request: GenerationRequest, leases: Sequence[Lease]
     ) -> AsyncGenerator[TokenDelta, None]:
         self.held = [lease.nbytes for lease in leases if not lease.released]
+        for delta in self.deltas:
+            yield delta
+        if self.deltas:
+            return
         yield TokenDelta((1,), 10, logprobs=self.logprobs[:1])
         if self.stalls_after == 1:
             await asyncio.Event().wait()
@@ -47,6 +52,9 @@ class PeerGenerator:
         yield TokenDelta((2, 3), 10, "stop", self.logprobs[1:])
         if self.stalls_after == 2:
             await asyncio.Event().wait()
+
+    async def failed(self) -> None:
+        await asyncio.Event().wait()
 
     async def close(self) -> None:
         """Nothing to free."""
@@ -99,6 +107,20 @@ async def test_tokens_and_usage_are_streamed_while_the_leases_are_held(
         "total_tokens": 13,
     }
     assert len(generator.held) == 2
+    await bench.nothing_held()
+
+
+async def test_several_answers_to_one_request_say_whose_tokens_they_are(
+    worker: PdWorker, generator: PeerGenerator, bench: Bench
+) -> None:
+    generator.deltas = (
+        TokenDelta((1,), 10, "stop", choice=1, cached_tokens=8),
+        TokenDelta((2, 3), 10, "length", choice=0, cached_tokens=8),
+    )
+    outputs = await run(worker, request() | {"sampling_options": {"n": 2}})
+    assert [(output["index"], output["finish_reason"]) for output in outputs] == [(1, "stop"), (0, "length")]
+    usage = outputs[-1]["completion_usage"]
+    assert (usage["completion_tokens"], usage["prompt_tokens_details"]) == (3, {"cached_tokens": 8})
     await bench.nothing_held()
 
 

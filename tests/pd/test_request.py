@@ -133,7 +133,8 @@ def test_processor_kwargs_are_found_where_the_frontend_puts_them(changes: dict[s
         ({"sampling_options": {"temperature": -1}}, "temperature"),
         ({"sampling_options": {"temperature": "hot"}}, "temperature"),
         ({"sampling_options": {"top_p": 0}}, "top_p"),
-        ({"sampling_options": {"n": 2}}, "n:"),
+        ({"sampling_options": {"n": 0}}, "n:"),
+        ({"sampling_options": {"n": 129}}, "n:"),
         ({"sampling_options": {"presence_penalty": 2.5}}, "presence_penalty"),
         ({"sampling_options": {"frequency_penalty": "1"}}, "frequency_penalty"),
         ({"sampling_options": {"repetition_penalty": 0}}, "repetition_penalty"),
@@ -231,6 +232,7 @@ def test_what_bends_the_choice_arrives() -> None:
         "frequency_penalty": -1,
         "repetition_penalty": 1.2,
         "min_p": 0.1,
+        "n": 3,
         "logit_bias": {"17": -100, 18: 2.5, "19": 0},
         "guided_decoding": {"json": None, "regex": "a+", "json_object": False},
     }
@@ -246,6 +248,7 @@ def test_what_bends_the_choice_arrives() -> None:
         logit_bias={17: -100, 18: 2.5},
         logprobs=0,
         constraint=Constraint("regex", "a+"),
+        choices=3,
     )
 
 

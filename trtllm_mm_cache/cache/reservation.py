@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from trtllm_mm_cache.cache.arena.handle import Handle
 from trtllm_mm_cache.cache.entry import NO_METADATA, EmbeddingMetadata, Entry, EntryState
 from trtllm_mm_cache.cache.lease import Lease
 from trtllm_mm_cache.cache.ledger import Ledger
@@ -67,6 +68,15 @@ class Reservation:
         """
         with self._ledger.guard:
             return self._ledger.hand_out_bytes(self._entry)
+
+    def handle(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Handle:
+        """Return how another process opens the extent, to write to it; before `commit` only.
+
+        Copies nothing. Raises `EmbeddingMismatchError` when dtype and shape do not come to `nbytes`.
+        """
+        self._check_size(dtype, shape)
+        view = self._ledger.arena.bytes_view(self._entry.extent).view(dtype).view(shape)
+        return Handle.of(view)
 
     def write(self, tensor: torch.Tensor, *, computed: bool = False) -> None:
         """Copy a contiguous tensor of `nbytes` bytes, from any device, into the extent; before `commit` only.

@@ -166,6 +166,7 @@ class SamplingParams:
     answer's tokens, `repetition_penalty` (1 is none) at the prompt's too. `min_p` keeps tokens of at least
     that share of the likeliest one's probability. `logprobs` is how many of the likeliest tokens are
     reported at each place of the answer beside the chosen one's log probability; None reports nothing.
+    `choices` is how many answers are drawn for the one prompt.
     """
 
     max_tokens: int | None = None
@@ -184,6 +185,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     constraint: Constraint | None = None
+    choices: int = 1
 
 
 @dataclass(frozen=True)
@@ -222,16 +224,19 @@ class PlaceLogprobs:
 
 @dataclass(frozen=True)
 class TokenDelta:
-    """Tokens that are new since the last delta. The last delta has a `finish_reason`.
+    """Tokens that are new since the choice's last delta. The last delta of each has a `finish_reason`.
 
-    `prompt_tokens` counts the prompt after the placeholders were expanded. `logprobs` has one entry for each
-    token where the request asked for them, and is empty otherwise.
+    `prompt_tokens` counts the prompt after the placeholders were expanded; for `cached_tokens` of them the
+    engine had keys and values already, None where it does not say. `logprobs` has one entry for each
+    token where the request asked for them, and is empty otherwise. `choice` counts from 0.
     """
 
     token_ids: tuple[int, ...]
     prompt_tokens: int
     finish_reason: FinishReason | None = None
     logprobs: tuple[PlaceLogprobs, ...] = ()
+    choice: int = 0
+    cached_tokens: int | None = None
 
 
 class Generator(Protocol):
@@ -264,6 +269,13 @@ class Generator(Protocol):
         does not copy them as a whole. Closing the generator stops the computation.
         Raises `PlaceholderMismatchError` when images and placeholders disagree,
         `EmbeddingMismatchError` when an embedding does not fit the model.
+        """
+        ...
+
+    async def failed(self) -> None:
+        """Return only by raising `EngineLostError`, once the engine's own processes are gone.
+
+        An engine that computes in this process never returns. Cancelling has no effect on anything else.
         """
         ...
 

@@ -15,6 +15,9 @@ GREEDY_BELOW = 1e-5
 MOST_LOGPROBS = 20
 """Most alternatives that a request may ask for at each place, as in OpenAI's API."""
 
+MOST_CHOICES = 128
+"""Most answers that a request may ask for, as in OpenAI's API."""
+
 _MOST_CHARACTERS = 200
 
 # A path, an address in memory, a name in the library, an object's repr: nothing for clients.
@@ -48,6 +51,14 @@ def check_sampling(sampling: SamplingParams) -> None:
             raise InvalidRequestError(rule)
     if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
         raise InvalidRequestError("min_tokens must not be larger than max_tokens")
+
+
+def check_one_choice(sampling: SamplingParams) -> None:
+    """Raise `InvalidRequestError` for more than one answer: for engines that give one."""
+    if sampling.choices != 1:
+        raise InvalidRequestError(
+            "n: this server's engine gives one answer a request; leave it out, or ask several times"
+        )
 
 
 def grid_of(

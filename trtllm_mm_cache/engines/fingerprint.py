@@ -59,6 +59,29 @@ def model_fingerprint(model_path: Path, *, engine: str, embedding_dtype: str) ->
     return digest.hexdigest()
 
 
+def transformers_fingerprint(
+    model_path: Path, *, release: str, dtype: str, embedding_dtype: str, images: str = "pil"
+) -> str:
+    """Return the fingerprint of what the tower of transformers `release` makes, computing in `dtype`.
+
+    `images` is the library that prepares the pixels: "pil" or "torchvision", whose pixels differ.
+
+    An engine without an encode worker of its own says with it whose embeddings it takes.
+
+    The release is part of it. It brings the image processor and the placeholder text,
+    and both have changed between releases in more than the last bit (default resampling, tiling,
+    marker tokens). The price is that a cache does not outlive an upgrade and that both workers must
+    be upgraded together; the alternative is a wrong embedding that nothing would notice. Left out is
+    what moves the last bits only: torch's version, the attention kernel, the processor's model.
+
+    Blocking: reads all weights. Raises as `model_fingerprint`.
+    """
+    engine = f"transformers {release} computing in {dtype}"
+    if images != "pil":
+        engine += f", images by {images}"
+    return model_fingerprint(model_path, engine=engine, embedding_dtype=embedding_dtype)
+
+
 def weight_files(model_path: Path) -> list[Path]:
     """Return the model's weight files in the order of their names: safetensors, else torch's .bin.
 

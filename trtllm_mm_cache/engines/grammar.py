@@ -12,7 +12,7 @@ from trtllm_mm_cache.engines.base import Constraint, SamplingParams
 from trtllm_mm_cache.engines.checks import fit_for_client
 from trtllm_mm_cache.errors import InvalidRequestError
 
-_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 """Between the parts of JSON. Without a bound a model can go on with spaces for ever."""
 
 WHAT = "structured output (response_format, guided_json, guided_regex, guided_choice)"
@@ -36,7 +36,7 @@ def grammar_of(constraint: Constraint) -> str:
     if constraint.kind == "regex":
         grammar = str(matcher.grammar_from_regex(constraint.text))
     else:
-        options = {"whitespace_pattern": _WHITESPACE}
+        options = {"whitespace_pattern": WHITESPACE}
         grammar = str(matcher.grammar_from_json_schema(_schema(constraint.text), overrides=options))
     if problem := matcher.validate_grammar(grammar):
         raise refusal(problem)

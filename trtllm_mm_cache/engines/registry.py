@@ -13,6 +13,7 @@ from trtllm_mm_cache.settings import EngineName
 
 if TYPE_CHECKING:
     from trtllm_mm_cache.engines.base import Generator, VisionEncoder
+    from trtllm_mm_cache.engines.own_tower import OwnTowerGenerator
 
 
 Half = Literal["encode", "pd"]
@@ -52,6 +53,13 @@ class Engine(Protocol):
 
     def load_generator(self, model_path: Path, args_file: Path | None) -> Generator:
         """Load the model's language half; on rank 0 of an mpirun job, spread over all its ranks."""
+        ...
+
+    def load_own_tower(self, model_path: Path, args_file: Path | None, *, kept: bool) -> OwnTowerGenerator:
+        """Load the whole model, vision tower included; `kept` says whether what that makes is cached.
+
+        Raises `ConfigurationError` where the engine takes embeddings of encode workers only.
+        """
         ...
 
     def follow(self, args_file: Path | None) -> None:

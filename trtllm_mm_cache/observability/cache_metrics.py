@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import accumulate
-from typing import Any
+from typing import Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from trtllm_mm_cache.cache.flight import SingleFlight
 from trtllm_mm_cache.cache.manager import CacheStatistics, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.statistics import AGE_BOUNDS_S, AgeStatistics
 from trtllm_mm_cache.cache.what_if import WhatIf
@@ -40,10 +39,25 @@ class CacheCollector(Collector):
         yield _eviction_ages(arenas)
 
 
+class FlightCounts(Protocol):
+    """What single flight counts, whoever does it; see `SingleFlight`."""
+
+    started: int
+    joined: int
+    failed: int
+    cancelled: int
+    waiters: int
+
+    @property
+    def in_flight(self) -> int:
+        """Flights under way."""
+        ...
+
+
 class FlightCollector(Collector):
     """The flights of one worker."""
 
-    def __init__(self, flights: SingleFlight[Any]) -> None:
+    def __init__(self, flights: FlightCounts) -> None:
         self._flights = flights
 
     def collect(self) -> Iterable[Metric]:

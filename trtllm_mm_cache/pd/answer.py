@@ -120,10 +120,13 @@ class PdWorker:
                 emit({"items": counts})
             with span("generate"):
                 # The leases are held until the engine is done with them: until its iterator is closed.
+                unfinished = request.generation.sampling.choices
                 async with aclosing(self._generator.generate(request.generation, items.leases)) as deltas:
                     async for delta in deltas:
-                        record.generated(len(delta.token_ids), finished=delta.finish_reason is not None)
+                        unfinished -= delta.finish_reason is not None
+                        record.generated(len(delta.token_ids), finished=unfinished == 0)
                         emit(_output(delta, record.tokens))
+                        items.first_token()
         finally:
             items.release()
 
@@ -143,14 +146,14 @@ def _failure(error: MmCacheError, mark: FrontendMark | None) -> Output:
 
 def _output(delta: TokenDelta, completion_tokens: int) -> Output:
     # With every delta: the frontend ends an answer by itself at the end token and looks no further.
-    output: Output = {
-        "token_ids": list(delta.token_ids),
-        "completion_usage": {
-            "prompt_tokens": delta.prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": delta.prompt_tokens + completion_tokens,
-        },
+    usage: dict[str, Any] = {
+        "prompt_tokens": delta.prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": delta.prompt_tokens + completion_tokens,
     }
+    if delta.cached_tokens is not None:
+        usage["prompt_tokens_details"] = {"cached_tokens": delta.cached_tokens}
+    output: Output = {"token_ids": list(delta.token_ids), "index": delta.choice, "completion_usage": usage}
     if delta.logprobs:
         output |= _logprobs(delta.logprobs)
     if delta.finish_reason is not None:

@@ -1,4 +1,7 @@
-"""The PD worker's memory: the arenas that NIXL READs into, and the reader that fills them."""
+"""The PD worker's memory: the arenas that NIXL READs into, and the reader that fills them.
+
+An aggregated worker's has one arena and no NIXL: its engine fills it.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +45,7 @@ class PdMemory:
         )
         cache, what_if = transit, None
         if capacity > 0:
-            policy = make_policy(settings.multimodal_embedding_cache_policy, capacity)
-            what_if = WhatIf(policy.name, capacity)
-            cache = await asyncio.to_thread(MultimodalEmbeddingCacheManager, capacity, policy=policy)
+            cache, what_if = await _make_cache(settings, capacity)
         if settings.engine in COPIES_IN_WORKER:
             for manager in {cache, transit}:
                 await asyncio.to_thread(manager.arena.page_lock)
@@ -64,3 +65,36 @@ class PdMemory:
         await self.agent.close(deadline_s=_CLOSE_DEADLINE_S)
         for manager in self.arenas.values():
             manager.close()
+
+
+@dataclass(frozen=True)
+class OwnTowerMemory:
+    """The cache of an aggregated worker. With capacity 0 it has no room for any embedding."""
+
+    cache: MultimodalEmbeddingCacheManager
+    what_if: WhatIf | None
+
+    @classmethod
+    async def create(cls, settings: PdSettings) -> OwnTowerMemory:
+        """Commit the memory. Raises `ConfigurationError` when it does not fit."""
+        arenas = settings.arena_bytes
+        capacity, _ = arenas.values()
+        await asyncio.to_thread(check_fits, arenas)
+        if capacity > 0:
+            return cls(*await _make_cache(settings, capacity))
+        return cls(await asyncio.to_thread(MultimodalEmbeddingCacheManager, 0), None)
+
+    @property
+    def arenas(self) -> dict[str, MultimodalEmbeddingCacheManager]:
+        """The manager by the name of its arena."""
+        return {self.cache.name: self.cache}
+
+    async def close(self) -> None:
+        """Release the arena."""
+        self.cache.close()
+
+
+async def _make_cache(settings: PdSettings, capacity: int) -> tuple[MultimodalEmbeddingCacheManager, WhatIf]:
+    policy = make_policy(settings.multimodal_embedding_cache_policy, capacity)
+    cache = await asyncio.to_thread(MultimodalEmbeddingCacheManager, capacity, policy=policy)
+    return cache, WhatIf(policy.name, capacity)

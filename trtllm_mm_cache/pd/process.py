@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry
 
 from trtllm_mm_cache.engines.base import Generator
+from trtllm_mm_cache.engines.own_tower import OwnTowerGenerator
 from trtllm_mm_cache.engines.ranks import place_in_job
 from trtllm_mm_cache.engines.registry import Engine, load_engine
 from trtllm_mm_cache.media import pixels_fingerprint
@@ -17,7 +22,7 @@ from trtllm_mm_cache.observability.memory import MemoryCollector
 from trtllm_mm_cache.observability.metrics import Exposition
 from trtllm_mm_cache.observability.traces import configure_tracing
 from trtllm_mm_cache.pd.answer import PdWorker
-from trtllm_mm_cache.pd.memory import PdMemory
+from trtllm_mm_cache.pd.memory import OwnTowerMemory, PdMemory
 from trtllm_mm_cache.pd.metrics import PdMetrics
 from trtllm_mm_cache.pd.resolve import ItemResolver
 from trtllm_mm_cache.runtime.allocator import bound_heaps
@@ -29,7 +34,9 @@ from trtllm_mm_cache.runtime.presence import serve_present
 from trtllm_mm_cache.runtime.readiness import announce_ready
 from trtllm_mm_cache.settings import PdSettings
 from trtllm_mm_cache.tiers.chain import TierChain
+from trtllm_mm_cache.tiers.configured import stored_tiers
 from trtllm_mm_cache.tiers.encode_remote import EncodeTier, EncodeWorkers
+from trtllm_mm_cache.tiers.own_tower import OwnTower
 from trtllm_mm_cache.tiers.receive import Receiver
 
 logger = logging.getLogger(__name__)
@@ -56,7 +63,7 @@ async def _serve(settings: PdSettings) -> None:
     # 10 GB takes seconds in which Python is free to import the engine.
     importing = asyncio.create_task(asyncio.to_thread(load_engine, settings.engine))
     try:
-        memory = await PdMemory.create(settings)
+        memory = await (OwnTowerMemory if settings.is_aggregated else PdMemory).create(settings)
     except BaseException:
         importing.cancel()
         raise
@@ -68,13 +75,23 @@ async def _serve(settings: PdSettings) -> None:
 
 
 async def _serve_model(
-    deployment: Deployment, memory: PdMemory, engine: Engine, model_path: Path, settings: PdSettings
+    deployment: Deployment,
+    memory: PdMemory | OwnTowerMemory,
+    engine: Engine,
+    model_path: Path,
+    settings: PdSettings,
 ) -> None:
     runtime, members = deployment.runtime, deployment.members
-    generator = await asyncio.to_thread(engine.load_generator, model_path, settings.extra_engine_args)
-    client = await runtime.endpoint(endpoint_path(settings.encode_endpoint)).client()
     metrics = PdMetrics()
-    resolver = make_resolver(settings, memory, EncodeClient(client, members), generator, metrics)
+    generator: Generator
+    if isinstance(memory, OwnTowerMemory):
+        load = partial(engine.load_own_tower, kept=memory.what_if is not None)
+        generator = own = await asyncio.to_thread(load, model_path, settings.extra_engine_args)
+        resolver = make_own_tower_resolver(settings, memory, own, metrics)
+    else:
+        generator = await asyncio.to_thread(engine.load_generator, model_path, settings.extra_engine_args)
+        client = await runtime.endpoint(endpoint_path(settings.encode_endpoint)).client()
+        resolver = make_resolver(settings, memory, EncodeClient(client, members), generator, metrics)
     me = runtime.endpoint(endpoint_path(settings.endpoint)).connection_id()
     admit = partial(members.admit, me, required=not settings.allow_unproven_requests)
     worker = PdWorker(generator, resolver, metrics, settings, admit)
@@ -82,9 +99,21 @@ async def _serve_model(
     control = Control(worker.drop)
     try:
         deployment.status.render = exposition.render
-        await _serve_endpoints(deployment, worker, control, model_path, settings)
+        await _while_alive(generator, _serve_endpoints(deployment, worker, control, model_path, settings))
     finally:
         await worker.close()
+
+
+async def _while_alive(generator: Generator, serving: Coroutine[Any, Any, None]) -> None:
+    """Serve until `serving` ends, or the engine's processes do: then raise `EngineLostError`."""
+    served, failed = asyncio.create_task(serving), asyncio.create_task(generator.failed())
+    try:
+        await asyncio.wait({served, failed}, return_when=asyncio.FIRST_COMPLETED)
+        await (failed if failed.done() else served)
+    finally:
+        for task in (served, failed):
+            task.cancel()
+        await asyncio.gather(served, failed, return_exceptions=True)
 
 
 def make_resolver(
@@ -96,16 +125,34 @@ def make_resolver(
 ) -> ItemResolver:
     """Put the parts of the items' way together; each registers its metrics in `metrics`."""
     registry = metrics.registry
-    registry.register(CacheCollector(memory.arenas))
+    _register_memory(registry, memory)
     registry.register(memory.reader)
-    registry.register(MemoryCollector())
-    if memory.what_if is not None:
-        registry.register(WhatIfCollector(memory.what_if))
     receiver = Receiver(memory.cache, memory.transit, memory.what_if, generator.check_embedding, registry)
     fingerprint = pixels_fingerprint(generator.fingerprint, settings.images)
     encoders = EncodeTier(encode_workers, memory.reader, fingerprint, settings, registry)
-    tiers = TierChain([encoders], receiver)
+    sizes = [manager.budget_bytes for manager in memory.arenas.values()]
+    stored = stored_tiers(settings.tiers, fingerprint, registry, arenas=sizes)
+    tiers = TierChain([encoders], receiver, stored)
     return ItemResolver(memory.cache, memory.what_if, tiers, fingerprint, settings, metrics)
+
+
+def make_own_tower_resolver(
+    settings: PdSettings, memory: OwnTowerMemory, generator: OwnTowerGenerator, metrics: PdMetrics
+) -> ItemResolver:
+    """Do the same for an aggregated worker."""
+    _register_memory(metrics.registry, memory)
+    fingerprint = pixels_fingerprint(generator.fingerprint, settings.images)
+    sizes = [manager.budget_bytes for manager in memory.arenas.values()]
+    stored = stored_tiers(settings.tiers, fingerprint, metrics.registry, arenas=sizes)
+    tower = OwnTower(memory.cache, memory.what_if, generator, settings, metrics.registry, stored)
+    return ItemResolver(memory.cache, memory.what_if, tower, fingerprint, settings, metrics)
+
+
+def _register_memory(registry: CollectorRegistry, memory: PdMemory | OwnTowerMemory) -> None:
+    registry.register(CacheCollector(memory.arenas))
+    registry.register(MemoryCollector())
+    if memory.what_if is not None:
+        registry.register(WhatIfCollector(memory.what_if))
 
 
 async def _serve_endpoints(

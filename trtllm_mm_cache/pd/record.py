@@ -39,7 +39,7 @@ class AnswerRecord:
         self._items = items
 
     def generated(self, tokens: int, *, finished: bool) -> None:
-        """`tokens` more tokens go to the client, the answer's last ones if it is `finished`."""
+        """`tokens` more tokens go to the client, the last of all answers to the request if `finished`."""
         self.tokens += tokens
         self._finished = finished
         if self._first_token is None and tokens and self._items is not None:

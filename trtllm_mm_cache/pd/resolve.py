@@ -6,7 +6,8 @@ Read it top to bottom; the steps bear the numbers of the design:
     2 bytes        fetched, size and format checked: `fetch.py`
     3 key          the content is the key
     4 lookup       a hit is a lease on the arena's view; done
-    5 miss         one flight per key; the tiers are asked in order: `tiers/chain.py`
+    5 miss         one flight per key; the tiers are asked in order: `tiers/chain.py`; in an aggregated worker
+                   the engine's own tower makes it during step 8, and steps 6 and 7 are `tiers/own_tower.py`
     6 fill         the tier writes straight into a reserved extent: `tiers/receive.py`
     7 commit       only after all that was announced agrees
 
@@ -20,8 +21,9 @@ import asyncio
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from trtllm_mm_cache.cache.flight import SingleFlight
 from trtllm_mm_cache.cache.key import EmbeddingKey, content_digest, embedding_key
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.scope import Scope
@@ -46,9 +48,11 @@ from trtllm_mm_cache.runtime.control import DropReport, DropRequest
 from trtllm_mm_cache.runtime.drops import Drops
 from trtllm_mm_cache.settings import MB, PdSettings
 from trtllm_mm_cache.tiers.base import MissingItem
-from trtllm_mm_cache.tiers.chain import TierChain
+from trtllm_mm_cache.tiers.misses import Misses
 
 logger = logging.getLogger(__name__)
+
+_DROP_S = 3600.0  # more than a drop may take; where it fails, until the next one
 
 
 class ItemResolver:
@@ -67,19 +71,18 @@ class ItemResolver:
         self,
         cache: MultimodalEmbeddingCacheManager,
         what_if: WhatIf | None,
-        tiers: TierChain,
+        misses: Misses,
         fingerprint: str,
         settings: PdSettings,
         metrics: PdMetrics,
     ) -> None:
         self._cache = cache
         self._what_if = what_if
-        self._tiers = tiers
+        self._misses = misses
         self._fingerprint = fingerprint
         self._require_salt = settings.multimodal_embedding_cache_require_salt
         self._metrics = metrics
         self._fetcher = MediaFetcher(settings, metrics)
-        self.flights: SingleFlight[Lease] = SingleFlight(share=Lease.clone, discard=Lease.release)
         self._drops = Drops()
         self.waiting = Admission(
             max_items=sys.maxsize,
@@ -102,7 +105,7 @@ class ItemResolver:
             ),
             room_for_small=True,
         )
-        for part in (FlightCollector(self.flights), self.waiting, self.incoming):
+        for part in (FlightCollector(misses.flights), self.waiting, self.incoming):
             metrics.registry.register(part)
 
     async def resolve(self, request: PdRequest, *, variant: str) -> ResolvedItems:
@@ -116,20 +119,20 @@ class ItemResolver:
         scope = Scope.of(request.generation.cache_salt, require_salt=self._require_salt)
         first_at: dict[Reference, int] = {}
         places = [first_at.setdefault(each, index) for index, each in enumerate(request.references)]
-        needs: dict[str, int] = {}
+        needs, filling = dict[str, int](), set[str]()
         with self.incoming.admitted(sum(each.nbytes for each in request.references)) as incoming:
             for index, reference in enumerate(request.references):
                 if places[index] != index:
                     reference.take()
                     incoming.shrink(reference.nbytes)
             works = [
-                self._resolve_one(index, reference, request, scope, variant, incoming, needs)
+                self._resolve_one(index, reference, request, scope, variant, incoming, needs, filling)
                 for reference, index in first_at.items()
             ]
             try:
                 found = dict(zip(first_at.values(), await all_or_first_error(works), strict=True))
             except (ArenaFullError, EntryTooLargeError):
-                self._tiers.check_can_fit(needs, retained=scope.retain)
+                self._misses.check_can_fit(needs, retained=scope.retain)
                 raise
         return ResolvedItems.of(places, found, seconds=time.perf_counter() - started)
 
@@ -140,18 +143,29 @@ class ItemResolver:
         when it has arrived, so that an encode worker that is asked to drop next misses nothing of it.
         """
         selection = request.selection
+        # Until the tiers have dropped too, nothing of it is retained: they may still bring it.
+        self._drops.bar(selection, seconds=request.bar_s or _DROP_S)
         self._drops.drop(selection)
         dropped = self._cache.drop_selected(selection)
         if self._what_if is not None:
             self._what_if.dropped(selection, dropped.keys)
         media = self._fetcher.forget()
         under_way = await self._drops.ended(selection, deadline_s=request.deadline_s)
-        return DropReport(entries=dropped.entries, nbytes=dropped.nbytes, media=media, under_way=under_way)
+        stored = await self._misses.drop(selection, deadline_s=request.deadline_s)
+        if not request.bar_s:
+            self._drops.unbar(selection)
+        return DropReport(
+            entries=dropped.entries,
+            nbytes=dropped.nbytes,
+            media=media,
+            under_way=under_way + stored.unfinished,
+            stored=stored.entries,
+            stored_bytes=stored.nbytes,
+        )
 
     async def close(self) -> None:
         """Cancel what flies, close the tiers and the media source."""
-        await self.flights.close()
-        await self._tiers.close()
+        await self._misses.close()
         await self._fetcher.close()
 
     async def _resolve_one(
@@ -163,6 +177,7 @@ class ItemResolver:
         variant: str,
         incoming: Admitted,
         needs: dict[str, int],
+        filling: set[str],
     ) -> Found:
         """Steps 2 to 7 for one item, whose bytes are `incoming` until its key is known."""
         fetched = 0
@@ -179,7 +194,7 @@ class ItemResolver:
                 info.width, info.height, request.processor_kwargs, variant, reference.kind
             )
             key, watch.content = await self._key(media, description, scope)
-            item = MissingItem(key, media, description, scope, watch, needs)
+            item = MissingItem(key, media, description, scope, watch, needs, filling)
             del media, watch  # the item's now, which may forget them
             incoming.shrink(reference.nbytes + fetched)
             looked_up = time.perf_counter()
@@ -222,15 +237,18 @@ class ItemResolver:
     # 4 lookup, 5 miss
     async def _find(self, item: MissingItem) -> Found:
         if item.scope.retain and (lease := self._look_up(item.key)) is not None:
+            self._misses.used(item, lease)
             return Found(lease, "hit")
-        if item.key.hex in self.flights:
-            item.release_media()
-        lease, joined = await self.flights.run(item.key.hex, lambda: self._load(item))
-        return Found(lease, "joined" if joined else "miss")
+        held, joined = await self._misses.find(item, self._loading)
+        return Found(held, "joined" if joined else "miss")
 
-    async def _load(self, item: MissingItem) -> Lease:
-        with self.waiting.admitted(len(item.media)), self._drops.loading(item.key.hex, item.watch):
-            return await self._tiers.load(item)
+    @contextmanager
+    def _loading(self, item: MissingItem) -> Iterator[Admitted]:
+        with (
+            self.waiting.admitted(len(item.media)) as admitted,
+            self._drops.loading(item.key.hex, item.watch),
+        ):
+            yield admitted
 
     def _look_up(self, key: EmbeddingKey) -> Lease | None:
         lease = self._cache.lease(key.hex)

@@ -10,13 +10,14 @@ from typing import Any
 from trtllm_mm_cache.cache.manager import Lease
 from trtllm_mm_cache.errors import MmCacheError
 from trtllm_mm_cache.pd.metrics import LookupOutcome
+from trtllm_mm_cache.tiers.filling import HeldFilling
 
 
 @dataclass(frozen=True)
 class Found:
-    """One item's lease and how it was come by."""
+    """One item's lease and how it was come by; or what the engine is to fill, in the place of a lease."""
 
-    lease: Lease
+    lease: Lease | HeldFilling
     outcome: LookupOutcome
 
 
@@ -28,7 +29,7 @@ class ResolvedItems:
     the prompt's rows, all that hits stand for are `hit_rows`.
     """
 
-    leases: tuple[Lease, ...]
+    leases: tuple[Lease | HeldFilling, ...]
     hits: int
     misses: int
     joined: int
@@ -43,7 +44,7 @@ class ResolvedItems:
         `places` has for each position the one at which its reference stands first, which `found` is by. One
         lease a position: a reference that stands twice gets a second lease on the same view.
         """
-        leases = []
+        leases: list[Lease | HeldFilling] = []
         for position, first in enumerate(places):
             lease = found[first].lease
             leases.append(lease if position == first else lease.clone())
@@ -62,6 +63,12 @@ class ResolvedItems:
     def keys(self) -> tuple[str, ...]:
         """The keys of the items, in prompt order."""
         return tuple(lease.key for lease in self.leases)
+
+    def first_token(self) -> None:
+        """The engine has made the first token, for which it needed every embedding. Again costs nothing."""
+        for lease in self.leases:
+            if isinstance(lease, HeldFilling):
+                lease.first_token()
 
     def release(self) -> None:
         """Release every lease. Idempotent."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from trtllm_mm_cache.engines.base import Constraint, SamplingParams
-from trtllm_mm_cache.engines.checks import MOST_LOGPROBS
+from trtllm_mm_cache.engines.checks import MOST_CHOICES, MOST_LOGPROBS
 from trtllm_mm_cache.errors import InvalidRequestError
 
 _Integer = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**64)]
@@ -33,7 +33,6 @@ _MAX_CONSTRAINT_CHARACTERS = 65536
 # Options that change the answer and that no engine here implements. A value equal to the one
 # named means "off", as clients send it.
 _UNSERVED: Mapping[str, tuple[Any, ...]] = {
-    "n": (None, 1),
     "best_of": (None, 1),
     "use_beam_search": (None, False),
     "length_penalty": (None, 1),
@@ -69,6 +68,7 @@ class SamplingOptions(BaseModel):
     min_p: Annotated[_Number, Field(ge=0, le=1)] | None = None
     logit_bias: dict[Any, _Bias] | None = Field(None, max_length=_MAX_BIASES)
     guided_decoding: dict[str, Any] | None = None
+    n: Annotated[_Integer, Field(ge=1, le=MOST_CHOICES)] | None = None
 
 
 class OutputOptions(BaseModel):
@@ -111,6 +111,7 @@ def read_sampling(
         logit_bias=_logit_bias(options.logit_bias or {}),
         logprobs=output.logprobs,
         constraint=_constraint(options.guided_decoding or {}),
+        choices=options.n or 1,
     )
 
 

@@ -27,6 +27,7 @@ class Plan:
 
     settings: ServeSettings
     engine: EngineName
+    encode_engine: EngineName
     model: str
 
     @property
@@ -53,7 +54,8 @@ class Plan:
 
     def encode_arguments(self) -> list[str]:
         """Return the command line of an encode worker."""
-        common = self.settings.model_copy(update={"extra_engine_args": self.settings.encode_engine_args})
+        theirs = {"engine": self.encode_engine, "extra_engine_args": self.settings.encode_engine_args}
+        common = self.settings.model_copy(update=theirs)
         own = [flag("endpoint"), self.settings.encode_endpoint]
         return [
             "encode",
@@ -101,11 +103,14 @@ def make_plan(settings: ServeSettings) -> Plan:
     the engine would refuse.
     """
     name = settings.engine or _best_engine()
-    engine = find_engine(name)
-    if importlib.util.find_spec(engine.PACKAGE) is None:
-        raise ConfigurationError(
-            f"ENGINE={name} needs the Python package {engine.PACKAGE}: pip install 'trtllm-mm-cache[{name}]'"
-        )
+    encode_name = settings.encode_engine or ("transformers" if name == "vllm" else name)
+    _check_mode(settings, name)
+    engine, encode_engine = find_engine(name), find_engine(encode_name)
+    _check_installed("ENGINE", name)
+    if settings.encode_python is None:
+        _check_installed("ENCODE_ENGINE", encode_name)
+    elif not os.access(settings.encode_python, os.X_OK):
+        raise ConfigurationError(f"ENCODE_PYTHON={settings.encode_python} cannot be run: name a Python")
     model = settings.model_path or (_TRTLLM_MODEL if name == "trtllm" else str(demo_model()))
     pd_file = settings.extra_engine_args or _engine_file(model, name, "pd.yaml")
     encode_file = settings.encode_engine_args or _engine_file(model, name, "encode.yaml")
@@ -116,17 +121,39 @@ def make_plan(settings: ServeSettings) -> Plan:
             )
     config = model_config(model)
     engine.check("pd", config, pd_file)
-    engine.check("encode", config, encode_file)
+    if not settings.is_aggregated:
+        encode_engine.check("encode", config, encode_file)
     decided = {
         "engine": name,
+        "encode_workers": 0 if settings.is_aggregated else settings.encode_workers,
         "model_path": model,
         "extra_engine_args": pd_file,
         "encode_engine_args": encode_file,
         "served_model_name": settings.served_model_name or Path(model).name,
     }
-    plan = Plan(settings.model_copy(update=decided), name, model)
+    plan = Plan(settings.model_copy(update=decided), name, encode_name, model)
     plan.job()
     return plan
+
+
+def _check_mode(settings: ServeSettings, engine: EngineName) -> None:
+    if settings.is_aggregated and engine != "vllm":
+        raise ConfigurationError(
+            f"--disaggregation-mode agg: the engine {engine} has no vision tower of its own; set ENGINE=vllm"
+        )
+    if engine == "vllm" and settings.pd_ranks > 1:
+        raise ConfigurationError(
+            f"PD_RANKS={settings.pd_ranks}: vLLM starts its ranks itself; set tensor_parallel_size in "
+            "the YAML file of the PD workers (PD_ENGINE_ARGS)"
+        )
+
+
+def _check_installed(variable: str, name: EngineName) -> None:
+    package = find_engine(name).PACKAGE
+    if importlib.util.find_spec(package) is None:
+        raise ConfigurationError(
+            f"{variable}={name} needs the Python package {package}: pip install 'trtllm-mm-cache[{name}]'"
+        )
 
 
 def _best_engine() -> EngineName:
@@ -138,5 +165,7 @@ def _best_engine() -> EngineName:
 
 
 def _engine_file(model: str, engine: EngineName, name: str) -> Path:
-    folder = "cpu-demo" if engine == "transformers" else Path(model).name.lower()
-    return shipped("configs") / folder / name
+    """Return where the file lies that is meant when none is named; `engine` is the PD workers'."""
+    for_any = engine == "transformers" or (engine == "vllm" and Path(model) == demo_model())
+    folder = shipped("configs") / ("cpu-demo" if for_any else Path(model).name.lower())
+    return folder / "vllm" / name if engine == "vllm" else folder / name

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -107,7 +108,8 @@ def _specs(plan: Plan) -> Iterator[Spec]:
             f"{Kind.ENCODE.value} {number + 1}",
             plan.encode_arguments(),
             variables=_devices(settings.encode_cuda_visible_devices),
-            warm=True,
+            warm=settings.encode_python is None and plan.encode_engine == plan.engine,
+            python=str(settings.encode_python or sys.executable),
         )
     job = plan.job()
     # mpirun kills its ranks half a second after SIGTERM, and leaves them behind after SIGKILL. SIGUSR1 it

@@ -37,7 +37,7 @@ class Spec:
     added to the environment. `warm`: it may be forked from the process that has the engine. `drain_signal`
     tells it to finish; `end_signal` ends it, and is what the kernel sends when `serve` is killed. It serves
     when `probe`, a URL, answers; without one it says so by itself (`runtime.readiness`). `port` is that of
-    its metrics; without one it gets one that is free.
+    its metrics; without one it gets one that is free. `python` runs it where it is not forked.
     """
 
     kind: Kind
@@ -46,6 +46,7 @@ class Spec:
     job: Sequence[str] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
     warm: bool = False
+    python: str = sys.executable
     probe: str | None = None
     port: int | None = None
     drain_signal: signal.Signals = signal.SIGTERM
@@ -128,7 +129,7 @@ class Service:
         return await self._warm.fork(self.spec.arguments, variables, output, name)
 
     def _spawn(self, environment: Mapping[str, str], output: int) -> Child:
-        command = [*self.spec.job, sys.executable, "-m", "trtllm_mm_cache.cli", *self.spec.arguments]
+        command = [*self.spec.job, self.spec.python, "-m", "trtllm_mm_cache.cli", *self.spec.arguments]
         nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         try:
             return self._children.spawn(

@@ -31,13 +31,26 @@ class ServeSettings(FrontendOptions, PdOptions):
     )
     extra_engine_args: Path | None = Field(
         None,
-        description="YAML file with the PD engine's own settings. Default: configs/MODEL/pd.yaml.",
+        description="YAML file with the PD engine's own settings. Default: configs/MODEL/pd.yaml, with "
+        "`vllm` configs/MODEL/vllm/pd.yaml.",
         json_schema_extra={"env": "PD_ENGINE_ARGS"},
     )
     encode_engine_args: Path | None = Field(
         None,
-        description="The same for the encode engine. Default: configs/MODEL/encode.yaml.",
+        description="The same for the encode engine. Default: encode.yaml in the same folder.",
         json_schema_extra={"env": "ENCODE_ENGINE_ARGS"},
+    )
+    encode_engine: EngineName | None = Field(
+        None,
+        description="Engine of the encode workers. Default: the PD workers'; with `vllm` there, "
+        "`transformers`.",
+        json_schema_extra={"env": "ENCODE_ENGINE"},
+    )
+    encode_python: Path | None = Field(
+        None,
+        description="Python that runs the encode workers, where their engine is in another virtual "
+        "environment. Default: the one of this command.",
+        json_schema_extra={"env": "ENCODE_PYTHON"},
     )
     encode_extra_args: str = Field(
         "",

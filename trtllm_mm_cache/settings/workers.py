@@ -20,6 +20,7 @@ from trtllm_mm_cache.settings.base import (
     constant,
 )
 from trtllm_mm_cache.settings.media import ImageLimits, MediaSettings
+from trtllm_mm_cache.settings.tiers import TierSettings
 
 
 class WorkerSettings(RuntimeSettings):
@@ -44,7 +45,9 @@ class EngineSettings(WorkerSettings):
 
     model_path: str = Field(description="Model directory, or a name on the Hugging Face hub.")
     engine: EngineName = Field(
-        "transformers", description="Engine that runs the model: `trtllm` on GPUs, `transformers` anywhere."
+        "transformers",
+        description="Engine that runs the model: `trtllm` on GPUs, `vllm` on GPUs or the CPU, `transformers` "
+        "anywhere.",
     )
     extra_engine_args: Path | None = Field(
         None, description="YAML file with the engine's own settings; see configs/."
@@ -80,6 +83,7 @@ class EncodeSettings(EngineSettings):
     multimodal_embedding_cache_policy: EvictionPolicyName = Field(
         "lru", description="What leaves the arena first when it is full, as on the PD worker."
     )
+    tiers: TierSettings = TierSettings()
     max_batch_images: int = Field(8, ge=1, le=1024, description="Most images in one vision-tower batch.")
     preprocess_threads: int = Field(2, ge=1, le=256, description="Threads that decode and preprocess images.")
     max_prepared_mb: float = Field(
@@ -118,6 +122,11 @@ class PdOptions(WorkerSettings):
         description="Dynamo endpoint of the encode workers.",
         json_schema_extra={"env": "ENCODE_ENDPOINT"},
     )
+    disaggregation_mode: Literal["pd", "agg"] = Field(
+        "pd",
+        description="Who runs the vision tower: with `pd` encode workers; with `agg` the PD worker's engine, "
+        "which must be `vllm`, and there are no encode workers.",
+    )
     multimodal_embedding_cache_capacity_gb: float = Field(
         0,
         ge=0,
@@ -135,6 +144,7 @@ class PdOptions(WorkerSettings):
         description="Let only requests that carry a `cache_salt` share embeddings, each with those of the "
         "same salt. Requests without one are served past the cache and share nothing.",
     )
+    tiers: TierSettings = TierSettings()
     transfer_arena_mb: float = Field(
         128,
         ge=1,
@@ -177,13 +187,18 @@ class PdOptions(WorkerSettings):
 
     @property
     def arena_bytes(self) -> dict[str, int]:
-        """Sizes in bytes of cache and transit arena, by the flags that set them."""
-        return {
-            flag("multimodal_embedding_cache_capacity_gb"): int(
-                self.multimodal_embedding_cache_capacity_gb * GB
-            ),
-            flag("transfer_arena_mb"): int(self.transfer_arena_mb * MB),
-        }
+        """Sizes in bytes of cache and transit arena, by the flags that set them.
+
+        An aggregated worker has no transit arena: what is not cached stays inside its engine.
+        """
+        cache = int(self.multimodal_embedding_cache_capacity_gb * GB)
+        transit = 0 if self.is_aggregated else int(self.transfer_arena_mb * MB)
+        return {flag("multimodal_embedding_cache_capacity_gb"): cache, flag("transfer_arena_mb"): transit}
+
+    @property
+    def is_aggregated(self) -> bool:
+        """Whether the PD worker's engine runs the vision tower itself."""
+        return self.disaggregation_mode == "agg"
 
 
 class PdSettings(PdOptions, EngineSettings):

@@ -68,7 +68,7 @@ class Receiver(Collector):
     async def receive(self, item: MissingItem, found: Found) -> Lease:
         """Return a lease on the embedding of `item` that a tier has `found`; see `tiers.base.Receive`."""
         try:
-            dtype = _dtype(found)
+            dtype = announced_dtype(found)
             item.needs[item.key.hex] = found.nbytes
             self._check(item.description, found.shape, dtype, found.metadata)
             with self._reserve_step.time():
@@ -148,10 +148,11 @@ class Receiver(Collector):
         return self._transit.reserve(item.key.hex, nbytes, owner=_UNCACHED)
 
 
-def _dtype(found: Found) -> torch.dtype:
+def announced_dtype(found: Found) -> torch.dtype:
     """Return the dtype that is announced, if the size is what it makes of the shape.
 
-    Looked at again at the commit; here, before room is made for what may be a wrong size.
+    Looked at again at the commit; here, before room is made for what may be a wrong size. Raises
+    `EmbeddingMismatchError`.
     """
     dtype = getattr(torch, found.dtype, None)
     if not isinstance(dtype, torch.dtype):

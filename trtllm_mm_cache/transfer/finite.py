@@ -25,7 +25,8 @@ _INTEGERS: Mapping[str, tuple[Any, Any, int]] = {
     "float64": (np.int64, np.uint64, 0x7FF0000000000000),
 }
 
-_PIECE_BYTES = 512 * 1024
+PIECE_BYTES = 512 * 1024
+"""What stays in the processor's cache between two checks of the same bytes."""
 
 # Called through CDLL, it runs without the GIL.
 _memmove = ctypes.CDLL(None).memmove
@@ -44,16 +45,20 @@ def checksum_and_finite(
     """
     memory = memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
     digest = xxhash.xxh3_64()
-    integers = _INTEGERS.get(dtype or "")
     finite = True
-    for start in range(0, nbytes, _PIECE_BYTES):
-        piece = memory[start : start + _PIECE_BYTES]
+    for start in range(0, nbytes, PIECE_BYTES):
+        piece = memory[start : start + PIECE_BYTES]
         if source is not None:
             _memmove(address + start, source + start, len(piece))
         digest.update(piece)
-        if integers is not None:
-            finite &= _is_finite(piece, *integers)
+        finite &= is_finite(piece, dtype)
     return digest.intdigest(), finite
+
+
+def is_finite(piece: memoryview, dtype: str | None) -> bool:
+    """Whether a piece of values of torch's `dtype` holds no NaN and no infinity; as above for others."""
+    integers = _INTEGERS.get(dtype or "")
+    return integers is None or _is_finite(piece, *integers)
 
 
 def _is_finite(piece: memoryview, signed: Any, unsigned: Any, infinity: int) -> bool:

@@ -59,6 +59,7 @@ def test_one_by_one(given: dict[str, Any], expected: dict[str, Any], peer: Any) 
         ({"min_p": 0.1}, "min_p is not served with TensorRT-LLM"),
         ({"logit_bias": {3: 1.0}}, "logit_bias is not served with TensorRT-LLM"),
         ({"logprobs": 21}, "logprobs must be from 0 to 20"),
+        ({"choices": 2}, "n: this server's engine gives one answer"),
     ],
 )
 def test_what_cannot_be_served_is_refused(given: dict[str, Any], says: str) -> None:
@@ -72,7 +73,7 @@ def test_no_field_of_ours_is_dropped() -> None:
         *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "seed"),
         *("stop", "stop_token_ids", "ignore_eos"),
         *("presence_penalty", "frequency_penalty", "repetition_penalty", "min_p", "logit_bias"),
-        *("logprobs", "constraint"),
+        *("logprobs", "constraint", "choices"),
     }
 
 

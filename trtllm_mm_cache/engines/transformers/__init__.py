@@ -8,11 +8,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from trtllm_mm_cache.engines.engine_args import load_engine_args
-from trtllm_mm_cache.engines.transformers.architectures import architecture_of
+from trtllm_mm_cache.engines.huggingface.architectures import architecture_of
 from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs, dtype_name
+from trtllm_mm_cache.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from trtllm_mm_cache.engines.transformers.encoder import TransformersVisionEncoder
@@ -29,6 +30,7 @@ __all__ = [
     "follow",
     "import_all",
     "load_generator",
+    "load_own_tower",
     "load_vision_encoder",
 ]
 
@@ -81,6 +83,15 @@ def load_generator(model_path: Path, args_file: Path | None) -> TransformersGene
 
     args = load_engine_args(args_file, TransformersEngineArgs)
     return TransformersGenerator(model_path, args, ranks_of_job(model_path))
+
+
+def load_own_tower(model_path: Path, args_file: Path | None, *, kept: bool) -> NoReturn:
+    """Raise `ConfigurationError`: its vision tower runs in encode workers. See `engines.registry`."""
+    del model_path, args_file, kept
+    raise ConfigurationError(
+        "transformers takes embeddings of encode workers only: leave out --disaggregation-mode agg, "
+        "or use --engine vllm"
+    )
 
 
 def follow(args_file: Path | None) -> None:

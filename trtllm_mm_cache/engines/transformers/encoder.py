@@ -14,13 +14,8 @@ from PIL import Image
 
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem
-from trtllm_mm_cache.engines.transformers.loading import (
-    fingerprint_of,
-    first_line,
-    load_processor,
-    load_vision_half,
-    read_config,
-)
+from trtllm_mm_cache.engines.huggingface.model_files import first_line, load_processor, read_config
+from trtllm_mm_cache.engines.transformers.loading import fingerprint_of, load_vision_half
 from trtllm_mm_cache.engines.transformers.preprocess import ImagePreprocessor, ProcessedImage
 from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs
 from trtllm_mm_cache.errors import ConfigurationError, EncodeFailedError, MmCacheError

@@ -1,4 +1,4 @@
-"""Embeddings as this engine stores them, and as the language model takes them."""
+"""Embeddings as the language model takes them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from trtllm_mm_cache.engines.transformers.architectures import Architecture
-from trtllm_mm_cache.errors import EmbeddingMismatchError
+from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
 
 
 @dataclass
@@ -20,54 +18,24 @@ class _EncoderOutput(BaseModelOutputWithPooling):  # type: ignore[misc]
     deepstack_features: list[list[torch.Tensor]] | None = None
 
 
-@dataclass(frozen=True)
-class FeatureLayout:
-    """What every embedding of a model must look like: `[rows, hidden * (1 + levels)]` of `dtype`.
+def encoder_output(
+    layout: FeatureLayout, tensors: Sequence[torch.Tensor], device: torch.device | None = None
+) -> BaseModelOutputWithPooling:
+    """Return `tensors` as `generate` takes them, in prompt order.
 
-    Columns `0..hidden` are what replaces the placeholder's token embeddings; each further block of
-    `hidden` columns is one deepstack level.
+    On the CPU they are views, and Hugging Face copies them once, into one tensor; several images for an
+    architecture that wants them as one tensor are copied here instead. To a GPU each goes by one copy
+    into its place in one tensor there; the leases can be released when this returns.
     """
-
-    hidden: int
-    levels: int
-    dtype: torch.dtype
-    as_tensor: bool
-
-    @classmethod
-    def of(cls, config: PreTrainedConfig, architecture: Architecture, dtype: torch.dtype) -> FeatureLayout:
-        """Return the layout of a model whose embeddings are stored as `dtype`."""
-        levels = len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())
-        return cls(config.get_text_config().hidden_size, levels, dtype, architecture.features_as_tensor)
-
-    def check(
-        self, shape: Sequence[int], dtype: torch.dtype, rows: int, item_index: int | None = None
-    ) -> None:
-        """Raise `EmbeddingMismatchError` unless shape and dtype are those of an embedding of `rows` rows."""
-        wanted = (rows, self.hidden * (1 + self.levels))
-        if tuple(shape) != wanted or dtype != self.dtype:
-            raise EmbeddingMismatchError(
-                f"the embedding is {dtype} {list(shape)}, this model takes {self.dtype} {list(wanted)}",
-                item_index=item_index,
-            )
-
-    def encoder_output(
-        self, tensors: Sequence[torch.Tensor], device: torch.device | None = None
-    ) -> BaseModelOutputWithPooling:
-        """Return `tensors` as `generate` takes them, in prompt order.
-
-        On the CPU they are views, and Hugging Face copies them once, into one tensor; several images for an
-        architecture that wants them as one tensor are copied here instead. To a GPU each goes by one copy
-        into its place in one tensor there; the leases can be released when this returns.
-        """
-        if device is not None and device.type != "cpu":
-            tensors = joined_on(device, tensors)
-        blocks = [torch.split(tensor, self.hidden, dim=-1) for tensor in tensors]
-        features = [block[0] for block in blocks]
-        deepstack = [[block[1 + level] for block in blocks] for level in range(self.levels)]
-        if self.as_tensor:
-            joined = features[0] if len(features) == 1 else torch.cat(features)
-            return _EncoderOutput(pooler_output=joined)
-        return _EncoderOutput(pooler_output=features, deepstack_features=deepstack or None)
+    if device is not None and device.type != "cpu":
+        tensors = joined_on(device, tensors)
+    blocks = [torch.split(tensor, layout.hidden, dim=-1) for tensor in tensors]
+    features = [block[0] for block in blocks]
+    deepstack = [[block[1 + level] for block in blocks] for level in range(layout.levels)]
+    if layout.as_tensor:
+        joined = features[0] if len(features) == 1 else torch.cat(features)
+        return _EncoderOutput(pooler_output=joined)
+    return _EncoderOutput(pooler_output=features, deepstack_features=deepstack or None)
 
 
 def joined_on(device: torch.device, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

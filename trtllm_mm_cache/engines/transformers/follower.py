@@ -11,9 +11,11 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from trtllm_mm_cache.cache.arena.handle import OpenArenas
+from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
+from trtllm_mm_cache.engines.huggingface.model_files import first_line, read_config
 from trtllm_mm_cache.engines.ranks import Place, place_in_job
-from trtllm_mm_cache.engines.transformers.features import FeatureLayout
-from trtllm_mm_cache.engines.transformers.loading import first_line, load_text_half, read_config
+from trtllm_mm_cache.engines.transformers.features import encoder_output
+from trtllm_mm_cache.engines.transformers.loading import load_text_half
 from trtllm_mm_cache.engines.transformers.lockstep import (
     Decision,
     FollowedEnd,
@@ -47,7 +49,7 @@ class Follower:
         inputs: dict[str, Any] = {name: torch.tensor(value) for name, value in work.numbers.items()}
         if work.embeddings:
             tensors = [self._arenas.tensor(handle) for handle in work.embeddings]
-            inputs["mm_encoder_outputs"] = {"image": self._layout.encoder_output(tensors)}
+            inputs["mm_encoder_outputs"] = {"image": encoder_output(self._layout, tensors)}
         token = FollowedToken(self._receive_decision)
         self._model.generate(
             **inputs,

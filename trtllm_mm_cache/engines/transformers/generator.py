@@ -22,20 +22,17 @@ from trtllm_mm_cache.engines.base import (
     SamplingParams,
     TokenDelta,
 )
-from trtllm_mm_cache.engines.transformers.architectures import MULTI_IMAGE, SINGLE_IMAGE
+from trtllm_mm_cache.engines.huggingface.architectures import MULTI_IMAGE, SINGLE_IMAGE
+from trtllm_mm_cache.engines.huggingface.embedding_check import EmbeddingCheck
+from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
+from trtllm_mm_cache.engines.huggingface.model_files import load_processor, read_config
+from trtllm_mm_cache.engines.huggingface.prompt import PromptExpander
 from trtllm_mm_cache.engines.transformers.constraint import ConstraintCompiler
-from trtllm_mm_cache.engines.transformers.embedding_check import EmbeddingCheck
-from trtllm_mm_cache.engines.transformers.features import FeatureLayout
+from trtllm_mm_cache.engines.transformers.features import encoder_output
 from trtllm_mm_cache.engines.transformers.leader import Alone, Ranks
-from trtllm_mm_cache.engines.transformers.loading import (
-    fingerprint_of,
-    load_processor,
-    load_text_half,
-    read_config,
-)
+from trtllm_mm_cache.engines.transformers.loading import fingerprint_of, load_text_half
 from trtllm_mm_cache.engines.transformers.lockstep import Limits
 from trtllm_mm_cache.engines.transformers.prepare import PreparedRequest, RequestPreparer
-from trtllm_mm_cache.engines.transformers.prompt import PromptExpander
 from trtllm_mm_cache.engines.transformers.sampling import (
     ModelsLogprobs,
     logits_processors,
@@ -159,6 +156,10 @@ class TransformersGenerator:
         prepared = self._prepare(replace(request, sampling=SamplingParams(max_tokens=1)), leases)
         return self._executor.submit(self._first_logits, prepared).result()
 
+    async def failed(self) -> None:
+        """Never return: the model computes in this process."""
+        await asyncio.get_running_loop().create_future()
+
     async def close(self) -> None:
         """Cancel what runs and what waits, and free the model once the thread has left it."""
         self._closed = True
@@ -204,7 +205,7 @@ class TransformersGenerator:
         """Return the inputs, with the embeddings where the model is; not before the request's turn."""
         if not prepared.embeddings:
             return dict(prepared.inputs)
-        output = self._layout.encoder_output(prepared.embeddings, self._model.device)
+        output = encoder_output(self._layout, prepared.embeddings, self._model.device)
         return {**prepared.inputs, "mm_encoder_outputs": {"image": output}}
 
     def _first_logits(self, prepared: PreparedRequest) -> torch.Tensor:

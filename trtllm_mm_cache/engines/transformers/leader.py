@@ -11,8 +11,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from trtllm_mm_cache.cache.arena.handle import Handle
 from trtllm_mm_cache.engines.base import LeasedEmbedding
+from trtllm_mm_cache.engines.huggingface.model_files import first_line
 from trtllm_mm_cache.engines.ranks import place_in_job
-from trtllm_mm_cache.engines.transformers.loading import first_line
 from trtllm_mm_cache.engines.transformers.lockstep import (
     AnnouncedEnd,
     Limits,

@@ -11,12 +11,12 @@ import torch
 
 from trtllm_mm_cache.cache.arena.handle import Handle
 from trtllm_mm_cache.engines.base import GenerationRequest, LeasedEmbedding, SamplingParams
-from trtllm_mm_cache.engines.checks import check_sampling, grid_of
-from trtllm_mm_cache.engines.transformers.architectures import Architecture
+from trtllm_mm_cache.engines.checks import check_one_choice, check_sampling, grid_of
+from trtllm_mm_cache.engines.huggingface.architectures import Architecture
+from trtllm_mm_cache.engines.huggingface.embedding_check import placeholder_of
+from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
+from trtllm_mm_cache.engines.huggingface.prompt import PromptExpander
 from trtllm_mm_cache.engines.transformers.constraint import FollowedConstraint
-from trtllm_mm_cache.engines.transformers.embedding_check import placeholder_of
-from trtllm_mm_cache.engines.transformers.features import FeatureLayout
-from trtllm_mm_cache.engines.transformers.prompt import PromptExpander
 from trtllm_mm_cache.errors import InvalidRequestError, PlaceholderMismatchError
 
 
@@ -61,6 +61,7 @@ class RequestPreparer:
         Raises `InvalidRequestError`, `PlaceholderMismatchError` or `EmbeddingMismatchError`.
         """
         check_sampling(request.sampling)
+        check_one_choice(request.sampling)
         self._check_token_ids(request.token_ids)
         for token_id in request.sampling.logit_bias:
             if not 0 <= token_id < self.vocabulary:

@@ -13,15 +13,15 @@ from transformers import PreTrainedConfig, ProcessorMixin
 
 from trtllm_mm_cache.engines.base import EmbeddingShape, EncodeItem
 from trtllm_mm_cache.engines.checks import fit_for_client
-from trtllm_mm_cache.engines.transformers.architectures import (
+from trtllm_mm_cache.engines.huggingface.architectures import (
     MULTI_IMAGE,
     SINGLE_IMAGE,
     Architecture,
     architecture_of,
 )
-from trtllm_mm_cache.engines.transformers.features import FeatureLayout
-from trtllm_mm_cache.engines.transformers.loading import load_config, load_processor
-from trtllm_mm_cache.engines.transformers.processor_kwargs import configured_bounds, image_kwargs
+from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
+from trtllm_mm_cache.engines.huggingface.model_files import load_config, load_processor
+from trtllm_mm_cache.engines.huggingface.processor_kwargs import configured_bounds, image_kwargs
 from trtllm_mm_cache.engines.transformers.settings import torch_dtype
 from trtllm_mm_cache.errors import InvalidImageError
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from trtllm_mm_cache.engines.engine_args import load_engine_args
 from trtllm_mm_cache.engines.trtllm.settings import TrtllmEncoderArgs, TrtllmLlmArgs
@@ -31,6 +31,7 @@ __all__ = [
     "follow",
     "import_all",
     "load_generator",
+    "load_own_tower",
     "load_vision_encoder",
 ]
 
@@ -82,6 +83,15 @@ def load_generator(model_path: Path, args_file: Path | None) -> TrtllmGenerator:
     from trtllm_mm_cache.engines.trtllm.generator import TrtllmGenerator
 
     return TrtllmGenerator(model_path, load_engine_args(args_file, TrtllmLlmArgs))
+
+
+def load_own_tower(model_path: Path, args_file: Path | None, *, kept: bool) -> NoReturn:
+    """Raise `ConfigurationError`: its vision tower runs in encode workers. See `engines.registry`."""
+    del model_path, args_file, kept
+    raise ConfigurationError(
+        "TensorRT-LLM takes embeddings of encode workers only: leave out --disaggregation-mode agg, "
+        "or use --engine vllm"
+    )
 
 
 def follow(args_file: Path | None) -> None:

@@ -145,6 +145,10 @@ class TrtllmGenerator:
         finally:
             await self._end(result, prepared)
 
+    async def failed(self) -> None:
+        """Never return: TensorRT-LLM does not say that its executor ended, requests fail then."""
+        await asyncio.get_running_loop().create_future()
+
     async def close(self) -> None:
         """Abort what runs, stop the engine and free the model."""
         llm, self._llm = self._llm, None

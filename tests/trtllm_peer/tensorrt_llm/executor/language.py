@@ -24,9 +24,11 @@ from transformers import (
 from tensorrt_llm._torch.shared_tensor import SharedTensorContainer
 from tensorrt_llm.sampling_params import SamplingParams
 from trtllm_mm_cache.engines import base
+from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
+from trtllm_mm_cache.engines.huggingface.model_files import read_config
 from trtllm_mm_cache.engines.transformers.constraint import ConstraintCompiler
-from trtllm_mm_cache.engines.transformers.features import FeatureLayout
-from trtllm_mm_cache.engines.transformers.loading import load_text_half, read_config
+from trtllm_mm_cache.engines.transformers.features import encoder_output
+from trtllm_mm_cache.engines.transformers.loading import load_text_half
 from trtllm_mm_cache.engines.transformers.sampling import logits_processors
 from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs
 
@@ -72,7 +74,7 @@ class LanguageModel:
         ids = torch.tensor([request["token_ids"]])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if views:
-            inputs |= {"mm_encoder_outputs": {"image": self._layout.encoder_output(views)}}
+            inputs |= {"mm_encoder_outputs": {"image": encoder_output(self._layout, views)}}
         if self._architecture.has_grid:
             inputs["mm_token_type_ids"] = (ids == self._config.image_token_id).int()
             self._model.model.rope_deltas = None

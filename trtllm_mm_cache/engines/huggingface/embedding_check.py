@@ -15,10 +15,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.engines.base import ItemDescription
 from trtllm_mm_cache.engines.checks import grid_of
-from trtllm_mm_cache.engines.transformers.architectures import Architecture
-from trtllm_mm_cache.engines.transformers.features import FeatureLayout
-from trtllm_mm_cache.engines.transformers.processor_kwargs import configured_bounds, image_kwargs
-from trtllm_mm_cache.engines.transformers.prompt import PromptExpander
+from trtllm_mm_cache.engines.huggingface.architectures import Architecture
+from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
+from trtllm_mm_cache.engines.huggingface.processor_kwargs import configured_bounds, image_kwargs
+from trtllm_mm_cache.engines.huggingface.prompt import PromptExpander
 from trtllm_mm_cache.errors import EmbeddingMismatchError
 
 

@@ -1,0 +1,134 @@
+"""Settings of the vLLM engine: the keys of its `pd.yaml`, named as in vLLM's `AsyncEngineArgs` (0.32).
+
+Only what is given is passed on, so that vLLM's own defaults hold. What this project must decide itself is
+not a key: `FORCED` says why. A key that is not listed is refused before vLLM is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import Field, model_validator
+
+from trtllm_mm_cache.engines.engine_args import EngineArgs
+from trtllm_mm_cache.errors import ConfigurationError
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+
+FORCED: Final[Mapping[str, str]] = {
+    "model": "it is --model-path",
+    "tokenizer": "it is the model's own",
+    "ec_transfer_config": "embeddings reach vLLM by this project's own connector",
+    "worker_extension_cls": "it holds this project's wait for loads of embeddings",
+    "mm_processor_cache_gb": "it is 0: the PD worker's cache is the cache, and vLLM's would ask for images "
+    "that it never sees",
+    "mm_encoder_only": "a PD worker runs the language model",
+    "language_model_only": "vLLM would refuse prompts with images",
+    "enable_mm_embeds": "embeddings come by handle, not in requests",
+    "limit_mm_per_prompt": "it is --max-images-per-request",
+    "skip_mm_profiling": "it follows from who runs the vision tower",
+    "max_logprobs": "it is 20, as in OpenAI's API",
+    "logprobs_mode": "log probabilities are the model's own, whatever the engine",
+    "model_impl": "only vLLM's own models take embeddings by handle",
+    "generation_config": "what a request leaves open is the API's to say",
+    "enable_log_requests": "a request's text is not for the log",
+    "structured_outputs_config": "it is guidance, which bounds what a schema may cost",
+}
+"""Keys of vLLM that are not an operator's to set, with the reason."""
+
+
+class VllmEngineArgs(EngineArgs):
+    """How vLLM loads and runs the model, and whose embeddings it takes.
+
+    `dtype` and what begins with `encoder_` are part of the fingerprint.
+    """
+
+    dtype: DtypeName | None = Field(
+        None,
+        description="What to compute in, and what embeddings are stored in: embedding_dtype in encode.yaml "
+        "must be the same. Default: the model's own.",
+    )
+    encoder_dtype: DtypeName = Field(
+        "float32",
+        description="What the encode worker's tower computes in: its `dtype`, which is float32 on a cpu and "
+        "bfloat16 on cuda unless set.",
+    )
+    encoder_image_processor: Literal["pil", "torchvision"] = Field(
+        "pil", description="What prepares images for the encode worker's tower: its `image_processor`."
+    )
+    encoder_transformers: str | None = Field(
+        None,
+        description="Release of transformers in the encode worker's environment. Default: the one here.",
+    )
+    tensor_parallel_size: int = Field(1, ge=1, description="Workers that share each layer.")
+    pipeline_parallel_size: int = Field(1, ge=1, description="Workers in a pipeline of layers.")
+    enable_expert_parallel: bool = Field(False, description="Spread experts over the workers.")
+    max_model_len: int | None = Field(
+        None, ge=1, description="Longest prompt with its answer, in tokens. Default: the model's own."
+    )
+    max_num_seqs: int | None = Field(None, ge=1, description="Most answers that decode together.")
+    max_num_batched_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Most tokens in one step; also the most rows that one image may have, and all images "
+        "that vLLM holds at a time.",
+    )
+    enable_chunked_prefill: bool | None = Field(None, description="Split long prefills over steps.")
+    enable_prefix_caching: bool | None = Field(
+        None, description="Share keys and values among prompts with equal beginnings. vLLM's default is on."
+    )
+    block_size: int | None = Field(None, ge=1, description="Tokens in one block of the KV cache.")
+    gpu_memory_utilization: float | None = Field(
+        None, gt=0, le=1, description="Share of the GPU's memory that vLLM may take."
+    )
+    kv_cache_memory_bytes: int | None = Field(None, ge=1, description="Size of the KV cache in bytes.")
+    num_gpu_blocks_override: int | None = Field(
+        None, ge=1, description="Blocks of the KV cache, whatever memory there is."
+    )
+    kv_cache_dtype: str | None = Field(None, description="What keys and values are stored in.")
+    quantization: str | None = Field(None, description="How the weights are quantised.")
+    enforce_eager: bool = Field(False, description="Neither compile the model nor capture CUDA graphs.")
+    compilation_config: dict[str, Any] | None = Field(None, description="How the model is compiled.")
+    disable_custom_all_reduce: bool = Field(False, description="Reduce by NCCL alone.")
+    distributed_executor_backend: Literal["mp", "uni"] | None = Field(
+        None, description="How vLLM starts its workers. They must be on this machine: the arena is."
+    )
+    async_scheduling: bool | None = Field(None, description="Schedule the next step while one computes.")
+    seed: int = Field(0, description="Seed of what requests without one draw.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+    load_format: str | None = Field(None, description="How the weights are stored.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_forced(cls, values: Any) -> Any:
+        for name in values if isinstance(values, dict) else ():
+            if name in FORCED:
+                raise ValueError(f"'{name}' cannot be set: {FORCED[name]}")
+        return values
+
+    def given(self) -> dict[str, Any]:
+        """Return the arguments to pass to vLLM: those that were given, without those that are ours."""
+        ours = {"dtype", "encoder_dtype", "encoder_image_processor", "encoder_transformers"}
+        return self.model_dump(exclude_unset=True, exclude_none=True, exclude=ours)
+
+    def resolved_dtype(self, model_path: Path) -> str:
+        """Return the name of the dtype to compute in and to store embeddings in.
+
+        vLLM's own "auto" turns float32 into a half type; here the model's dtype is what its files say.
+        Raises `ConfigurationError` when they do not say, or say one that embeddings cannot have.
+        """
+        if self.dtype is not None:
+            return self.dtype
+        try:
+            config = json.loads((model_path / "config.json").read_bytes())
+        except (OSError, ValueError) as error:
+            raise ConfigurationError("the model directory has no readable config.json") from error
+        for part in (config.get("text_config"), config):
+            for name in ("dtype", "torch_dtype"):
+                value = part.get(name) if isinstance(part, dict) else None
+                if value in ("float32", "bfloat16", "float16"):
+                    return str(value)
+        raise ConfigurationError("the model's config.json names no dtype: set dtype in pd.yaml")

@@ -1,0 +1,310 @@
+"""Where a missing embedding comes from in an aggregated worker: the engine's own vision tower.
+
+A miss claims its key, has its image prepared and reserves room, and goes to the engine in the place of a
+lease: `filling.py` tells how it becomes an entry. Requests for a key that is claimed wait, and get leases.
+
+A request that has claimed a key never begins to wait for another: that one's request might wait for this one,
+and both for ever. It has the image encoded without keeping it. (In a circle of requests that wait for each
+other's claims, one at least would have claimed before it began to wait.)
+
+What finds no room, may not be kept, or has waited too long is encoded and not kept either: no request fails
+for want of room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+
+from trtllm_mm_cache.cache.arena.marks import MarkBoard
+from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager, Reservation
+from trtllm_mm_cache.cache.scope import Selection
+from trtllm_mm_cache.cache.what_if import WhatIf
+from trtllm_mm_cache.engines.base import EncodeItem
+from trtllm_mm_cache.engines.own_tower import OwnTowerGenerator, PreparedItem
+from trtllm_mm_cache.errors import (
+    ArenaFullError,
+    ChecksumMismatchError,
+    EmbeddingMismatchError,
+    EncodeFailedError,
+    EntryTooLargeError,
+    LoadAbortedError,
+    MmCacheError,
+)
+from trtllm_mm_cache.media import decode_image
+from trtllm_mm_cache.observability.metrics import Step, counter
+from trtllm_mm_cache.runtime.admission import Admitted
+from trtllm_mm_cache.runtime.threads import in_thread
+from trtllm_mm_cache.settings import PdSettings
+from trtllm_mm_cache.tiers.base import Loading, MissingItem, TierDropped
+from trtllm_mm_cache.tiers.chain import StoredTiers
+from trtllm_mm_cache.tiers.claims import Claim, Claims, Landing
+from trtllm_mm_cache.tiers.filling import Extent, Filling, HeldFilling
+from trtllm_mm_cache.tiers.receive import announced_dtype
+from trtllm_mm_cache.tiers.stored import StoredEmbedding
+from trtllm_mm_cache.transfer.finite import checksum_and_finite
+
+logger = logging.getLogger(__name__)
+
+_THREADS = 2
+_PREPARED_AT_A_TIME = 4
+
+
+class OwnTower(Collector):
+    """`Misses` of one aggregated PD worker. For use from one event loop.
+
+    `cache` retains, or, with capacity 0, has no room for anything. `uncached` counts embeddings that were to
+    be made without entering the cache, `refused` those that were found wrong when they were made.
+    """
+
+    def __init__(
+        self,
+        cache: MultimodalEmbeddingCacheManager,
+        what_if: WhatIf | None,
+        generator: OwnTowerGenerator,
+        settings: PdSettings,
+        registry: CollectorRegistry,
+        stored: StoredTiers | None = None,
+    ) -> None:
+        self._stored = stored or StoredTiers()
+        self._cache = cache
+        self._what_if = what_if
+        self._generator = generator
+        self._limits = settings.images
+        self._wait_s = settings.encode_timeout_s
+        self._marks = MarkBoard()
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="own-tower")
+        self._turns = asyncio.Semaphore(_PREPARED_AT_A_TIME)
+        self._preparing = Step.new(registry, "preprocess", "Decoding and preprocessing one image.")
+        self._reserve_step = Step.new(registry, "reserve", "Before step 6: making room in the arena.")
+        self._commit_step = Step.new(registry, "commit", "Step 7: checks until the entry is visible.")
+        self._checks: set[asyncio.Task[None]] = set()
+        self.claims = Claims()
+        self.uncached = self.refused = 0
+        registry.register(self)
+
+    @property
+    def flights(self) -> Claims:
+        """See `Misses.flights`."""
+        return self.claims
+
+    async def find(self, item: MissingItem, loading: Loading) -> tuple[Lease | HeldFilling, bool]:
+        """See `Misses.find`. Raises `RequestError` for what is wrong with the item."""
+        prepared = None
+        while item.retained:
+            claim = self.claims.get(item.key.hex)
+            if claim is None:
+                return await self._claimed(item, prepared, loading), False
+            if item.filling:
+                prepared = claim.prepared  # it may be this request's own
+                break
+            item.release_media()
+            landing = await self._wait(claim)
+            if isinstance(landing, Lease):
+                self.used(item, landing)
+                return landing, True
+            item.media, prepared = claim.media, claim.prepared
+            if landing == "alone":
+                break
+            if self._cache.peek(item.key.hex) and (lease := self._cache.lease(item.key.hex)) is not None:
+                return lease, True
+        with ExitStack() as stack:
+            prepared = await self._prepared(item, prepared, stack.enter_context(loading(item)))
+            return self._filling(item, prepared, None, stack.pop_all()), False
+
+    def used(self, item: MissingItem, lease: Lease) -> None:
+        """See `Misses.used`."""
+        self._stored.offer(item, lease)
+
+    async def drop(self, selection: Selection, *, deadline_s: float) -> TierDropped:
+        """See `Misses.drop`."""
+        return await self._stored.drop(selection, deadline_s=deadline_s)
+
+    def check_can_fit(self, needs: Mapping[str, int], *, retained: bool) -> None:
+        """See `Misses.check_can_fit`: what finds no room is served without it."""
+
+    async def close(self) -> None:
+        """See `Misses.close`."""
+        self.claims.close(LoadAbortedError("this worker is shutting down; retry on another"))
+        for check in tuple(self._checks):
+            check.cancel()
+        await asyncio.gather(*self._checks, return_exceptions=True)
+        await self._stored.close()
+        await asyncio.to_thread(self._threads.shutdown)
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield what was encoded, and what of it did not enter the cache."""
+        yield counter(
+            "encodes", "Images that went through the engine's vision tower.", self._generator.encodes
+        )
+        yield counter("uncached", "Embeddings served without entering the cache.", self.uncached)
+        yield counter("refused_embeddings", "Embeddings that were found wrong and not kept.", self.refused)
+
+    async def _wait(self, claim: Claim) -> Landing:
+        try:
+            async with asyncio.timeout(self._wait_s):
+                return await claim.wait()
+        except TimeoutError:
+            return "alone"
+
+    async def _claimed(
+        self, item: MissingItem, prepared: PreparedItem | None, loading: Loading
+    ) -> Lease | HeldFilling:
+        claim = self.claims.start(item.key.hex, item.media)
+        item.filling.add(item.key.hex)
+        try:
+            with ExitStack() as stack:
+                admitted = stack.enter_context(loading(item))
+                if (lease := await self._stored.load(item, self._receive)) is not None:
+                    item.filling.discard(item.key.hex)
+                    claim.land(lease)
+                    return lease
+                claim.prepared = await self._prepared(item, prepared, admitted)
+                claim.media = b""
+                extent = await self._reserved(item, claim.prepared, claim)
+                return self._filling(item, claim.prepared, extent, stack.pop_all())
+        except MmCacheError as error:
+            claim.fail(error)
+            raise
+        except BaseException:
+            claim.leave("again")
+            raise
+
+    async def _prepared(
+        self, item: MissingItem, prepared: PreparedItem | None, admitted: Admitted
+    ) -> PreparedItem:
+        """Return the image as the tower takes it, and count that in the place of the file."""
+        if prepared is None:
+            with self._preparing.time():
+                prepared = await self._prepare(item)
+        item.release_media()
+        admitted.shrink(admitted.nbytes)
+        admitted.grow(prepared.nbytes)
+        item.needs[item.key.hex] = prepared.shape.nbytes
+        return prepared
+
+    async def _prepare(self, item: MissingItem) -> PreparedItem:
+        loop, description = asyncio.get_running_loop(), item.description
+        async with self._turns:
+            try:
+                decode = partial(decode_image, item.media, self._limits)
+                image = await loop.run_in_executor(self._threads, decode)
+                return await self._generator.prepare(
+                    EncodeItem(image, description.processor_kwargs, description.variant)
+                )
+            except MmCacheError:
+                raise
+            except Exception as error:
+                raise EncodeFailedError(
+                    "this image could not be prepared for the vision tower; see the PD worker's log"
+                ) from error
+
+    async def _reserved(self, item: MissingItem, prepared: PreparedItem, claim: Claim) -> Extent | None:
+        """Return room for the embedding, or None where there is none: then whoever waits is told."""
+        mark = self._marks.open()
+        try:
+            if mark is not None:
+                # In a thread: making room may move other entries, which copies megabytes.
+                with self._reserve_step.time():
+                    reservation = await in_thread(
+                        self._reserve(item, prepared.shape.nbytes), undo=Reservation.abandon
+                    )
+                return Extent(reservation, mark, claim)
+        except BaseException as error:
+            if mark is not None:
+                mark.close()
+            if not isinstance(error, (ArenaFullError, EntryTooLargeError)):
+                raise
+        claim.leave("alone")
+        return None
+
+    async def _receive(self, item: MissingItem, found: StoredEmbedding) -> Lease:
+        """Take what a tier has found into the arena. What finds no room there is encoded."""
+        try:
+            dtype = announced_dtype(found)
+            self._generator.check_embedding(item.description, found.shape, dtype, found.metadata)
+            with self._reserve_step.time():
+                reservation = await in_thread(self._reserve(item, found.nbytes), undo=Reservation.abandon)
+        except BaseException:
+            found.release()
+            raise
+        await found.read_into(reservation, finite=True)
+        try:
+            lease = reservation.commit(
+                dtype=dtype, shape=found.shape, metadata=found.metadata, retain=item.retained
+            )
+        except MmCacheError:
+            reservation.abandon()
+            raise
+        if item.retained and self._what_if is not None:
+            self._what_if.loaded(item.key.hex, found.nbytes)
+        return lease
+
+    def _reserve(self, item: MissingItem, nbytes: int) -> Callable[[], Reservation]:
+        return partial(
+            self._cache.reserve,
+            item.key.hex,
+            nbytes,
+            owner="own tower",
+            tag=item.scope.tag,
+            content=item.content,
+        )
+
+    def _filling(
+        self, item: MissingItem, prepared: PreparedItem, extent: Extent | None, undertaking: ExitStack
+    ) -> HeldFilling:
+        self.uncached += extent is None
+        return Filling(item, prepared, extent, undertaking, self._start_check).hold()
+
+    def _start_check(self, filling: Filling) -> None:
+        check = asyncio.create_task(self._check(filling), name="check of a filled extent")
+        self._checks.add(check)
+        check.add_done_callback(self._checks.discard)
+
+    # 7 commit
+    async def _check(self, filling: Filling) -> None:
+        """Make an entry of what the engine has filled, if it is what the engine says."""
+        try:
+            with self._commit_step.time():
+                lease = await self._commit(filling)
+        except MmCacheError as error:
+            self.refused += 1
+            logger.error("embedding %s… is not kept: %s", filling.item.key.hex[:12], error)  # noqa: TRY400
+            filling.refused()
+        except BaseException:
+            filling.refused()
+            raise
+        else:
+            filling.committed(lease)
+            self.used(filling.item, lease)
+            lease.release()
+
+    async def _commit(self, filling: Filling) -> Lease:
+        item, extent, shape = filling.item, filling.extent, filling.prepared.shape
+        assert extent is not None  # noqa: S101 - else nothing is filled
+        address, dtype = extent.reservation.address, str(shape.dtype).removeprefix("torch.")
+        look = partial(checksum_and_finite, address, shape.nbytes, dtype)
+        checksum, finite = await asyncio.get_running_loop().run_in_executor(self._threads, look)
+        if checksum != extent.mark.checksum():
+            raise ChecksumMismatchError("its bytes are not those that the engine's tower has made")
+        if not finite:
+            raise EmbeddingMismatchError("it holds NaN or infinity")
+        # On the event loop, so that no drop comes between this look at the item and the commit.
+        lease = extent.reservation.commit(
+            dtype=shape.dtype,
+            shape=(shape.rows, shape.width),
+            metadata=replace(filling.prepared.metadata, checksum=checksum),
+            retain=item.retained,
+        )
+        if item.retained and self._what_if is not None:
+            self._what_if.loaded(item.key.hex, shape.nbytes)
+        return lease
