@@ -91,7 +91,19 @@ def test_what_one_host_encoded_the_other_need_not(hosts: tuple[Host, Host], tmp_
         "MM_CACHE_ENTRIES_SECRET_FILE": str(secret),
     }
     server = ("redis-server", "--bind", near.address, "--port", "6379", "--save", "", "--dir", str(tmp_path))
-    access = ("--user", "user", "on", ">hunter2", "~mm-cache:*", "+@all", "-@admin", "-@dangerous")
+    access = (
+        "--user",
+        "default",
+        "off",
+        "--user",
+        "user",
+        "on",
+        ">hunter2",
+        "~mm-cache:*",
+        "+@all",
+        "-@admin",
+        "-@dangerous",
+    )
     store = Service("redis", near.command(*server, *access), tmp_path, "Ready to accept connections")
     with ExitStack() as running:
         store.start()

@@ -179,3 +179,5 @@ def _perform(work: Callable[[], Any], outcome: Future[Any]) -> None:
         outcome.set_exception(failure)
     else:
         outcome.set_result(result)
+    finally:
+        del outcome  # it has the error, whose traceback leads to this frame

@@ -26,6 +26,7 @@ from trtllm_mm_cache.tiers.storage import StorageError, StorageFullError
 T = TypeVar("T")
 
 _IDLE = 8
+_SAID_CHARACTERS = 80  # of the reason; it may go on with advice
 
 Node = tuple[str, int]
 
@@ -164,7 +165,7 @@ def command(connection: Connection, *words: Any) -> Any:
 
 @contextmanager
 def failures_named() -> Iterator[None]:
-    """Name what the client raises, without what it says: that may hold an address."""
+    """Name what the client raises, without what it says itself, which may hold the address."""
     try:
         yield
     except OutOfMemoryError as error:
@@ -176,4 +177,5 @@ def failures_named() -> Iterator[None]:
     except (redis.ConnectionError, OSError) as error:
         raise StorageError("the store cannot be reached, or has closed the connection") from error
     except RedisError as error:
-        raise StorageError(f"the store refuses a command ({type(error).__name__})") from error
+        said = str(error)[:_SAID_CHARACTERS]
+        raise StorageError(f"the store refuses a command ({type(error).__name__}: {said})") from error
