@@ -14,6 +14,10 @@ from tests.engines.contract import Case, chat_case, picture
 from tests.vllm.engine import GREEDY, Answer, Engine
 from trtllm_mm_cache.engines.base import EncodedItem
 
+TOWERS_DIFFER = {"internvl": 0.01, "idefics3": 0.05}
+"""How far log probabilities may lie apart where more differs than rounding: torchvision resizes images for
+vLLM, PIL for our encoder."""
+
 FILLING = "Some words that stand between one image and another, and then some more of them. " * 3
 
 
@@ -48,9 +52,10 @@ async def test_from_transformers_tower_it_is_the_same_up_to_rounding(engine: Eng
     case = case_of(engine, 1)
     expected, _ = await engine.from_pixels(case)
     answer = await engine.answer(case.request, [engine.lease(engine.encode(case.images[0]))])
-    assert answer.differs(expected) < engine.rounding
+    allowed = TOWERS_DIFFER.get(engine.model_dir.name, engine.rounding)
+    assert answer.differs(expected) < allowed
     other = await engine.answer(case.request, [engine.lease(engine.encode(picture(2, 112, 112)))])
-    assert other.differs(expected) > 10 * engine.rounding
+    assert other.differs(expected) > 10 * allowed
 
 
 async def test_two_images_in_a_prompt_that_is_computed_in_chunks(engine: Engine) -> None:
@@ -91,13 +96,15 @@ async def test_one_image_twice_takes_one_handle(engine: Engine) -> None:
 
 
 async def test_two_choices_are_drawn_each_for_itself(engine: Engine) -> None:
-    case = case_of(engine, 6)
+    case = case_of(engine, 6, filling=FILLING)
     lease = engine.lease(engine.encode(case.images[0]))
     drawn = replace(GREEDY, temperature=2.0, seed=7, choices=2, max_tokens=24)
     first, second = await engine.answers(case.request, [lease], drawn)
     assert (len(first.tokens), len(second.tokens)) == (24, 24)
     assert first.tokens != second.tokens
-    assert [first, second][0].tokens == (await engine.answers(case.request, [lease], drawn))[0].tokens
+    await engine.forget()
+    again = await engine.answers(case.request, [lease], drawn)
+    assert [answer.tokens for answer in again] == [first.tokens, second.tokens]
 
 
 async def test_text_alone(engine: Engine) -> None:

@@ -16,7 +16,6 @@ import torch
 from trtllm_mm_cache.engines.vllm.connector import ArenaConnector
 
 FOLDER = Path(os.environ.get("WATCHED_FOLDER", "."))
-PREEMPTED = "preempted"
 MOST_SECONDS = 60
 
 
@@ -25,7 +24,7 @@ class WatchedConnector(ArenaConnector):
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         for name in scheduler_output.preempted_req_ids or ():
-            with (FOLDER / PREEMPTED).open("a") as file:
+            with (FOLDER / "preempted").open("a") as file:
                 file.write(f"{name}\n")
         return super().build_connector_meta(scheduler_output)
 

@@ -37,6 +37,7 @@ from trtllm_mm_cache.cache.arena.handle import Handle, OpenArenas
 from trtllm_mm_cache.cache.arena.marks import write_mark
 from trtllm_mm_cache.engines.own_tower import Fill
 from trtllm_mm_cache.engines.vllm.copies import copies_for
+from trtllm_mm_cache.engines.vllm.cpu_generators import make_generators_rewind
 from trtllm_mm_cache.engines.vllm.handles import LOAD, fill_of, handle_from, handle_of
 
 logger = logging.getLogger(__name__)
@@ -203,13 +204,13 @@ class ArenaConnector(ECConnectorBase):  # type: ignore[misc]
         if role == ECConnectorRole.SCHEDULER:
             self.scheduler = SchedulerSide()
         else:
+            device = torch.device(vllm_config.device_config.device_type)
+            if device.type == "cpu":
+                make_generators_rewind()
             encodes = vllm_config.ec_transfer_config.get_from_extra_config(ENCODES, None)
             if encodes is not None and vllm_config.parallel_config.rank > 0:
                 encodes = None
-            self.worker = WorkerSide(
-                torch.device(vllm_config.device_config.device_type),
-                encodes=None if encodes is None else handle_from(encodes),
-            )
+            self.worker = WorkerSide(device, encodes=None if encodes is None else handle_from(encodes))
 
     # The scheduler's side.
 

@@ -1,0 +1,138 @@
+"""The product page's command with vLLM: true answers through encode worker, NIXL and arena."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import psutil
+import pytest
+from PIL import Image
+
+from tests.e2e.stack import Stack, launched, wait_until
+from tests.vllm.models import CARD
+
+QUESTION = "Where is the yellow cross?"
+READY_S = 300
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    capacity = ("--multimodal-embedding-cache-capacity-gb", "0.0625")
+    with launched(
+        tmp_path_factory.mktemp("stack") / "run",
+        *capacity,
+        script="disagg_multimodal_e_pd.sh",
+        ready_timeout_s=READY_S,
+    ) as running:
+        yield running
+
+
+def cards() -> tuple[Image.Image, Image.Image]:
+    card = Image.open(CARD).convert("RGB")
+    return card, card.transpose(Image.Transpose.ROTATE_180)
+
+
+def test_misses_and_hits_are_answered_truly(stack: Stack) -> None:
+    before = stack.encodes()
+    for _ in range(2):
+        for card, place in zip(cards(), ("top right", "bottom left"), strict=True):
+            assert stack.ask(card, QUESTION) == place
+    assert stack.encodes() - before == 2
+    assert stack.total("PD", "dynamo_component_embedding_cache_hits_total") == 2
+
+
+def test_a_burst_of_one_image_is_one_encode(stack: Stack) -> None:
+    card = Image.open(CARD).convert("RGB").transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    before = stack.encodes()
+    with ThreadPoolExecutor(64) as threads:
+        answers = list(threads.map(lambda _: stack.ask(card, QUESTION), range(64)))
+    assert set(answers) == {"top left"}
+    assert stack.encodes() - before == 1
+
+
+def test_log_probabilities_and_penalties_are_served(stack: Stack) -> None:
+    asked = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    answer = stack.client.chat.completions.create(
+        model=stack.model,
+        messages=asked,  # type: ignore[arg-type]
+        max_tokens=4,
+        logprobs=True,
+        top_logprobs=3,
+        presence_penalty=0.5,
+        seed=7,
+        temperature=1.0,
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content
+    assert all(len(place.top_logprobs) == 3 for place in logprobs.content)
+
+
+def engine_processes(stack: Stack) -> dict[str, psutil.Process]:
+    """Return vLLM's processes below the PD worker: EngineCore and one worker."""
+    (pd,) = [worker for worker in stack.workers("PD") if worker.alive()]
+    found = {}
+    for process in psutil.Process(pd.pid).children(recursive=True):
+        for name in ("EngineCore", "Worker"):
+            if f"VLLM::{name}" in " ".join(process.cmdline()):
+                found[name] = process
+    return found
+
+
+@pytest.mark.parametrize("victim", ["EngineCore", "Worker"])
+def test_a_process_of_vllms_that_dies_ends_the_pd_worker(stack: Stack, victim: str) -> None:
+    """With a named error and another status than 0, within 5 s; `serve` starts another one."""
+    assert stack.ask(cards()[0], QUESTION) == "top right"
+    processes = engine_processes(stack)
+    assert set(processes) == {"EngineCore", "Worker"}
+    (pd,) = [worker for worker in stack.workers("PD") if worker.alive()]
+    with ThreadPoolExecutor(1) as threads:
+        long = threads.submit(
+            stack.ask, "Tell a long story", max_tokens=1500, extra_body={"ignore_eos": True}
+        )
+        wait_until(lambda: stack.total("PD", "trtllm_mm_cache_requests_in_flight") == 1, 30, "no request ran")
+        processes[victim].kill()
+        killed = time.monotonic()
+        wait_until(lambda: not pd.alive(), 60, "the PD worker did not end")
+        took = time.monotonic() - killed
+        with pytest.raises(openai.APIError):
+            long.result()
+    print(f"{victim}: the PD worker ended after {took:.1f} s")
+    text = pd.log.read_text()
+    assert "vLLM's EngineCore or one of its workers has ended" in text
+    wait_until(lambda: not any(map(_runs, processes.values())), 30, "something of vLLM was left")
+    wait_until(
+        lambda: any(worker.alive() and worker.pid != pd.pid for worker in stack.workers("PD")), 60, "no other"
+    )
+    wait_until(lambda: _serves(stack), READY_S, "the new PD worker did not serve")
+    assert stack.ask(cards()[1], QUESTION) == "bottom left"
+
+
+def test_nothing_is_left_of_a_pd_worker_that_is_killed(stack: Stack) -> None:
+    processes = engine_processes(stack)
+    assert set(processes) == {"EngineCore", "Worker"}
+    (pd,) = [worker for worker in stack.workers("PD") if worker.alive()]
+    os.kill(pd.pid, signal.SIGKILL)
+    wait_until(
+        lambda: not any(_runs(process) for process in processes.values()), 30, "vLLM outlived its PD worker"
+    )
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _serves(stack: Stack) -> bool:
+    try:
+        return bool(stack.ask("Hello", max_tokens=1))
+    except openai.APIError:
+        time.sleep(0.5)
+        return False
