@@ -16,7 +16,6 @@ import torch
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.engines.base import GenerationRequest, ItemDescription, LeasedEmbedding, TokenDelta
 from trtllm_mm_cache.engines.checks import fit_for_client
-from trtllm_mm_cache.engines.fingerprint import transformers_fingerprint
 from trtllm_mm_cache.engines.huggingface.embedding_check import EmbeddingCheck
 from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
 from trtllm_mm_cache.engines.huggingface.model_files import load_processor, read_config
@@ -44,7 +43,7 @@ class VllmGenerator:
         check_architecture(model_type_of(model_path))
         config, architecture = read_config(model_path)
         dtype = args.resolved_dtype(model_path)
-        self._fingerprint = _fingerprint(model_path, args, dtype)
+        self._fingerprint = args.fingerprint(model_path)
         layout = FeatureLayout.of(config, architecture, getattr(torch, dtype))
         expander = PromptExpander(load_processor(model_path, config), config)
         self._check = EmbeddingCheck(architecture, layout, expander)
@@ -189,17 +188,6 @@ class VllmGenerator:
             logger.exception("vLLM did not confirm that an aborted request has ended")
         finally:
             _release(prepared)
-
-
-def _fingerprint(model_path: Path, args: VllmEngineArgs, dtype: str) -> str:
-    release = args.encoder_transformers
-    if release is None:
-        import transformers
-
-        release = transformers.__version__
-    return transformers_fingerprint(
-        model_path, release=release, dtype=args.encoder_dtype, embedding_dtype=dtype
-    )
 
 
 def _lost() -> EngineLostError:
