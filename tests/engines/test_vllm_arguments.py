@@ -66,6 +66,7 @@ def test_one_by_one(given: dict[str, Any], expected: dict[str, Any] | None) -> N
     [
         ({"choices": 2}, "n: with temperature 0"),
         ({"logit_bias": {VOCABULARY: 1.0}}, "logit_bias: token id 100"),
+        ({"temperature": 2.5}, "temperature must be from 0 to 2 with vLLM"),
         ({"top_p": 0.0}, "top_p must be above 0"),
         ({"logprobs": 21}, "logprobs must be from 0 to 20"),
     ],

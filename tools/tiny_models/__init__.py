@@ -4,6 +4,6 @@ Their architectures, processors and tokenizers are the real ones at toy sizes: t
 logits on them, and the launch script serves one when no model is named.
 """
 
-from .make import ARCHITECTURES, make_tiny_model
+from .make import ARCHITECTURES, make_tiny_model, write_model
 
-__all__ = ["ARCHITECTURES", "make_tiny_model"]
+__all__ = ["ARCHITECTURES", "make_tiny_model", "write_model"]

@@ -40,7 +40,11 @@ def make_tiny_model(architecture: str, out_dir: Path | str, *, seed: int = 0) ->
     Existing files of a model are overwritten. Weights are stored as bfloat16, as released models
     are. Raises `KeyError` for an architecture that is not in `ARCHITECTURES`.
     """
-    recipe = ARCHITECTURES[architecture]()
+    return write_model(ARCHITECTURES[architecture](), architecture, out_dir, seed=seed)
+
+
+def write_model(recipe: Recipe, architecture: str, out_dir: Path | str, *, seed: int = 0) -> Path:
+    """Write the model directory of a recipe, as `make_tiny_model` does, and return it."""
     directory = Path(out_dir)
     directory.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):

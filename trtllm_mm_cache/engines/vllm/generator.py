@@ -53,7 +53,7 @@ class VllmGenerator:
         loaded = self._llm.vllm_config
         limits = EngineLimits(
             context=min(loaded.model_config.max_model_len, args.max_model_len or sys.maxsize),
-            rows=loaded.scheduler_config.encoder_cache_size,
+            rows=self._llm.input_processor.mm_encoder_cache_size,
             vocabulary=loaded.model_config.get_vocab_size(),
         )
         self._prepare = RequestPreparer(architecture, layout, expander, limits)

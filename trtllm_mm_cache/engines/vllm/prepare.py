@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trtllm_mm_cache.engines.base import GenerationRequest, LeasedEmbedding
-from trtllm_mm_cache.engines.checks import grid_of
+from trtllm_mm_cache.engines.checks import fit_for_client, grid_of
 from trtllm_mm_cache.engines.huggingface.architectures import Architecture
 from trtllm_mm_cache.engines.huggingface.embedding_check import placeholder_of
 from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
@@ -77,13 +77,12 @@ class RequestPreparer:
         placed = place_images(token_ids, self.expander.config.image_token_id, rows) if leases else []
         identifiers = [f"{lease.key}.{epoch}" if epoch else lease.key for lease in leases]
         prompt = engine_input(token_ids, identifiers, placed, self._grids(leases), request.cache_salt)
-        handed = tuple(lease.clone() for lease in leases)
-        if handed:
-            entries = {
-                name: load_entry(lease.handle()) for name, lease in zip(identifiers, handed, strict=True)
-            }
+        if leases:
+            handles = zip(identifiers, (lease.handle() for lease in leases), strict=True)
+            entries = {identifier: load_entry(handle) for identifier, handle in handles}
             sampling["extra_args"] = {"ec_transfer_params": entries}
-        return PreparedRequest(prompt, _sampling_params(sampling, constraint), handed)
+        params = _sampling_params(sampling, constraint)
+        return PreparedRequest(prompt, params, tuple(lease.clone() for lease in leases))
 
     def _check_token_ids(self, token_ids: Sequence[int]) -> None:
         if not token_ids:
@@ -118,8 +117,13 @@ class RequestPreparer:
 
 def _sampling_params(sampling: dict[str, Any], constraint: dict[str, Any] | None) -> Any:
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-    if constraint is not None:
-        sampling["structured_outputs"] = StructuredOutputsParams(**constraint)
-    return SamplingParams(**sampling, output_kind=RequestOutputKind.DELTA)
+    try:
+        if constraint is not None:
+            sampling["structured_outputs"] = StructuredOutputsParams(**constraint)
+        return SamplingParams(**sampling, output_kind=RequestOutputKind.DELTA)
+    except (VLLMClientError, ValueError) as error:
+        reason = fit_for_client(error, "its parameters do not fit the engine")
+        raise InvalidRequestError(f"vLLM refuses the request: {reason}") from error

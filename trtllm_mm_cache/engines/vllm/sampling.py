@@ -14,6 +14,8 @@ from trtllm_mm_cache.engines.checks import GREEDY_BELOW, check_sampling
 from trtllm_mm_cache.engines.grammar import WHITESPACE, check_alone, grammar_of
 from trtllm_mm_cache.errors import InvalidRequestError
 
+_HOTTEST = 2.0
+
 
 def engine_sampling(sampling: SamplingParams, room: int, vocabulary: int) -> dict[str, Any]:
     """Return the keyword arguments of vLLM's `SamplingParams`; `room` bounds the answer's tokens.
@@ -51,6 +53,8 @@ def _choice(sampling: SamplingParams) -> dict[str, Any]:
                 "n: with temperature 0 all answers would be the same; set a temperature, or leave n out"
             )
         return {"temperature": 0.0}
+    if sampling.temperature > _HOTTEST:
+        raise InvalidRequestError(f"temperature must be from 0 to {_HOTTEST:g} with vLLM")
     return {
         "temperature": sampling.temperature,
         "top_p": 1.0 if sampling.top_p is None else sampling.top_p,

@@ -1,0 +1,165 @@
+"""vLLM under our generator, a transformers tower, and a cache between them."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import uuid
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.engines.conftest import stored
+from tests.engines.contract import Case
+from trtllm_mm_cache.cache.key import content_digest, embedding_key
+from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
+from trtllm_mm_cache.engines.base import (
+    EncodedItem,
+    EncodeItem,
+    GenerationRequest,
+    PlaceLogprobs,
+    SamplingParams,
+)
+from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, TransformersVisionEncoder
+from trtllm_mm_cache.engines.vllm import VllmEngineArgs, VllmGenerator, support
+from trtllm_mm_cache.engines.vllm.outputs import deltas_of
+
+START_DEADLINE_S = 180
+DEADLINE_S = 90
+GREEDY = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=20)
+SMALL = {"enforce_eager": True, "max_model_len": 1024, "max_num_batched_tokens": 96, "max_num_seqs": 4}
+"""96 tokens a step: a prompt of a few hundred is computed in several, with images on the edges."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One choice, and how many tokens the prompt had."""
+
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[PlaceLogprobs, ...] = ()
+    finish_reason: str | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int | None = None
+
+    def differs(self, other: Answer) -> float:
+        """Return the largest difference of a log probability; infinite where tokens differ."""
+        if self.tokens != other.tokens:
+            return float("inf")
+        assert len(self.logprobs) == len(other.logprobs) == len(self.tokens)
+        largest = 0.0
+        for one, another in zip(self.logprobs, other.logprobs, strict=True):
+            mine, theirs = (
+                {each.token_id: each.logprob for each in (*place.likeliest, place.chosen)}
+                for place in (one, another)
+            )
+            shared = mine.keys() & theirs.keys()
+            largest = max(largest, *(abs(mine[token] - theirs[token]) for token in shared))
+        return largest
+
+
+@dataclass
+class Engine:
+    """One model. `folder` is where the watched connector writes.
+
+    `rounding` is how far a log probability may lie from another tower's; what is another image's is further.
+    """
+
+    model_dir: Path
+    generator: VllmGenerator
+    encoder: TransformersVisionEncoder
+    folder: Path
+    rounding: float
+    cache: MultimodalEmbeddingCacheManager = field(
+        default_factory=lambda: MultimodalEmbeddingCacheManager(8 << 20)
+    )
+    _keys: Any = field(default_factory=itertools.count)
+
+    def encode(self, image: Image.Image) -> EncodedItem:
+        """Encode one image by transformers' tower."""
+        (result,) = self.encoder.encode([self.encoder.preprocess(EncodeItem(image))])
+        assert isinstance(result, EncodedItem), result
+        return result
+
+    def lease(self, encoded: EncodedItem, key: str | None = None) -> Lease:
+        """Put an embedding into the cache and hold it; under a new key unless one is given."""
+        name = key or str(next(self._keys))
+        digest = content_digest(name.encode())
+        return stored(self.cache, embedding_key(digest, fingerprint=self.generator.fingerprint).hex, encoded)
+
+    async def answers(
+        self, request: GenerationRequest, leases: Sequence[Lease], sampling: SamplingParams = GREEDY
+    ) -> list[Answer]:
+        """Return all choices of an answer of our generator's."""
+        found = [Answer() for _ in range(sampling.choices)]
+        request = replace(request, sampling=sampling)
+        async with asyncio.timeout(DEADLINE_S), aclosing(self.generator.generate(request, leases)) as deltas:
+            async for delta in deltas:
+                before = found[delta.choice]
+                assert before.finish_reason is None, "a delta came after the last"
+                found[delta.choice] = Answer(
+                    before.tokens + delta.token_ids,
+                    before.logprobs + delta.logprobs,
+                    delta.finish_reason,
+                    delta.prompt_tokens,
+                    delta.cached_tokens,
+                )
+        assert all(answer.finish_reason is not None for answer in found)
+        return found
+
+    async def answer(
+        self, request: GenerationRequest, leases: Sequence[Lease], sampling: SamplingParams = GREEDY
+    ) -> Answer:
+        """Return the one answer of our generator's."""
+        (answer,) = await self.answers(request, leases, sampling)
+        return answer
+
+    async def from_pixels(self, case: Case, new_tokens: int = 8) -> tuple[Answer, list[torch.Tensor]]:
+        """Return what vLLM answers by itself, from pixels, and what its own tower made of each image."""
+        from vllm import SamplingParams as VllmSamplingParams
+
+        names = [f"pixels-{uuid.uuid4().hex}" for _ in case.images]
+        prompt = {
+            "prompt_token_ids": list(case.request.token_ids),
+            "multi_modal_data": {"image": list(case.images)},
+            "multi_modal_uuids": {"image": names},
+        }
+        sampling = VllmSamplingParams(max_tokens=new_tokens, temperature=0, logprobs=20, ignore_eos=True)
+        async with asyncio.timeout(DEADLINE_S):
+            async for output in self.generator._llm.generate(prompt, sampling, names[0] if names else "text"):
+                last = output
+        (delta,) = deltas_of(last, 20)
+        answer = Answer(delta.token_ids, delta.logprobs, delta.finish_reason, delta.prompt_tokens)
+        return answer, [torch.load(self.folder / f"{name}.pt") for name in names]
+
+    async def forget(self) -> None:
+        """Empty vLLM's own caches, so that only handles can answer."""
+        await self.generator._llm.reset_encoder_cache()
+        await self.generator._llm.reset_prefix_cache()
+
+
+def start(model_dir: Path, folder: Path, **settings: Any) -> Engine:
+    """Start both halves of a model, the embedding in vLLM's dtype. Blocking."""
+    os.environ["WATCHED_FOLDER"] = str(folder)
+    args = VllmEngineArgs.model_validate(SMALL | settings)
+    given = support.engine_arguments
+
+    def watched(*arguments: Any) -> dict[str, Any]:
+        made = given(*arguments)
+        connector = made["ec_transfer_config"]
+        connector.ec_connector, connector.ec_connector_module_path = "WatchedConnector", "tests.vllm.watched"
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(support, "engine_arguments", watched)
+        generator = VllmGenerator(model_dir, args)
+    tower = TransformersEngineArgs(device="cpu", embedding_dtype=args.resolved_dtype(model_dir))
+    # A half type has steps of 1/64 at the log probabilities of unlikely tokens.
+    rounding = 1e-3 if args.resolved_dtype(model_dir) == "float32" else 0.1
+    return Engine(model_dir, generator, TransformersVisionEncoder(model_dir, tower), folder, rounding)
