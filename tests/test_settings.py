@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
 from trtllm_mm_cache.engines.engine_args import load_engine_args
+from trtllm_mm_cache.engines.foreign_tower import ForeignTowerArgs
+from trtllm_mm_cache.engines.sglang.settings import SglangEngineArgs
 from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs
 from trtllm_mm_cache.engines.trtllm.settings import TrtllmEncoderArgs, TrtllmLlmArgs
+from trtllm_mm_cache.engines.vllm.settings import VllmEngineArgs
 from trtllm_mm_cache.errors import ConfigurationError
 from trtllm_mm_cache.settings import EncodeSettings, PdSettings
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-FILES = sorted(CONFIGS.glob("*/*.yaml"))
+FILES = sorted(CONFIGS.glob("**/*.yaml"))
+ENGINES = {"vllm": VllmEngineArgs, "sglang": SglangEngineArgs}
+"""Engines with a folder of their own below the model's; the encode workers' files are of transformers."""
 HALVES = ("encode.yaml", "pd.yaml")
 
 
 def schema_of(path: Path) -> type[BaseModel]:
+    if path.parent.name in ENGINES:
+        return TransformersEngineArgs if path.name == "encode.yaml" else ENGINES[path.parent.name]
     if path.parent.name == "cpu-demo":
         return TransformersEngineArgs
     return TrtllmEncoderArgs if path.name == "encode.yaml" else TrtllmLlmArgs
 
 
 def test_each_model_has_a_folder_with_both_files() -> None:
-    folders = {folder.name: {file.name for file in folder.iterdir()} for folder in CONFIGS.iterdir()}
+    folders: dict[str, set[str]] = defaultdict(set)
+    for path in FILES:
+        folders[str(path.parent.relative_to(CONFIGS))].add(path.name)
     assert {
         "cpu-demo",
         "llava-v1.6-mistral-7b-hf",
@@ -51,10 +61,16 @@ def test_every_key_is_explained(path: Path) -> None:
         assert opens_a_part or len(line.partition("# ")[2]) > 10, f"{path.name}: {line}"
 
 
-@pytest.mark.parametrize("name", [path.parent.name for path in FILES if path.name == "pd.yaml"])
+@pytest.mark.parametrize(
+    "name", [str(path.parent.relative_to(CONFIGS)) for path in FILES if path.name == "pd.yaml"]
+)
 def test_both_halves_of_a_model_agree_on_what_enters_the_keys(name: str) -> None:
     halves = [load_engine_args(CONFIGS / name / file, schema_of(CONFIGS / name / file)) for file in HALVES]
-    assert len({half.model_dump()["dtype"] for half in halves}) == 1
+    encode, pd = (half.model_dump() for half in halves)
+    if isinstance(halves[1], ForeignTowerArgs):
+        assert (encode["dtype"], encode["embedding_dtype"]) == (pd["encoder_dtype"], pd["dtype"])
+    else:
+        assert encode["dtype"] == pd["dtype"]
 
 
 @pytest.mark.parametrize("schema", [TrtllmEncoderArgs, TrtllmLlmArgs])

@@ -105,7 +105,9 @@ class Stack:
 
 
 @contextlib.contextmanager
-def launched(run_dir: Path, *pd_arguments: str, **environment: str) -> Iterator[Stack]:
+def launched(
+    run_dir: Path, *pd_arguments: str, ready_timeout_s: float = READY_TIMEOUT_S, **environment: str
+) -> Iterator[Stack]:
     """Start the stack, wait until it serves, and stop it; fails with the launch script's output."""
     run_dir.mkdir(parents=True)
     port, log = free_port(), run_dir / "launch.log"
@@ -128,7 +130,7 @@ def launched(run_dir: Path, *pd_arguments: str, **environment: str) -> Iterator[
     try:
         wait_until(
             lambda: b"Ctrl-C stops" in log.read_bytes() or launcher.poll() is not None,
-            READY_TIMEOUT_S,
+            ready_timeout_s,
             "the stack did not become ready",
         )
         assert launcher.poll() is None, log.read_text()

@@ -63,7 +63,8 @@ def arguments(deterministic: bool = True, **given: Any) -> list[dict[str, Any]]:
         ({"temperature": 0.7, "seed": 7}, DRAWN | {"sampling_seed": 7}),
         ({"temperature": 0.7, "seed": 2**64 - 1}, DRAWN | {"sampling_seed": -1}),
         ({"stop": ("a", "b")}, {"stop": ["a", "b"]}),
-        ({"stop_token_ids": (3, 4), "ignore_eos": True}, {"stop_token_ids": [3, 4], "ignore_eos": True}),
+        ({"stop_token_ids": (3, 4)}, {"stop_token_ids": [3, 4]}),
+        ({"ignore_eos": True}, {"ignore_eos": True}),
         ({"presence_penalty": 0.5, "frequency_penalty": -1.0}, None),
         (
             {"repetition_penalty": 1.5, "logit_bias": {3: -100.0}},
@@ -95,6 +96,7 @@ def test_choices_are_drawn_with_seeds_that_follow_each_other() -> None:
         ({"repetition_penalty": 2.5}, "repetition_penalty must be at most 2"),
         ({"stop": tuple("abcdefghijklmnopqrstuvwxyzABCDEFG")}, "stop must have at most 32"),
         ({"seed": 1, "temperature": 0.5, "deterministic": False}, "seed: .*enable_deterministic_inference"),
+        ({"stop_token_ids": (3,), "ignore_eos": True}, "stop_token_ids: .*ignore_eos"),
         ({"logprobs": 0, "logit_bias": {3: 1.0}}, "logprobs: .*after logit_bias"),
         ({"logprobs": 0, "presence_penalty": 1.0}, "logprobs: .*after presence_penalty"),
         ({"logprobs": 0, "frequency_penalty": 1.0}, "logprobs: .*after frequency_penalty"),
