@@ -8,8 +8,8 @@ Two ways in turn, between two processes over a pipe, with SGLang's own classes a
     copy    `ShmPointerMMData`, which SGLang makes of a tensor: a segment of shared memory for each request
     hash    what SGLang adds for an item without an identity: SHA-256 over the embedding
 
-For each size medians in milliseconds of `make` (here, up to the bytes to send), of `open` (there, to a tensor)
-and of `read` (there: every byte once, into memory that is there already, as a prefill does).
+For each size medians in milliseconds of `make` (here, up to the bytes to send), `open` (there) and `read`
+(there: every byte once, into memory that is there already, as a prefill does).
 The last line is one JSON object.
 """
 

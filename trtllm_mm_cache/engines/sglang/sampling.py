@@ -95,7 +95,7 @@ def _refusals(sampling: SamplingParams, vocabulary: int, deterministic: bool) ->
             "leave it out"
         )
     if sampling.ignore_eos and sampling.stop_token_ids:
-        yield "stop_token_ids: this server's engine ignores them too with ignore_eos; leave one of the two out"
+        yield "stop_token_ids: this server's engine ignores them with ignore_eos; leave one of the two out"
     if sampling.repetition_penalty > MOST_REPETITION_PENALTY:
         yield f"repetition_penalty must be at most {MOST_REPETITION_PENALTY:g} for this server's engine"
     if len(sampling.stop) > MOST_STOP_STRINGS:
