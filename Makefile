@@ -8,7 +8,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: test test-parts lint check docs demo format clean
 .PHONY: bench-cache bench-transfer gpu-check bench-serving bench-burst soak soak-serving fuzz faults chaos redteam
-.PHONY: test-vllm test-vllm-part bench-vllm
+.PHONY: test-vllm test-vllm-part bench-vllm test-sglang test-sglang-part
 
 test: lint check
 
@@ -43,6 +43,17 @@ test-vllm: $(STAMP_VLLM)
 	PATH="$(abspath $(VENV_VLLM)/bin):$$PATH" pytest -m "long or not long" $(PYTEST_ARGS) tests/vllm
 test-vllm-part: $(STAMP_VLLM)
 	PATH="$(abspath $(VENV_VLLM)/bin):$$PATH" pytest $(PYTEST_ARGS) tests/vllm
+
+# The same for SGLang: on the CPU it runs with a stand-in for its GPU kernels.
+VENV_SGLANG ?= .venv-sglang
+STAMP_SGLANG := $(VENV_SGLANG)/.installed
+$(STAMP_SGLANG): pyproject.toml constraints/cpu.txt constraints/sglang-cpu.txt launch/setup_venv.sh tools/repair_torchvision.py
+	launch/setup_venv.sh $(VENV_SGLANG) sglang --dev
+	touch $@
+test-sglang: $(STAMP_SGLANG)
+	PATH="$(abspath $(VENV_SGLANG)/bin):$$PATH" pytest -m "long or not long" $(PYTEST_ARGS) tests/sglang
+test-sglang-part: $(STAMP_SGLANG)
+	PATH="$(abspath $(VENV_SGLANG)/bin):$$PATH" pytest $(PYTEST_ARGS) tests/sglang
 
 # Renews docs/configuration.md from the settings classes, and builds the site: build/docs/index.html.
 docs: $(STAMP)
@@ -117,4 +128,4 @@ format: $(STAMP)
 	ruff format .
 
 clean:
-	rm -rf .venv .venv-vllm .run build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-sglang .run build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -8,6 +8,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from trtllm_mm_cache.engines.engine_args import load_engine_args
+from trtllm_mm_cache.engines.foreign_tower import ForeignTowerArgs
+from trtllm_mm_cache.engines.sglang.settings import SglangEngineArgs
 from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs
 from trtllm_mm_cache.engines.trtllm.settings import TrtllmEncoderArgs, TrtllmLlmArgs
 from trtllm_mm_cache.engines.vllm.settings import VllmEngineArgs
@@ -16,6 +18,8 @@ from trtllm_mm_cache.settings import EncodeSettings, PdSettings
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(CONFIGS.glob("**/*.yaml"))
+ENGINES = {"vllm": VllmEngineArgs, "sglang": SglangEngineArgs}
+"""Engines with a folder of their own below the model's; the encode workers' files are of transformers."""
 HALVES = ("encode.yaml", "pd.yaml")
 
 
@@ -24,9 +28,9 @@ def name_of(path: Path) -> str:
 
 
 def schema_of(path: Path) -> type[BaseModel]:
-    """An engine besides the folder's own has a folder in it; its encode workers run transformers."""
-    if path.parent.name == "vllm":
-        return TransformersEngineArgs if path.name == "encode.yaml" else VllmEngineArgs
+    """An engine with a folder in the model's: its encode workers run transformers."""
+    if path.parent.name in ENGINES:
+        return TransformersEngineArgs if path.name == "encode.yaml" else ENGINES[path.parent.name]
     if path.parent.name == "cpu-demo":
         return TransformersEngineArgs
     return TrtllmEncoderArgs if path.name == "encode.yaml" else TrtllmLlmArgs
@@ -65,10 +69,11 @@ def test_every_key_is_explained(path: Path) -> None:
 
 @pytest.mark.parametrize("folder", [path.parent for path in FILES if path.name == "pd.yaml"], ids=name_of)
 def test_both_halves_of_a_model_agree_on_what_enters_the_keys(folder: Path) -> None:
-    paths = [folder / file for file in HALVES]
-    encode, pd = (load_engine_args(path, schema_of(path)).model_dump() for path in paths)
-    if folder.name == "vllm":
-        assert (encode["embedding_dtype"], encode["dtype"]) == (pd["dtype"], pd["encoder_dtype"])
+    halves = [load_engine_args(folder / file, schema_of(folder / file)) for file in HALVES]
+    encode, pd = (half.model_dump() for half in halves)
+    if isinstance(halves[1], ForeignTowerArgs):
+        wanted = (pd["encoder_dtype"], pd["dtype"], pd["encoder_image_processor"])
+        assert (encode["dtype"], encode["embedding_dtype"], encode["image_processor"]) == wanted
     else:
         assert encode["dtype"] == pd["dtype"]
 

@@ -46,8 +46,8 @@ class EngineSettings(WorkerSettings):
     model_path: str = Field(description="Model directory, or a name on the Hugging Face hub.")
     engine: EngineName = Field(
         "transformers",
-        description="Engine that runs the model: `trtllm` on GPUs, `vllm` on GPUs or the CPU, `transformers` "
-        "anywhere.",
+        description="Engine that runs the model: `trtllm` on GPUs, `vllm` and `sglang` on GPUs or the CPU, "
+        "`transformers` anywhere.",
     )
     extra_engine_args: Path | None = Field(
         None, description="YAML file with the engine's own settings; see configs/."
