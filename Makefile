@@ -111,7 +111,7 @@ fuzz: $(STAMP)
 
 # Every fault of docs/failure-modes.md on real processes, those too that are too long for `make test`.
 faults: $(STAMP)
-	pytest -m "long or not long" tests/faults tests/pd tests/encode tests/transfer
+	pytest -m "long or not long" tests/faults tests/pd tests/encode tests/transfer tests/tiers
 
 # Kills, freezes and restarts workers under load for CHAOS_SECONDS; fails if anything is wrong or lost.
 CHAOS_SECONDS ?= 300

@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -227,6 +228,27 @@ async def test_two_processes_one_folder_one_writes_and_takes_over(bench: Bench, 
     bench.clock.now += 61
     await bench.keep(two, item_of(2))
     assert await bench.brought(one, item_of(2)), "the other reads now"
+
+
+def test_two_real_processes_keep_to_one_limit(folder: Path) -> None:
+    """Both store as fast as they can; whoever comes first writes."""
+    program = (
+        "import sys; from tests.tiers.test_disk import *\n"
+        "storage = writer(Path(sys.argv[1]), capacity=4 * blocks(FILE_BYTES))\n"
+        "for number in range(200): storage.writes and put(storage, number)\n"
+        "print(storage.writes, flush=True); sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", program, str(folder)]
+    both = [subprocess.Popen(command, stdin=-1, stdout=-1, text=True) for _ in range(2)]
+    wrote = []
+    for each in both:
+        assert each.stdout is not None
+        wrote.append(each.stdout.readline().strip())
+    assert sorted(wrote) == ["False", "True"]
+    assert used_bytes(folder) == 4 * blocks(FILE_BYTES)
+    for each in both:
+        each.communicate("")
+        assert each.returncode == 0
 
 
 def test_what_others_have_left_is_removed(folder: Path) -> None:

@@ -51,12 +51,13 @@ def sealed(sealer: Sealer, header: Header) -> bytes:
     return data
 
 
+@settings(deadline=None)
 @given(header=headers, secret=st.binary(min_size=32, max_size=64))
 def test_what_was_sealed_opens_as_it_was(header: Header, secret: bytes) -> None:
     assert Sealer(secret).open(sealed(Sealer(secret), header), header.key) == header
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(header=headers, bit=st.integers(0, HEADER_BYTES * 8 - 1))
 def test_one_flipped_bit_anywhere_and_it_does_not_open(header: Header, bit: int) -> None:
     sealer = Sealer(b"s" * 32)
@@ -65,18 +66,21 @@ def test_one_flipped_bit_anywhere_and_it_does_not_open(header: Header, bit: int)
     reason(sealer, bytes(data), header.key)
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=3 * HEADER_BYTES), key=digests.map(bytes.hex))
 def test_whatever_lies_there_is_refused_by_name(data: bytes, key: str) -> None:
     expected = "truncated" if len(data) < HEADER_BYTES else "garbage"
     assert reason(Sealer(b"s" * 32), data, key) == expected
 
 
+@settings(deadline=None)
 @given(header=headers, cut=st.integers(0, HEADER_BYTES - 1))
 def test_a_part_of_a_header_is_refused(header: Header, cut: int) -> None:
     sealer = Sealer(b"s" * 32)
     assert reason(sealer, sealed(sealer, header)[:cut], header.key) == "truncated"
 
 
+@settings(deadline=None)
 @given(header=headers)
 def test_another_secret_version_or_key_each_has_its_name(header: Header) -> None:
     sealer = Sealer(b"s" * 32)

@@ -89,7 +89,7 @@ async def test_a_frozen_store_is_a_miss_within_the_deadline_and_is_passed_over(b
 
 async def test_it_is_frozen_in_the_middle_of_a_value(bench: Bench) -> None:
     with redis_running() as (port, server):
-        tier = store_tier(bench, f"redis://127.0.0.1:{port}", timeout_s=0.2)
+        tier = store_tier(bench, f"redis://127.0.0.1:{port}", timeout_s=1)
         await bench.keep(tier, item_of(1))
         opened: list[int] = []
         look_up = tier._storage.look_up

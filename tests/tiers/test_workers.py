@@ -30,7 +30,7 @@ from trtllm_mm_cache.pd.resolve import ItemResolver
 from trtllm_mm_cache.runtime.control import DropRequest
 from trtllm_mm_cache.settings import PdSettings, TierSettings
 from trtllm_mm_cache.tiers.chain import StoredTiers, TierChain
-from trtllm_mm_cache.tiers.configured import stored_tiers
+from trtllm_mm_cache.tiers.configured import check_tiers, stored_tiers
 from trtllm_mm_cache.tiers.stored import StoredTier
 
 __all__ = ["allow_private_addresses", "pd_bench", "require_salt", "settings"]
@@ -248,6 +248,16 @@ def test_a_store_without_a_secret_is_an_operators_mistake(folder: Path) -> None:
     both = wanted.model_copy(update={"multimodal_embedding_cache_disk_path": folder})
     with pytest.raises(ConfigurationError, match="MM_CACHE_ENTRIES_SECRET_FILE"):
         stored_tiers(both, FINGERPRINT, CollectorRegistry(), arenas=[NBYTES])
+
+
+def test_mistakes_are_met_before_a_model_is_loaded(folder: Path) -> None:
+    check_tiers(TierSettings())
+    check_tiers(tier_settings(folder, free_port()))
+    with pytest.raises(ConfigurationError, match="MM_CACHE_ENTRIES_SECRET_FILE"):
+        check_tiers(tier_settings(None, free_port()))
+    folder.chmod(0o755)
+    with pytest.raises(ConfigurationError, match="chmod 700"):
+        check_tiers(tier_settings(folder, None))
 
 
 async def test_a_disks_secret_is_made_once_and_for_this_user_alone(folder: Path) -> None:

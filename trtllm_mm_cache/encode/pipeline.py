@@ -41,7 +41,7 @@ from trtllm_mm_cache.media import decode_image, pixels_fingerprint
 from trtllm_mm_cache.observability.cache_metrics import CacheCollector, FlightCollector
 from trtllm_mm_cache.observability.metrics import STEP_SECONDS, Step, histogram
 from trtllm_mm_cache.observability.traces import span
-from trtllm_mm_cache.runtime.admission import Admission
+from trtllm_mm_cache.runtime.admission import Admission, Admitted
 from trtllm_mm_cache.runtime.drops import Drops, DropWatch
 from trtllm_mm_cache.runtime.threads import in_thread
 from trtllm_mm_cache.settings import MB, EncodeSettings
@@ -236,12 +236,13 @@ class EncodePipeline:
 
     async def _load(self, item: _Item) -> Lease:
         """One flight: from a tier, or made."""
-        lease = await self._tiers.load(item, self._receive)
-        if lease is not None:
-            item.job.brought = True
-            item.job.release_media()
-            return lease
-        lease = await self._make(item.job, item.watch)
+        with self.queue.admitted(len(item.job.media)) as admitted:
+            lease = await self._tiers.load(item, self._receive)
+            if lease is not None:
+                item.job.brought = True
+                item.job.release_media()
+                return lease
+            lease = await self._make(item.job, item.watch, admitted)
         self._tiers.offer(item, lease)
         return lease
 
@@ -264,26 +265,25 @@ class EncodePipeline:
         await found.read_into(reservation, finite=True)
         return _Stored(reservation, dtype, found.shape, found.metadata).commit(retain=item.retained)
 
-    async def _make(self, job: EncodeJob, watch: DropWatch) -> Lease:
+    async def _make(self, job: EncodeJob, watch: DropWatch, admitted: Admitted) -> Lease:
         """Bytes to image to preprocessed input to embedding to arena."""
         loop = asyncio.get_running_loop()
-        with self.queue.admitted(len(job.media)) as admitted:
-            with self._preparing.time():
-                async with self.room.turn():
-                    prepared, watch.content = await loop.run_in_executor(self._threads, self._prepare, job)
-            job.release_media()
-            admitted.shrink(admitted.nbytes)
-            with self.room.held(self._encoder.prepared_bytes(prepared)), span("encode") as current:
-                submitted = self.batcher.submit(prepared)
-                del prepared
-                result = await submitted
-                current.set_attribute("encode_seconds", result.encode_seconds)
-            logger.debug("encoded %s… in %.3f s", job.key[:12], result.encode_seconds)
-            with self._storing.time():
-                store = partial(self._store, job, watch.content, result)
-                stored = await in_thread(store, undo=_Stored.abandon, executor=self._threads)
-            # On the event loop, so that no drop comes between this look at the watch and the commit.
-            return stored.commit(retain=job.scope.retain and not watch.dropped(job.key))
+        with self._preparing.time():
+            async with self.room.turn():
+                prepared, watch.content = await loop.run_in_executor(self._threads, self._prepare, job)
+        job.release_media()
+        admitted.shrink(admitted.nbytes)
+        with self.room.held(self._encoder.prepared_bytes(prepared)), span("encode") as current:
+            submitted = self.batcher.submit(prepared)
+            del prepared
+            result = await submitted
+            current.set_attribute("encode_seconds", result.encode_seconds)
+        logger.debug("encoded %s… in %.3f s", job.key[:12], result.encode_seconds)
+        with self._storing.time():
+            store = partial(self._store, job, watch.content, result)
+            stored = await in_thread(store, undo=_Stored.abandon, executor=self._threads)
+        # On the event loop, so that no drop comes between this look at the watch and the commit.
+        return stored.commit(retain=job.scope.retain and not watch.dropped(job.key))
 
     def _prepare(self, job: EncodeJob) -> tuple[Any, bytes]:
         """Return the encoder's input and the digest of the media."""

@@ -28,7 +28,7 @@ from trtllm_mm_cache.runtime.model import local_model_path
 from trtllm_mm_cache.runtime.presence import serve_present
 from trtllm_mm_cache.runtime.readiness import announce_ready
 from trtllm_mm_cache.settings import GB, EncodeSettings
-from trtllm_mm_cache.tiers.configured import stored_tiers
+from trtllm_mm_cache.tiers.configured import check_tiers, stored_tiers
 from trtllm_mm_cache.transfer import Exporter, TransferAgent
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ def run_encode_worker(settings: EncodeSettings) -> None:
 
 
 async def _serve(settings: EncodeSettings) -> None:
+    await asyncio.to_thread(check_tiers, settings.tiers)
     deployment = join(settings)
     model_path = await local_model_path(settings.model_path)
     await asyncio.to_thread(check_fits, settings.arena_bytes)

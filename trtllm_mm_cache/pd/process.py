@@ -34,7 +34,7 @@ from trtllm_mm_cache.runtime.presence import serve_present
 from trtllm_mm_cache.runtime.readiness import announce_ready
 from trtllm_mm_cache.settings import PdSettings
 from trtllm_mm_cache.tiers.chain import TierChain
-from trtllm_mm_cache.tiers.configured import stored_tiers
+from trtllm_mm_cache.tiers.configured import check_tiers, stored_tiers
 from trtllm_mm_cache.tiers.encode_remote import EncodeTier, EncodeWorkers
 from trtllm_mm_cache.tiers.own_tower import OwnTower
 from trtllm_mm_cache.tiers.receive import Receiver
@@ -57,6 +57,7 @@ def run_pd_worker(settings: PdSettings) -> None:
 
 
 async def _serve(settings: PdSettings) -> None:
+    await asyncio.to_thread(check_tiers, settings.tiers)
     deployment = join(settings)
     model_path = await local_model_path(settings.model_path)
     # Memory first: a host that cannot hold it says so before minutes of model loading. Mapping the pages of

@@ -17,6 +17,7 @@ from trtllm_mm_cache.tiers.rules import EntryRules
 from trtllm_mm_cache.tiers.storage import Storage
 from trtllm_mm_cache.tiers.stored import StoredTier, TierLimits
 
+_NO_MODEL = "0" * 64
 _WHAT = "the secret that entries are sealed with"
 _SWEEPS = 20  # what is too old stays on disk for a twentieth of the age, and an hour, at most
 _MOST_SWEEP_S = 3600.0
@@ -43,6 +44,15 @@ def stored_tiers(
     for tier in tiers:
         registry.register(tier)
     return StoredTiers(tiers)
+
+
+def check_tiers(settings: TierSettings) -> None:
+    """Raise `ConfigurationError` for what `stored_tiers` would refuse: before a model is loaded."""
+    storages = list(_storages(settings, _NO_MODEL))
+    if storages:
+        _secret(settings)
+    for storage in storages:
+        storage.close()
 
 
 def _storages(settings: TierSettings, fingerprint: str) -> Iterable[Storage]:

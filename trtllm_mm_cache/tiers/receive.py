@@ -60,7 +60,9 @@ class Receiver(Collector):
         self._what_if = what_if
         self._check = check
         self._reserve_step = Step.new(registry, "reserve", "Before step 6: making room in the arena.")
-        self._transfer_step = Step.new(registry, "transfer", "Step 6: NIXL READ and checksum.")
+        self._transfer_step = Step.new(
+            registry, "transfer", "Step 6: NIXL READ, or read from a tier, and checks."
+        )
         self._commit_step = Step.new(registry, "commit", "Step 7: checks until the entry is visible.")
         self.uncached = 0
         registry.register(self)
