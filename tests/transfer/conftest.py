@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import pytest
 
 from tests.transfer.remote import RemoteExporter
+from tests.transports import over_tcp
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager, Reservation
 from trtllm_mm_cache.transfer import MappedReader, Reader, TransferAgent
 
 MB = 1024**2
+TCP = over_tcp()
 ARENA_BYTES = 64 * MB
 
 

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from tests.transfer.conftest import MB, PdSide, PdSideMaker, RemoteMaker, by_nixl, until
+from tests.transfer.conftest import MB, TCP, PdSide, PdSideMaker, RemoteMaker, by_nixl, until
 from tests.transfer.remote import RemoteExporter
 from trtllm_mm_cache.cache.arena.arena import Arena
 from trtllm_mm_cache.errors import ArenaFullError, PeerLostError, TransferError, TransferTimeoutError
@@ -37,13 +37,13 @@ async def begin_read(pd_side: PdSide, exporter: RemoteExporter, export: Export) 
 @pytest.fixture
 async def tcp_side(monkeypatch: pytest.MonkeyPatch, make_pd_side: PdSideMaker) -> PdSide:
     """A PD side that talks TCP: there a READ from a frozen process has moved nothing yet."""
-    monkeypatch.setenv("UCX_TLS", "tcp")
+    monkeypatch.setenv("UCX_TLS", TCP)
     return await make_pd_side()
 
 
 @pytest.fixture
 async def tcp_exporter(exporter: RemoteExporter) -> RemoteExporter:
-    return await exporter.start_agent(transports="tcp")
+    return await exporter.start_agent(transports=TCP)
 
 
 @by_nixl
@@ -73,7 +73,7 @@ async def test_a_killed_exporter_is_lost_and_its_successor_serves_at_once(
 async def test_an_exporter_killed_in_the_middle_of_a_read_is_lost(
     connected: bool, tcp_side: PdSide, make_exporter_process: RemoteMaker
 ) -> None:
-    exporter = await make_exporter_process().start_agent(transports="tcp")
+    exporter = await make_exporter_process().start_agent(transports=TCP)
     if connected:
         await read(tcp_side, exporter, await exporter.export("a", 1000))
     exports = [await exporter.export(key, 16 * MB) for key in ("b", "c")]
@@ -229,7 +229,7 @@ async def test_closing_leaves_a_read_in_flight_alone_and_harms_neither_side(
 async def test_an_agent_that_nobody_refers_to_still_harms_no_exporter(
     monkeypatch: pytest.MonkeyPatch, tcp_exporter: RemoteExporter
 ) -> None:
-    monkeypatch.setenv("UCX_TLS", "tcp")
+    monkeypatch.setenv("UCX_TLS", TCP)
     arena = Arena(NBYTES)
     export = await tcp_exporter.export("a", NBYTES)
 

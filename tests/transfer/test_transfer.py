@@ -14,7 +14,7 @@ import pytest
 import torch
 import xxhash
 
-from tests.transfer.conftest import MB, PdSide, PdSideMaker, by_nixl, until
+from tests.transfer.conftest import MB, TCP, PdSide, PdSideMaker, by_nixl, until
 from tests.transfer.embedding import embedding
 from tests.transfer.remote import RemoteExporter
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
@@ -36,7 +36,7 @@ async def read(pd_side: PdSide, exporter: RemoteExporter, key: str, export: Expo
     return reservation.commit(dtype=torch.uint8, shape=(1, export.nbytes))
 
 
-@pytest.mark.parametrize("transports", [None, "tcp"])
+@pytest.mark.parametrize("transports", [None, TCP])
 async def test_bytes_of_every_size_arrive(
     transports: str | None,
     monkeypatch: pytest.MonkeyPatch,

@@ -42,6 +42,15 @@ class VisionTower:
             "multimodal_embedding_handles": [self._export(image.tensor.clone()) for image in images],
             "multimodal_hashes": [self._hash(image.tensor) for image in images],
         }
+        rows = iter(image.tensor.shape[0] for image in images)
+        token = self._encoder._model.config.image_token_id
+        encoded["multimodal_layout"] = {
+            "prompt_token_ids": [
+                each
+                for one in request["token_ids"]
+                for each in [one] * (next(rows, 1) if one == token else 1)
+            ]
+        }
         grids = [image.metadata.grid_thw for image in images if image.metadata.grid_thw is not None]
         if grids:
             ids, deltas = self._positions(request["token_ids"], images, grids)
