@@ -11,10 +11,11 @@ import pytest
 from trtllm_mm_cache.engines.base import Constraint, SamplingParams
 from trtllm_mm_cache.engines.engine_args import load_engine_args
 from trtllm_mm_cache.engines.registry import find_engine
+from trtllm_mm_cache.engines.vllm.engine_input import place_images
 from trtllm_mm_cache.engines.vllm.sampling import engine_constraint, engine_sampling
 from trtllm_mm_cache.engines.vllm.settings import FORCED, VllmEngineArgs
 from trtllm_mm_cache.engines.vllm.support import is_known_release
-from trtllm_mm_cache.errors import ConfigurationError, InvalidRequestError
+from trtllm_mm_cache.errors import ConfigurationError, InvalidRequestError, PlaceholderMismatchError
 
 VOCABULARY = 100
 
@@ -157,3 +158,18 @@ def test_architectures_and_halves_that_are_not_served() -> None:
 )
 def test_releases(version: str, known: bool) -> None:
     assert is_known_release(version) is known
+
+
+def test_where_images_lie_in_a_prompt() -> None:
+    image, other = 9, 8
+    prompt = [1, image, image, 2, other, image, other, image, 3]
+    first, second = place_images(prompt, image, [2, 2])
+    assert (first.offset, first.length, first.is_embed) == (1, 2, None)
+    assert (second.offset, second.length) == (5, 3)
+    assert second.is_embed is not None
+    assert second.is_embed.tolist() == [True, False, True]
+    touching = place_images([image] * 3, image, [1, 2])
+    assert [(each.offset, each.length) for each in touching] == [(0, 1), (1, 2)]
+    for rows in ([2], [2, 3]):
+        with pytest.raises(PlaceholderMismatchError, match="4 image tokens"):
+            place_images(prompt, image, rows)

@@ -6,8 +6,10 @@ vLLM's client belongs to one event loop, so all tests of this folder share the l
 from __future__ import annotations
 
 import asyncio
+import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
+else:
+    with warnings.catch_warnings():  # vLLM's own, at its import
+        warnings.simplefilter("ignore")
+        importlib.import_module("trtllm_mm_cache.engines.vllm.connector")
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -31,7 +31,7 @@ from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, Transfo
 from trtllm_mm_cache.engines.vllm import VllmEngineArgs, VllmGenerator, support
 from trtllm_mm_cache.engines.vllm.outputs import deltas_of
 
-START_DEADLINE_S = 180
+START_DEADLINE_S = 240
 DEADLINE_S = 90
 GREEDY = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=20)
 SMALL = {"enforce_eager": True, "max_model_len": 1024, "max_num_batched_tokens": 96, "max_num_seqs": 4}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -13,8 +14,11 @@ import psutil
 import pytest
 from PIL import Image
 
+from tests.e2e.cards import Deal
+from tests.e2e.conftest import generate_answer
 from tests.e2e.stack import Stack, launched, wait_until
-from tests.vllm.models import CARD
+from tests.engines.contract import chat_case
+from tests.vllm.models import CARD, DEMO
 
 QUESTION = "Where is the yellow cross?"
 READY_S = 300
@@ -22,7 +26,7 @@ READY_S = 300
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    capacity = ("--multimodal-embedding-cache-capacity-gb", "0.0625")
+    capacity = ("--multimodal-embedding-cache-capacity-gb", "0.0001")  # about twenty cards
     with launched(
         tmp_path_factory.mktemp("stack") / "run",
         *capacity,
@@ -53,6 +57,28 @@ def test_a_burst_of_one_image_is_one_encode(stack: Stack) -> None:
         answers = list(threads.map(lambda _: stack.ask(card, QUESTION), range(64)))
     assert set(answers) == {"top left"}
     assert stack.encodes() - before == 1
+
+
+@pytest.mark.long
+def test_two_thousand_answers_are_true_while_entries_are_evicted(stack: Stack) -> None:
+    """Sixty cards through a cache of about twenty, eight clients: nobody gets another card's answer."""
+
+    def oracle(images: Sequence[Image.Image], texts: Sequence[str], max_tokens: int = 8) -> str:
+        return generate_answer(chat_case(DEMO, list(images), texts), max_tokens)
+
+    deal, order = Deal(oracle, seed=20261127), random.Random(5)
+    cards = [deal() for _ in range(60)]
+    asked = [order.choice(cards) for _ in range(2000)]
+    evicted = stack.total("PD", "dynamo_component_embedding_cache_evictions_total")
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda card: stack.ask(*card.parts, max_tokens=16), asked))
+    wrong = [
+        (card.text, card.answer, answer)
+        for card, answer in zip(asked, answers, strict=True)
+        if card.answer != answer
+    ]
+    assert not wrong
+    assert stack.total("PD", "dynamo_component_embedding_cache_evictions_total") - evicted > 100
 
 
 def test_log_probabilities_and_penalties_are_served(stack: Stack) -> None:
