@@ -41,6 +41,8 @@ def test_each_model_has_a_folder_with_both_files() -> None:
     assert {
         "cpu-demo",
         "cpu-demo/vllm",
+        "internvl3-8b-hf/vllm",
+        "qwen2-vl-7b-instruct/vllm",
         "llava-v1.6-mistral-7b-hf",
         "llava-v1.6-mistral-7b-hf/vllm",
         "qwen2.5-vl-7b-instruct",

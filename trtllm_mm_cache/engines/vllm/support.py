@@ -114,7 +114,7 @@ class Tower:
     """Whose vision tower makes the embeddings: encode workers', or vLLM's `own`.
 
     Its own counts what it encodes where `encodes` leads to; without that nothing is kept, and there is no
-    connector.
+    connector but for what it repairs on a CPU (`cpu_generators`).
     """
 
     own: bool = False
@@ -122,9 +122,10 @@ class Tower:
 
     def connector(self) -> Any:
         """Return vLLM's configuration of our connector."""
+        import torch
         from vllm.config import ECTransferConfig
 
-        if self.own and self.encodes is None:
+        if self.own and self.encodes is None and torch.cuda.is_available():
             return None
         return ECTransferConfig(
             ec_connector="ArenaConnector",
