@@ -249,16 +249,17 @@ async def test_with_every_thread_stuck_it_is_absent_at_once_and_extents_wait_in_
 ) -> None:
     await bench.keep(bench.tier(), *map(item_of, range(6)))
     stuck = Stuck(bench.make_storage(fingerprint=FINGERPRINT))
-    tier = bench.tier(storage=stuck, fetch_s=0.05, threads=2, failures=100)  # type: ignore[arg-type]
-    answers = await asyncio.gather(
-        *(tier.fill(item_of(number), bench.receiver.receive) for number in range(6)), return_exceptions=True
-    )
+    tier = bench.tier(storage=stuck, fetch_s=0.05, threads=2, failures=100, turn_s=3600)  # type: ignore[arg-type]
+    fills = [tier.fill(item_of(number), bench.receiver.receive) for number in range(6)]
+    async with asyncio.timeout(60):  # by no means the hour that a turn may take
+        answers = await asyncio.gather(*fills, return_exceptions=True)
     assert sum(isinstance(answer, MmCacheError) for answer in answers) >= 2
     assert all(answer is None or isinstance(answer, MmCacheError) for answer in answers)
     assert tier.slots.stuck == 2
     assert bench.cache.statistics().quarantined == 2
     inside = stuck.inside
-    assert await tier.fill(item_of(0), bench.receiver.receive) is None
+    async with asyncio.timeout(60):
+        assert await tier.fill(item_of(0), bench.receiver.receive) is None
     assert (stuck.inside, tier.lookups["busy"] > 0) == (inside, True), "nothing more was begun"
     stuck.open.set()
     patient(tier)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from tests.pd.bench import (
     NBYTES,
     allow_private_addresses,
     assert_holds,
+    check_embedding,
     image_url,
     require_salt,
     settings,
@@ -24,6 +27,7 @@ from tests.pd.bench import (
 from tests.pd.bench import Bench as PdBench
 from tests.pd.bench import bench as pd_bench
 from tests.tiers.bench import until
+from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.errors import ConfigurationError, EncodeUnavailableError, MmCacheError
 from trtllm_mm_cache.pd.metrics import PdMetrics
 from trtllm_mm_cache.pd.resolve import ItemResolver
@@ -31,6 +35,7 @@ from trtllm_mm_cache.runtime.control import DropRequest
 from trtllm_mm_cache.settings import PdSettings, TierSettings
 from trtllm_mm_cache.tiers.chain import StoredTiers, TierChain
 from trtllm_mm_cache.tiers.configured import check_tiers, stored_tiers
+from trtllm_mm_cache.tiers.receive import Receiver
 from trtllm_mm_cache.tiers.stored import StoredTier
 
 __all__ = ["allow_private_addresses", "pd_bench", "require_salt", "settings"]
@@ -191,6 +196,44 @@ async def test_drop_reaches_the_tiers_and_bars_what_is_dropped_until_the_last_ro
     assert worker.encodes() == 2 + 3 + 1
     await worker.settled()
     assert worker.stored[0]._storage.contents().entries == 1
+
+
+async def test_what_one_worker_dropped_does_not_come_back_by_another_ones_offer(
+    workers: Any, pd_bench: PdBench, settings: PdSettings, redis_server: int, folder: Path
+) -> None:
+    """Two workers and a store. One drops; before the other does, it stores the embedding again."""
+    one = workers(disk=False, store=True)
+    url = image_url()
+    for _ in range(2):
+        await one.ask(url)
+    await one.settled()
+    arena = MultimodalEmbeddingCacheManager(4 * NBYTES, name="other")
+    receiver = Receiver(arena, pd_bench.transit, None, check_embedding, CollectorRegistry())
+    tiers = stored_tiers(
+        tier_settings(folder, redis_server), FINGERPRINT, CollectorRegistry(), arenas=[NBYTES]
+    )
+    store = StoredTiers([tiers._tiers[1]])
+    other = Worker(replace(pd_bench, cache=arena, receiver=receiver), settings, store)
+    await other.ask(url)
+    assert (other.stored[0].lookups["hit"], one.encodes()) == (1, 1)
+
+    barring = DropRequest(everything=True, bar_s=60)
+    assert (await one.resolver.drop(barring)).stored == 1
+    other.stored[0].offers._clock = lambda: time.monotonic() + 1000  # a touch is due
+    await other.ask(url)
+    await other.settled()
+    assert other.stored[0].offers.outcomes["stored"] == 1, "it is in the store again"
+    await one.ask(url)
+    assert (one.encodes(), len(pd_bench.cache.keys())) == (2, 0), "and is not taken from there"
+    assert (await other.resolver.drop(barring)).stored == 1
+    for worker in (one, other):
+        assert (await worker.resolver.drop(DropRequest(everything=True))).stored == 0
+    await one.ask(url)
+    assert one.encodes() == 3
+    await tiers.close()
+    await other.resolver.flights.close()
+    await other.resolver._fetcher.close()
+    arena.close()
 
 
 async def test_a_drop_that_a_tier_cannot_do_is_an_error_and_bars(workers: Any, redis_server: int) -> None:
