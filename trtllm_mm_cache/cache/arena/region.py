@@ -30,6 +30,7 @@ from typing import TypeVar
 
 import torch
 
+from trtllm_mm_cache.cache.arena.large_pages import ask_for_large_pages, report_large_pages
 from trtllm_mm_cache.cache.arena.leftovers import SHARED_MEMORY_ROOT, RegionRegister, remove_leftovers
 from trtllm_mm_cache.errors import SharedMemoryError
 
@@ -78,7 +79,10 @@ def create_shared_storage(nbytes: int, *, prefault: bool = True) -> torch.Untype
     finally:
         os.close(descriptor)
     if prefault:
+        whole = (storage.data_ptr() - HEADER_BYTES, nbytes + HEADER_BYTES)
+        ask_for_large_pages(*whole)
         _populate(storage)
+        report_large_pages(*whole)
     return storage
 
 
