@@ -40,7 +40,7 @@ SIZES = {
     "35 MB": (1344, 1312),
 }
 ARMS = ("vllm", "example", "dynamo", "aggregated", "disaggregated", "text")
-ARM_TIMEOUT_S = 560
+ARM_TIMEOUT_S = 1800
 
 Found = dict[str, dict[str, list[float]]]
 

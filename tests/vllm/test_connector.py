@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from trtllm_mm_cache.cache.arena.handle import Handle
-from trtllm_mm_cache.engines.vllm.connector import FailedLoads, SchedulerSide, StepLoads, WorkerSide
+from trtllm_mm_cache.engines.vllm.connector import FailedLoads, SchedulerSide, StepCopies, WorkerSide
 from trtllm_mm_cache.engines.vllm.handles import handle_of, load_entry
 
 
@@ -56,7 +56,7 @@ def test_a_failed_load_fails_all_that_use_it_now_and_later() -> None:
 
 def test_a_worker_that_cannot_load_reports_it_and_does_not_raise() -> None:
     worker, cache = WorkerSide(torch.device("cpu")), {"there": torch.ones(1)}
-    worker.load(StepLoads([("key", handle(0)), ("there", handle(0))]), cache)
+    worker.load(StepCopies([("key", handle(0)), ("there", handle(0))]), cache)
     assert torch.equal(cache["key"], torch.zeros(2, 8, dtype=torch.float16))
     assert torch.equal(cache["there"], torch.ones(1)), "what vLLM has is not loaded again"
     assert worker.take_failed() == FailedLoads(frozenset({"key"}))

@@ -1,0 +1,146 @@
+"""Fills by themselves, on both sides of the connector: used once, whole or not at all, never an exception."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import xxhash
+
+from trtllm_mm_cache.cache.arena.handle import Handle
+from trtllm_mm_cache.cache.arena.marks import Mark, MarkBoard
+from trtllm_mm_cache.cache.arena.region import create_shared_storage
+from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager, Reservation
+from trtllm_mm_cache.engines.own_tower import Fill
+from trtllm_mm_cache.engines.vllm.connector import ArenaConnector, SchedulerSide, StepCopies, WorkerSide
+from trtllm_mm_cache.engines.vllm.handles import fill_entry, fill_of
+
+CPU = torch.device("cpu")
+MADE = torch.arange(24, dtype=torch.float32).view(3, 8)
+
+
+@dataclass
+class Place:
+    """A reserved extent for `MADE`, its mark, and what an engine is told of them."""
+
+    reservation: Reservation
+    mark: Mark
+    fill: Fill
+
+    def bytes(self) -> torch.Tensor:
+        return self.reservation.view.clone()
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    cache = MultimodalEmbeddingCacheManager(1 << 16)
+    mark = MarkBoard().open()
+    assert mark is not None
+    reservation = cache.reserve("key", MADE.nbytes, owner="test")
+    reservation.view.zero_()
+    yield Place(reservation, mark, Fill(reservation.handle(MADE.dtype, (3, 8)), mark.handle, mark.nonce))
+    reservation.abandon()
+    cache.close()
+
+
+@pytest.fixture
+def encodes() -> torch.Tensor:
+    return torch.empty(0, dtype=torch.int64).set_(create_shared_storage(64), 0, (1,), (1,))
+
+
+def worker_of(encodes: torch.Tensor) -> WorkerSide:
+    return WorkerSide(CPU, encodes=Handle.of(encodes))
+
+
+def test_a_fill_survives_its_way(place: Place) -> None:
+    assert fill_of(fill_entry(place.fill)) == place.fill
+
+
+def test_what_is_made_lies_in_the_extent_and_is_marked(place: Place, encodes: torch.Tensor) -> None:
+    assert place.mark.checksum() is None
+    worker_of(encodes).save(StepCopies(fills={"key": place.fill}), "key", MADE)
+    assert torch.equal(place.bytes().view(torch.float32).view(3, 8), MADE)
+    assert place.mark.checksum() == xxhash.xxh3_64_intdigest(MADE.numpy().tobytes())
+    assert encodes.tolist() == [1]
+
+
+def test_what_no_request_wants_to_keep_is_counted_alone(place: Place, encodes: torch.Tensor) -> None:
+    worker = worker_of(encodes)
+    worker.save(StepCopies(), "key", MADE)
+    worker.save(StepCopies(fills={"another": place.fill}), "key", MADE)
+    assert place.mark.checksum() is None
+    assert not place.bytes().any()
+    assert encodes.tolist() == [2]
+
+
+@pytest.mark.parametrize("made", [MADE[:2].contiguous(), MADE.double(), MADE.view(6, 4)])
+def test_another_shape_or_dtype_writes_nothing(
+    place: Place, encodes: torch.Tensor, made: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker_of(encodes).save(StepCopies(fills={"key": place.fill}), "key", made)
+    assert place.mark.checksum() is None
+    assert not place.bytes().any()
+    assert "another shape" in caplog.text
+
+
+def test_an_arena_that_is_gone_raises_nothing(
+    place: Place, encodes: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    gone = replace(place.fill, target=replace(place.fill.target, file=b"/torch_1_2_3"))
+    worker_of(encodes).save(StepCopies(fills={"key": gone}), "key", MADE)
+    assert place.mark.checksum() is None
+    assert "it is not kept" in caplog.text
+
+
+def test_other_ranks_than_the_first_copy_nothing_out(place: Place) -> None:
+    WorkerSide(CPU).save(StepCopies(fills={"key": place.fill}), "key", MADE)
+    assert place.mark.checksum() is None
+
+
+@pytest.mark.parametrize(("rank", "counts"), [(0, True), (1, False)])
+def test_the_connector_of_the_first_rank_alone_counts(encodes: torch.Tensor, rank: int, counts: bool) -> None:
+    from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
+
+    from trtllm_mm_cache.engines.vllm.connector import ENCODES
+    from trtllm_mm_cache.engines.vllm.handles import plain
+
+    extra = {ENCODES: plain(Handle.of(encodes))}
+    transfer = SimpleNamespace(
+        get_from_extra_config=extra.get, is_ec_producer=True, is_ec_consumer=True, ec_role="ec_both"
+    )
+    config: Any = SimpleNamespace(
+        ec_transfer_config=transfer,
+        device_config=SimpleNamespace(device_type="meta"),
+        parallel_config=SimpleNamespace(rank=rank),
+    )
+    connector = ArenaConnector(config, ECConnectorRole.WORKER)
+    assert connector.worker is not None
+    connector.worker.save(StepCopies(), "key", MADE)
+    assert encodes.tolist() == [int(counts)]
+
+
+def test_a_fill_is_used_once(place: Place) -> None:
+    """Preempted, a request's image is encoded again: by then the extent may be an entry or reserved anew."""
+    side = SchedulerSide()
+    params = {"key": fill_entry(place.fill)}
+    side.note("request", params)
+    assert not side.has("key"), "it must be encoded, not loaded"
+    side.schedule("request", "key")
+    assert side.take_step().fills == {"key": place.fill}
+    side.note("request", params)
+    side.schedule("request", "key")
+    assert side.take_step().fills == {}
+
+
+def test_a_fill_ends_with_its_request_and_is_its_own(place: Place) -> None:
+    side = SchedulerSide()
+    side.note("gone", {"key": fill_entry(place.fill)})
+    side.end("gone")
+    side.note("other", {"another": fill_entry(place.fill)})
+    side.schedule("gone", "key")
+    side.schedule("stranger", "another")
+    assert side.take_step().fills == {}
