@@ -7,13 +7,13 @@ PYTEST_ARGS ?=
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: test test-parts lint check docs demo format clean
-.PHONY: bench-cache bench-transfer bench-serving bench-burst soak soak-serving fuzz faults chaos redteam
-.PHONY: test-vllm test-vllm-part bench-vllm
+.PHONY: bench-cache bench-transfer gpu-check bench-serving bench-burst soak soak-serving fuzz faults chaos redteam
+.PHONY: test-vllm test-vllm-part bench-vllm test-sglang test-sglang-part
 
 test: lint check
 
 $(STAMP): pyproject.toml constraints/cpu.txt launch/setup_venv.sh
-	launch/setup_venv.sh $(VENV) transformers mpi --dev
+	launch/setup_venv.sh $(VENV) transformers mpi store --dev
 	touch $@
 
 lint: $(STAMP)
@@ -44,6 +44,17 @@ test-vllm: $(STAMP_VLLM)
 test-vllm-part: $(STAMP_VLLM)
 	PATH="$(abspath $(VENV_VLLM)/bin):$$PATH" pytest $(PYTEST_ARGS) tests/vllm
 
+# The same for SGLang: on the CPU it runs with a stand-in for its GPU kernels.
+VENV_SGLANG ?= .venv-sglang
+STAMP_SGLANG := $(VENV_SGLANG)/.installed
+$(STAMP_SGLANG): pyproject.toml constraints/cpu.txt constraints/sglang-cpu.txt launch/setup_venv.sh tools/repair_torchvision.py
+	launch/setup_venv.sh $(VENV_SGLANG) sglang --dev
+	touch $@
+test-sglang: $(STAMP_SGLANG)
+	PATH="$(abspath $(VENV_SGLANG)/bin):$$PATH" pytest -m "long or not long" $(PYTEST_ARGS) tests/sglang
+test-sglang-part: $(STAMP_SGLANG)
+	PATH="$(abspath $(VENV_SGLANG)/bin):$$PATH" pytest $(PYTEST_ARGS) tests/sglang
+
 # Renews docs/configuration.md from the settings classes, and builds the site: build/docs/index.html.
 docs: $(STAMP)
 	python tools/configuration_reference.py
@@ -63,6 +74,11 @@ BENCH_ARGS ?=
 	pip install --quiet --no-deps --target $@ ai-dynamo==1.6.1 msgspec==0.21.1
 bench-transfer: .venv-dynamo
 	python -m benchmarks.transfer --peer .venv-dynamo $(BENCH_ARGS)
+
+# What only a GPU shows, within 8 minutes and with nothing from outside; GPU_CHECK_ARGS names parts and the model's size.
+GPU_CHECK_ARGS ?=
+gpu-check:
+	python -m benchmarks.gpu_check $(GPU_CHECK_ARGS)
 
 # The whole stack under AIPerf, which has a virtual environment of its own (1.2 GB).
 .venv-aiperf:
@@ -95,7 +111,7 @@ fuzz: $(STAMP)
 
 # Every fault of docs/failure-modes.md on real processes, those too that are too long for `make test`.
 faults: $(STAMP)
-	pytest -m "long or not long" tests/faults tests/pd tests/encode tests/transfer
+	pytest -m "long or not long" tests/faults tests/pd tests/encode tests/transfer tests/tiers
 
 # Kills, freezes and restarts workers under load for CHAOS_SECONDS; fails if anything is wrong or lost.
 CHAOS_SECONDS ?= 300
@@ -112,4 +128,4 @@ format: $(STAMP)
 	ruff format .
 
 clean:
-	rm -rf .venv .venv-vllm .run build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-sglang .run build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -14,7 +14,7 @@ import torch
 
 MB = 1024**2
 ARENA_BYTES = 320 * MB
-WAYS = ("ours", "nixl_write", "nixl_read", "local")
+WAYS = ("ours", "ours_nixl", "nixl_write", "nixl_read", "local")
 
 
 @dataclass(frozen=True)

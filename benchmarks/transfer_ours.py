@@ -37,7 +37,7 @@ from trtllm_mm_cache.tiers.base import MissingItem
 from trtllm_mm_cache.tiers.chain import TierChain
 from trtllm_mm_cache.tiers.encode_remote import EncodeTier
 from trtllm_mm_cache.tiers.receive import Receiver as ItemReceiver
-from trtllm_mm_cache.transfer import Exporter, Reader, TransferAgent
+from trtllm_mm_cache.transfer import Exporter, MappedReader, Reader, TransferAgent
 
 FINGERPRINT = "ab" * 32
 WIDTH = 1024
@@ -99,7 +99,8 @@ async def our_sender() -> AsyncIterator[Sender]:
     pipeline = EncodePipeline(tower, manager, EncodeSettings(model_path="none"), registry)
     exporter = Exporter(agent, lease_timeout_s=30)
     try:
-        yield OurSender(EncodeServer(pipeline, exporter, agent.metadata, EncodeMetrics(registry)), tower)
+        peer = agent.metadata.with_arena(manager.arena.place)
+        yield OurSender(EncodeServer(pipeline, exporter, peer, EncodeMetrics(registry)), tower)
     finally:
         await pipeline.close()
         await agent.close(deadline_s=1)
@@ -149,8 +150,8 @@ class OurReceiver(Receiver):
 
 
 @asynccontextmanager
-async def our_receiver(connection: Connection) -> AsyncIterator[Receiver]:
-    """Make a PD worker's cache and the tiers that fill it."""
+async def our_receiver(connection: Connection, *, by_nixl: bool) -> AsyncIterator[Receiver]:
+    """Make a PD worker's cache and the tiers that fill it; `by_nixl` alone, as with `--transfer nixl`."""
     manager, agent = await _arena_and_agent()
     peer = _EncodeWorkerOverThere(connection)
     registry = CollectorRegistry()
@@ -158,7 +159,8 @@ async def our_receiver(connection: Connection) -> AsyncIterator[Receiver]:
     receiver = ItemReceiver(manager, manager, None, lambda *_: None, registry)
     settings = PdSettings(model_path="none", transfer_timeout_s=30)
     fingerprint = pixels_fingerprint(FINGERPRINT, settings.images)
-    tiers = TierChain([EncodeTier(peer, Reader(agent), fingerprint, settings, registry)], receiver)
+    reader = Reader(agent) if by_nixl else MappedReader(agent)
+    tiers = TierChain([EncodeTier(peer, reader, fingerprint, settings, registry)], receiver)
     try:
         yield OurReceiver(tiers, peer, picture(1, 32))
     finally:

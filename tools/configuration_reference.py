@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -17,6 +17,7 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from trtllm_mm_cache.cli.main import cli
+from trtllm_mm_cache.engines.sglang import settings as sglang_settings
 from trtllm_mm_cache.engines.transformers.settings import TransformersEngineArgs
 from trtllm_mm_cache.engines.trtllm.settings import TrtllmEncoderArgs, TrtllmLlmArgs
 from trtllm_mm_cache.engines.vllm.settings import FORCED, VllmEngineArgs
@@ -94,6 +95,16 @@ VLLM_FORCED = """\
 What vLLM has a key for and this project decides:
 """
 
+SGLANG = """\
+### `--engine sglang`
+
+Keys of `pd.yaml`; the encode worker runs `--engine transformers`.
+"""
+
+SGLANG_FORCED = """\
+What SGLang has a key for and this project decides:
+"""
+
 ENVIRONMENT = """\
 ## Environment
 
@@ -132,7 +143,11 @@ def page() -> str:
         VLLM,
         _key_table(("", VllmEngineArgs)),
         VLLM_FORCED,
-        _table(["vLLM's key", "why it is not one here"], [[f"`{key}`", why] for key, why in FORCED.items()]),
+        _forced("vLLM", FORCED),
+        SGLANG,
+        _key_table(("", sglang_settings.SglangEngineArgs)),
+        SGLANG_FORCED,
+        _forced("SGLang", sglang_settings.FORCED),
         ENVIRONMENT,
         NIXL,
         _table(["variable", "value"], variables),
@@ -168,6 +183,11 @@ def _flag_rows(settings: type[BaseModel]) -> Iterator[tuple[str, ...]]:
                 f"`{env}`" if env else "",
                 field.description or "",
             )
+
+
+def _forced(engine: str, keys: Mapping[str, str]) -> str:
+    rows = [[f"`{key}`", why] for key, why in keys.items()]
+    return _table([f"{engine}'s key", "why it is not one here"], rows)
 
 
 def _key_table(*files: tuple[str, type[BaseModel]]) -> str:

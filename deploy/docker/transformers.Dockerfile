@@ -14,7 +14,7 @@ ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /src
 # Dependencies alone, so that a change of the code leaves this layer, nearly all of the image, as it is.
 COPY pyproject.toml constraints/cpu.txt ./
-RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; extras = project['optional-dependencies']; print(*project['dependencies'], *extras['transformers'], *extras['tracing'], sep='\n')" > requirements.txt \
+RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; extras = project['optional-dependencies']; print(*project['dependencies'], *extras['transformers'], *extras['tracing'], *extras['store'], sep='\n')" > requirements.txt \
     && pip install --extra-index-url "$TORCH_INDEX" -c cpu.txt -r requirements.txt
 
 FROM dependencies AS wheel

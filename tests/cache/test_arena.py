@@ -92,6 +92,8 @@ def test_more_than_the_file_system_has_is_refused_by_name_and_takes_nothing(
 ) -> None:
     status = os.statvfs(SHARED_MEMORY_ROOT)
     total = status.f_blocks * status.f_frsize
+    if not 0 < total < 2**46:
+        pytest.skip("shared memory has no bound here that a mapping could reach")
     before = set(SHARED_MEMORY_ROOT.iterdir())
     with pytest.raises(
         SharedMemoryError, match=r"needs .* MiB.*has .* MiB free.*lower the cache.*--shm-size"

@@ -27,9 +27,9 @@ import sys
 from trtllm_mm_cache.cache.arena import leftovers
 leftovers._PREFIX = {PREFIX!r}
 from trtllm_mm_cache.cache.arena.arena import Arena
-from trtllm_mm_cache.cache.arena.region import _path
+from trtllm_mm_cache.cache.arena.region import storage_path
 arenas = [Arena({CAPACITY}) for _ in range(2)]
-print(*(_path(arena.storage) for arena in arenas), flush=True)
+print(*(storage_path(arena.storage) for arena in arenas), flush=True)
 if sys.stdin.read():
     for arena in arenas:
         arena.close()

@@ -150,3 +150,40 @@ def test_uniform_sizes_give_the_hit_sequence_of_an_lru_without_holes() -> None:
             manager.set(str(item), entry)
     assert hits == list(_lru_without_holes(19 * 100_000, [100_000] * 100, trace))
     assert manager.statistics().moves == 0
+
+
+def _at_once(manager: MultimodalEmbeddingCacheManager, key: str, units: int) -> bool:
+    reservation = manager.reserve_at_once(key, units * UNIT, owner="test")
+    if reservation is None:
+        return False
+    reservation.commit(dtype=torch.uint8, shape=(units * UNIT,)).release()
+    return True
+
+
+def test_room_at_once_evicts_as_ever_and_moves_nothing(manager: MultimodalEmbeddingCacheManager) -> None:
+    assert all(_at_once(manager, str(number), 1) for number in range(16))
+    assert _at_once(manager, "new", 1)
+    assert manager.keys() == [*(str(number) for number in range(1, 16)), "new"]
+    for number in (3, 8, 13):
+        manager.drop(str(number))
+    assert not _at_once(manager, "large", 3)
+    assert (manager.statistics().moves, manager.statistics().reservations) == (0, 0)
+    _fill(manager, "large", 3).release()
+    assert manager.statistics().moves > 0
+
+
+def test_room_at_once_evicts_no_more_than_a_few() -> None:
+    manager = MultimodalEmbeddingCacheManager(64 * UNIT)
+    for number in range(64):
+        _fill(manager, str(number), 1).release()
+    assert not _at_once(manager, "large", 48)
+    assert manager.statistics().evictions == 32
+    _fill(manager, "large", 48).release()
+    assert manager.statistics().evictions == 48
+
+
+def test_room_at_once_is_refused_where_everything_is_held(manager: MultimodalEmbeddingCacheManager) -> None:
+    held = [_fill(manager, str(number), 1) for number in range(16)]
+    with pytest.raises(ArenaFullError):
+        manager.reserve_at_once("new", UNIT, owner="test")
+    assert len(held) == manager.statistics().entries

@@ -5,8 +5,9 @@ from __future__ import annotations
 import signal
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tests.chaos.load import Outcomes
 from tests.chaos.supervisor import Record
@@ -27,6 +28,8 @@ HELD = tuple(
         "reads_in_flight",
         "requests_in_flight",
         "flights_in_progress",
+        "tier_waiting_offers",
+        "tier_stuck_threads",
     )
 )
 """Gauges of a worker's system port that must be 0 when nothing is asked of it."""
@@ -79,6 +82,7 @@ class Report:
     everything_serves: bool
     left_over: dict[str, dict[str, float]]
     endings: dict[str, str]
+    tier_faults: Counter[str] = field(default_factory=Counter)
 
     def problems(self) -> list[str]:
         """Say what was not as promised; empty if all was."""
@@ -114,6 +118,7 @@ class Report:
             if times:
                 said = f"served again after {statistics.median(times):.2f} s, at most {max(times):.2f} s"
             rows.append((f"{kind} worker: {fault.value}", f"{count} times; {said}"))
+        rows += [(fault, f"{count} times") for fault, count in sorted(self.tier_faults.items())]
         rows += [(f"ended unasked: {who}", str(count)) for who, count in sorted(self.record.aborts.items())]
         rows.append(("leases, extents, exports, READs, requests left", str(self.left_over or 0)))
         agree = sum(said == IN_ORDER for said in self.endings.values())

@@ -14,6 +14,8 @@ import random
 import sys
 import tempfile
 import time
+from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from tests.chaos.questions import make_questions
 from tests.chaos.report import Report, end, left_over
 from tests.chaos.stack import chaos_stack, wait_until_serving
 from tests.chaos.supervisor import Supervisor
+from tests.chaos.tiers import chaos_tiers
 
 _STEP_S = 0.05
 _REPAIR_DEADLINE_S = 60.0
@@ -38,13 +41,17 @@ def run_chaos(
     clients: int = 4,
     pause_s: float = 2.0,
     ucx_tls: str | None = None,
+    with_tiers: bool = False,
 ) -> Report:
     """Disturb a new stack for `seconds`, let everything recover, stop it in order; return what happened.
 
     `pause_s` is the mean time between two faults. Logs stay in `folder`.
     """
     rng = random.Random(seed)
-    with chaos_stack(folder, pd_workers, encode_workers, ucx_tls) as stack:
+    with ExitStack() as running:
+        tiers = running.enter_context(chaos_tiers(folder, rng, pause_s)) if with_tiers else None
+        options = {"pd": tiers.options} if tiers else {}
+        stack = running.enter_context(chaos_stack(folder, pd_workers, encode_workers, ucx_tls, **options))
         questions = make_questions(rng, scenes=12, questions=20)
         wait_until_serving(stack)
         load = Load(stack.url, questions, clients=clients, seed=seed)
@@ -53,7 +60,11 @@ def run_chaos(
         try:
             while time.monotonic() < began + seconds:
                 supervisor.step(disturb=True)
+                if tiers:
+                    tiers.step()
                 time.sleep(_STEP_S)
+            if tiers:
+                tiers.end()
             deadline = time.monotonic() + _REPAIR_DEADLINE_S
             while not supervisor.all_serve and time.monotonic() < deadline:
                 supervisor.step(disturb=False)
@@ -72,6 +83,7 @@ def run_chaos(
         everything_serves=everything_serves,
         left_over=left,
         endings=endings,
+        tier_faults=tiers.faults if tiers else Counter(),
     )
 
 
@@ -80,11 +92,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31))
     parser.add_argument("--ucx-tls", help="transports that UCX may use; tcp is what runs between hosts")
+    parser.add_argument("--tiers", action="store_true", help="with a disk and a store, disturbed too")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     print(f"seed {arguments.seed}, logs in {folder}", file=sys.stderr, flush=True)
-    report = run_chaos(folder, seconds=arguments.seconds, seed=arguments.seed, ucx_tls=arguments.ucx_tls)
+    report = run_chaos(
+        folder,
+        seconds=arguments.seconds,
+        seed=arguments.seed,
+        ucx_tls=arguments.ucx_tls,
+        with_tiers=arguments.tiers,
+    )
     print(report.table())
     problems = report.problems()
     if problems:

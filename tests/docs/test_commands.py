@@ -65,7 +65,9 @@ def problem_of(program: str, before: Sequence[str], arguments: Sequence[str]) ->
             wanted = [re.sub("=.*", " ?=", target) for target in targets if target not in ("…", "...")]
             unknown = [each for each in wanted if f"\n{each}" not in makefile]
         case "python", ["-m", module, *rest] if module.partition(".")[0] in ("benchmarks", "tests", "tools"):
-            return _script_problem(module.replace(".", "/") + ".py", rest)
+            path = module.replace(".", "/")
+            package = PurePosixPath(path, "__main__.py")
+            return _script_problem(str(package) if package in tracked_paths() else f"{path}.py", rest)
         case "python", [script, *rest] if script.endswith(".py"):
             return _script_problem(script, rest)
     return f"no {', '.join(unknown)}" if unknown else None

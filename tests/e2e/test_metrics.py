@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import openai
 import pytest
-from prometheus_client import Metric
+from prometheus_client import CollectorRegistry, Metric
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from tests.deploy.queries import alert_queries, dashboard_queries, unknown
 from tests.e2e.stack import REPOSITORY, Process, Stack, new_image, wait_until
 from trtllm_mm_cache.errors import error_codes
+from trtllm_mm_cache.observability.metrics import Exposition
+from trtllm_mm_cache.settings import TierSettings
+from trtllm_mm_cache.tiers.configured import stored_tiers
 
 QUESTION = "What is this?"
 OURS = ("dynamo_component_embedding_cache_", "trtllm_mm_cache_")
@@ -216,8 +222,35 @@ def test_the_encode_worker_is_seen_and_nothing_is_left_over(busy: Stack) -> None
             assert process.metric(f"trtllm_mm_cache_{name}") == 0, name
 
 
-def test_dashboard_and_alerts_ask_for_what_is_exposed(busy: Stack) -> None:
+@pytest.fixture
+async def of_a_tier(tmp_path: Path) -> list[Metric]:
+    """What a worker with a disk exposes besides, before anything has happened."""
+    registry = CollectorRegistry()
+    settings = TierSettings(multimodal_embedding_cache_disk_path=tmp_path / "disk")
+    tiers = stored_tiers(settings, "ab" * 32, registry, arenas=[1024])
+    (disk,) = tiers._tiers
+    while disk._storage.contents().entries is None:
+        await asyncio.sleep(0.001)
+    text = Exposition(registry, {"dynamo_component": "pd", "model": "m"}).render()
+    await tiers.close()
+    return list(text_string_to_metric_families(text))
+
+
+async def test_what_a_tier_exposes_is_what_is_documented(of_a_tier: list[Metric]) -> None:
+    rows = {row.name: row for row in documented() if row.component == "tiers"}
+    exposed = {family.name + ("_total" if family.type == "counter" else ""): family for family in of_a_tier}
+    assert exposed.keys() == rows.keys()
+    for name, family in exposed.items():
+        assert family.type == rows[name].kind, name
+        for sample in family.samples:
+            assert sample.labels.keys() - COMMON - {"le"} == rows[name].labels, name
+
+
+def test_dashboard_and_alerts_ask_for_what_is_exposed(busy: Stack, of_a_tier: list[Metric]) -> None:
     exposed: dict[str, set[str]] = {}
+    for family in of_a_tier:
+        for sample in family.samples:
+            exposed.setdefault(sample.name, set()).update(sample.labels)
     for process in [frontend_of(busy), *busy.workers("PD"), *busy.workers("encode")]:
         for _, family in families(process):
             for sample in family.samples:

@@ -61,14 +61,13 @@ def test_a_mixed_batch_gives_what_each_image_gives_alone(
     assert not caplog.records, "images of different shapes were tried together and failed"
 
 
-def test_embeddings_are_tensors_of_their_own(halves: Halves) -> None:
+def test_embeddings_are_contiguous_and_apart(halves: Halves) -> None:
     items = [EncodeItem(picture(seed, 120, 80), variant=halves.generator.variant(1)) for seed in (1, 2)]
     first, second = encoded(halves.encoder.encode([halves.encoder.preprocess(item) for item in items]))
     token_id = reference_model(halves.model_dir).config.image_token_id
     token = reference_processor(halves.model_dir).tokenizer.convert_ids_to_tokens(token_id)
     for result in (first, second):
         assert result.tensor.is_contiguous()
-        assert result.tensor.untyped_storage().nbytes() == result.tensor.nbytes
         assert result.tensor.shape[0] == str(result.metadata.placeholder).count(token) > 0
     before = second.tensor.clone()
     first.tensor.zero_()

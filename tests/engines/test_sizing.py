@@ -17,7 +17,7 @@ from tests.engines.conftest import Halves, ModelFactory
 from tests.engines.contract import picture
 from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cli.main import cli
-from trtllm_mm_cache.cli.plan import lru_entries, make_plan
+from trtllm_mm_cache.cli.plan import lru_entries, lru_hit_ratio, make_plan
 from trtllm_mm_cache.engines.base import EncodeItem
 from trtllm_mm_cache.engines.transformers import embedding_shape
 from trtllm_mm_cache.errors import ConfigurationError
@@ -144,3 +144,20 @@ def test_entries_for_a_hit_ratio_are_those_of_an_lru_cache(hit_ratio: float) -> 
         hits.append(cache.get(request))
     warm = hits[10_000:]
     assert sum(warm) / len(warm) == pytest.approx(hit_ratio, abs=0.015)
+
+
+@pytest.mark.parametrize("entries", [10, 300, 2000])
+def test_the_hit_ratio_of_entries_is_the_other_way_round(entries: int) -> None:
+    hit_ratio = lru_hit_ratio(5000, 0.9, entries)
+    assert abs(lru_entries(5000, 0.9, hit_ratio) - entries) <= 1
+    assert lru_hit_ratio(5000, 0.9, 5000) == 1.0
+
+
+def test_a_disk_is_said_to_bring_what_memory_misses(model_of: ModelFactory) -> None:
+    common = {"model_path": model_of("llava"), "size": "32x32", "images": 100_000, "hit": 0.5}
+    small, large = (make_plan(PlanSettings(disk_gb=gb, **common)) for gb in (0.5, 1024))
+    assert small.disk_entries == int(0.5 * GB) // (4096 + -(-small.shape.nbytes // 4096) * 4096)
+    assert "50.0 % miss the memory" in small.text()
+    assert "--multimodal-embedding-cache-disk-capacity-gb 0.5" in small.text()
+    assert "holds 100,000 of 100,000 images" in large.text()
+    assert "0.0 % are encoded" in large.text()

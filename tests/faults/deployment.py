@@ -14,6 +14,7 @@ import openai
 from tests.e2e.cards import MAX_TOKENS, Asked
 from tests.e2e.stack import REPOSITORY, free_port, message, pd_workers_seen, wait_until
 from tests.services import CLI, WITH_US, Service
+from tests.transports import over_tcp
 
 TRANSFER_TIMEOUT_S = 2
 LEASE_TIMEOUT_S = 3 * TRANSFER_TIMEOUT_S  # of the encode workers
@@ -99,7 +100,7 @@ def deployed(folder: Path, model: Path, *pd_options: str) -> Iterator[Deployment
         "DYN_SDK_DISABLE_ANSI_LOGGING": "1",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
-        "UCX_TLS": "tcp",
+        "UCX_TLS": over_tcp(),
         "PYTHONPATH": str(REPOSITORY),
     }
     ports = _system_ports(3)
@@ -112,6 +113,7 @@ def deployed(folder: Path, model: Path, *pd_options: str) -> Iterator[Deployment
             *pd_command,
             *("--multimodal-embedding-cache-capacity-gb", CACHE_GB),
             *("--encode-timeout-s", str(ENCODE_TIMEOUT_S), "--transfer-timeout-s", "2"),
+            *("--transfer", "nixl"),
             *("--max-concurrent-requests", str(MAX_REQUESTS), "--max-waiting-image-mb", "1"),
             *pd_options,
         ],

@@ -30,7 +30,7 @@ async def settled(bench: Bench) -> None:
     async with asyncio.timeout(10):
         while bench.peer.exporter.held or bench.reader.in_flight:
             await asyncio.sleep(0.001)
-    flights = bench.resolver.flights
+    flights = bench.tiers.flights
     assert (flights.in_flight, flights.waiters) == (0, 0)
     assert bench.resolver.waiting.items == 0
     for manager in (bench.cache, bench.transit, bench.peer.manager):

@@ -89,7 +89,6 @@ class PdPeer:
                     os.kill(os.getpid(), signal.SIGSTOP)
                 case "wait":
                     await context.async_killed_or_stopped()
-                    print("stopped", flush=True)
 
 
 async def _serve(settings: PdSettings) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import pytest
@@ -25,9 +26,11 @@ def prompts(prompts_of: Callable[[str], Prompts]) -> Prompts:
     return prompts_of("qwen2_vl")
 
 
-def answer_of(prompts: Prompts, *, logprobs: bool = False, stop: Sequence[str] = ()) -> Answer:
-    text = prompts.answer_text([], stop, skip_special_tokens=True)
-    return Answer("0123", "tiny", text, prompts.backend, logprobs=logprobs)
+def answer_of(
+    prompts: Prompts, *, logprobs: bool = False, stop: Sequence[str] = (), choices: int = 1
+) -> Answer:
+    texts = [prompts.answer_text([], stop, skip_special_tokens=True) for _ in range(choices)]
+    return Answer("0123", "tiny", texts, prompts.backend, logprobs=logprobs)
 
 
 async def stream(messages: Sequence[Any]) -> AsyncIterator[Mapping[str, Any]]:
@@ -128,8 +131,60 @@ async def test_text(prompts: Prompts) -> None:
 async def test_the_reason_of_the_end_is_the_workers(prompts: Prompts, reason: str) -> None:
     answer = answer_of(prompts)
     deltas = [delta async for delta in answer.deltas(stream(token_messages(prompts, SAID, reason=reason)))]
-    assert check(ChatCompletion, ChatForm(answer).whole(deltas))
-    assert answer.finish_reason == reason
+    whole = check(ChatCompletion, ChatForm(answer).whole(deltas))
+    assert isinstance(whole, ChatCompletion)
+    assert whole.choices[0].finish_reason == reason
+
+
+@pytest.mark.parametrize("form", [ChatForm, TextForm])
+async def test_several_choices_are_told_apart(prompts: Prompts, form: type[ChatForm | TextForm]) -> None:
+    """The first ends at a stop string, though the worker goes on with it; the second by its length."""
+    first, second = (
+        token_messages(prompts, "A cat sat."),
+        token_messages(prompts, "Two dogs.", reason="length"),
+    )
+    pairs = zip_longest(first, second)
+    messages = [
+        {**message, "index": index}
+        for pair in pairs
+        for index, message in enumerate(pair)
+        if message is not None
+    ]
+    answer = answer_of(prompts, stop=["sat"], choices=2)
+    forms = form(answer), form(answer)
+    deltas = [delta async for delta in answer.deltas(stream(messages))]
+    whole = forms[0].whole(deltas)
+    check(ChatCompletion if form is ChatForm else Completion, whole)
+    said = [
+        choice["message"]["content"] if form is ChatForm else choice["text"] for choice in whole["choices"]
+    ]
+    assert said == ["A cat ", "Two dogs."]
+    assert [choice["finish_reason"] for choice in whole["choices"]] == ["stop", "length"]
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1]
+    chunks = [forms[1].chunk(delta)["choices"][0] for delta in deltas]
+    for index, text in enumerate(said):
+        mine = [chunk for chunk in chunks if chunk["index"] == index]
+        pieces = [(chunk["delta"] if form is ChatForm else chunk).get("content", "") for chunk in mine]
+        assert "".join(pieces if form is ChatForm else [chunk["text"] for chunk in mine]) == text
+        assert [chunk["finish_reason"] is None for chunk in mine] == [True] * (len(mine) - 1) + [False]
+        if form is ChatForm:
+            assert [chunk["delta"].get("role") for chunk in mine] == ["assistant"] + [None] * (len(mine) - 1)
+    assert answer.usage_object()["completion_tokens"] == answer.tokens > len(second)
+
+
+async def test_an_answer_with_a_choice_missing_is_an_error(prompts: Prompts) -> None:
+    answer = answer_of(prompts, choices=2)
+    with pytest.raises(PdLostError):
+        [delta async for delta in answer.deltas(stream(token_messages(prompts, SAID)))]
+
+
+async def test_what_the_engine_had_of_the_prompt_is_what_was_cached(prompts: Prompts) -> None:
+    answer = answer_of(prompts)
+    (message,) = token_messages(prompts, SAID, size=1000)
+    message["completion_usage"]["prompt_tokens_details"] = {"cached_tokens": 3}
+    async for _ in answer.deltas(stream([{"items": {"hits": 1, "misses": 0, "hit_rows": 4}}, message])):
+        pass
+    assert answer.usage_object()["prompt_tokens_details"] == {"cached_tokens": 3}
 
 
 async def test_an_empty_answer_is_one(prompts: Prompts) -> None:

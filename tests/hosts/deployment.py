@@ -18,6 +18,7 @@ from PIL import Image
 from tests.e2e.stack import message, pd_workers_seen, wait_until
 from tests.hosts.network import INTERFACE, Cable, Host, two_hosts
 from tests.services import CLI, Service
+from tests.transports import over_tcp
 
 DEMO_MODEL = Path(__file__).parents[2] / "models/shapes-qwen2-vl"
 LARGEST_SIDE = 560
@@ -142,7 +143,7 @@ def _environment(near: Host, lease_ttl_s: int) -> dict[str, str]:
         "DYN_TCP_REQUEST_TIMEOUT": "2",  # how long Dynamo waits for a worker to take a request; its own is 5
         "DYN_LOG": "warn",
         "HF_HUB_OFFLINE": "1",
-        "UCX_TLS": "tcp",
+        "UCX_TLS": over_tcp(),
         "UCX_TCP_SNDBUF": "32k",
         "UCX_NET_DEVICES": INTERFACE,
     }
@@ -166,7 +167,7 @@ def _worker(
     cache = "--multimodal-embedding-cache-capacity-gb"
     if role == "pd":
         options += [cache, "0.03125", "--encode-timeout-s", str(ENCODE_TIMEOUT_S)]
-        options += ["--transfer-arena-mb", "8"]
+        options += ["--transfer-arena-mb", "8", "--transfer", "nixl"]  # it is one machine
     else:
         options += [cache, "0.03125"]
     ready = "PD worker ready" if role == "pd" else "encode worker ready"

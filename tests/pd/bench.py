@@ -162,6 +162,7 @@ class Bench:
     cache: MultimodalEmbeddingCacheManager
     transit: MultimodalEmbeddingCacheManager
     resolver: ItemResolver
+    tiers: TierChain
     tier: EncodeTier
     receiver: Receiver
     reader: Reader
@@ -224,8 +225,9 @@ async def bench(settings: PdSettings) -> AsyncIterator[Bench]:
     clock = SetClock()
     receiver = Receiver(cache, transit, what_if, check_embedding, metrics.registry)
     tier = EncodeTier(peer, reader, FINGERPRINT, settings, metrics.registry, clock)
-    resolver = ItemResolver(cache, what_if, TierChain([tier], receiver), FINGERPRINT, settings, metrics)
-    bench = Bench(peer, cache, transit, resolver, tier, receiver, reader, metrics, what_if, clock)
+    tiers = TierChain([tier], receiver)
+    resolver = ItemResolver(cache, what_if, tiers, FINGERPRINT, settings, metrics)
+    bench = Bench(peer, cache, transit, resolver, tiers, tier, receiver, reader, metrics, what_if, clock)
     yield bench
     await resolver.close()
     await bench.nothing_held()

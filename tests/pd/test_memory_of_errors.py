@@ -146,7 +146,7 @@ async def test_a_request_that_is_cancelled_keeps_no_bytes(bench: Bench) -> None:
         del answer, reading
     await bench.nothing_held()
     async with asyncio.timeout(10):
-        while bench.resolver.flights.in_flight or bench.resolver.waiting.items:
+        while bench.tiers.flights.in_flight or bench.resolver.waiting.items:
             await asyncio.sleep(0.001)
     await down_to(before + FILE_BYTES // 2)
 
@@ -185,7 +185,7 @@ async def test_those_that_join_a_flight_hold_no_bytes_and_are_not_charged(bench:
     before = tracemalloc.get_traced_memory()[0]
     resolving = [asyncio.create_task(bench.resolve([large_url(7, body)])) for _ in range(callers)]
     async with asyncio.timeout(60):
-        while bench.resolver.flights.waiters < callers:
+        while bench.tiers.flights.waiters < callers:
             await asyncio.sleep(0.001)
     assert bench.resolver.waiting.nbytes == FILE_BYTES
     held = tracemalloc.get_traced_memory()[0] - before

@@ -74,7 +74,7 @@ async def test_many_requests_at_once_are_one_call(bench: Bench) -> None:
     reference = image_url()
     bench.peer.gate.clear()
     requests = [asyncio.create_task(bench.resolve([reference])) for _ in range(16)]
-    while bench.resolver.flights.waiters < 16:
+    while bench.tiers.flights.waiters < 16:
         await asyncio.sleep(0)
     bench.peer.gate.set()
     resolved = await asyncio.gather(*requests)
@@ -88,7 +88,7 @@ async def test_a_cancelled_request_does_not_take_the_flight_from_another(bench: 
     reference = image_url()
     bench.peer.gate.clear()
     first, second = (asyncio.create_task(bench.resolve([reference])) for _ in range(2))
-    while bench.resolver.flights.waiters < 2:
+    while bench.tiers.flights.waiters < 2:
         await asyncio.sleep(0)
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -107,7 +107,7 @@ async def test_the_last_one_leaving_ends_the_flight(bench: Bench) -> None:
     request.cancel()
     with pytest.raises(asyncio.CancelledError):
         await request
-    assert bench.resolver.flights.in_flight == 0
+    assert bench.tiers.flights.in_flight == 0
 
 
 @pytest.mark.parametrize(
@@ -215,8 +215,15 @@ async def test_a_request_that_fits_when_others_have_gone_is_to_be_retried(bench:
         await bench.resolve(references)
     for images in held:
         images.release()
-    await bench.nothing_held()  # what a thread had reserved for the one that failed comes back by itself
-    (await bench.resolve(references)).release()
+    # A thread that had begun to reserve for the one that failed may do so even now, and releases it then.
+    async with asyncio.timeout(15):
+        while True:
+            try:
+                (await bench.resolve(references)).release()
+            except ArenaFullError:
+                await bench.nothing_held()
+            else:
+                break
 
 
 async def test_what_counts_is_a_requests_own_images(bench: Bench) -> None:
@@ -303,7 +310,7 @@ async def test_unsalted_requests_do_not_share_a_flight(bench: Bench) -> None:
     requests = [asyncio.create_task(bench.resolve([reference])) for _ in range(2)]
     while len(bench.peer.calls) < 2:
         await asyncio.sleep(0)
-    assert bench.resolver.flights.joined == 0
+    assert bench.tiers.flights.joined == 0
     bench.peer.gate.set()
     for images in await asyncio.gather(*requests):
         assert_holds(images.leases[0])

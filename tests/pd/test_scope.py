@@ -30,7 +30,7 @@ def counts(bench: Bench) -> dict[tuple[str, str], float]:
         for sample in family.samples
         if not sample.name.endswith(("_sum", "_bucket", "_created"))
     }
-    flights, cache = bench.resolver.flights, bench.cache.statistics()
+    flights, cache = bench.tiers.flights, bench.cache.statistics()
     return shown | {
         ("flights", "started"): flights.started,
         ("flights", "joined"): flights.joined,

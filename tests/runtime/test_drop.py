@@ -127,7 +127,7 @@ async def test_a_flight_that_outlives_who_began_it_is_dropped_too(bench: Bench) 
     first = await in_flight(bench, reference)
     second = asyncio.create_task(bench.resolve([reference]))
     async with asyncio.timeout(5):
-        while not bench.resolver.flights.joined:
+        while not bench.tiers.flights.joined:
             await asyncio.sleep(0)
     first.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import pytest
 
 from tests.transfer.remote import RemoteExporter
+from tests.transports import over_tcp
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager, Reservation
-from trtllm_mm_cache.transfer import Reader, TransferAgent
+from trtllm_mm_cache.transfer import MappedReader, Reader, TransferAgent
 
 MB = 1024**2
+TCP = over_tcp()
 ARENA_BYTES = 64 * MB
 
 
@@ -47,15 +49,20 @@ class PdSide:
 PdSideMaker = Callable[..., Awaitable[PdSide]]
 
 
-@pytest.fixture
-async def make_pd_side() -> AsyncIterator[PdSideMaker]:
+READERS: dict[str, type[Reader]] = {"auto": MappedReader, "nixl": Reader}
+"""By `--transfer`."""
+
+
+@pytest.fixture(params=READERS)
+async def make_pd_side(request: pytest.FixtureRequest) -> AsyncIterator[PdSideMaker]:
+    """PD sides that read both ways: what a test says of one holds of the other, unless it asks for one."""
     sides: list[PdSide] = []
 
     async def make(*, max_peers: int = 16) -> PdSide:
         manager = MultimodalEmbeddingCacheManager(ARENA_BYTES)
         agent = await TransferAgent.start()
         await agent.register(manager.arena.base_address, manager.arena.capacity_bytes)
-        sides.append(PdSide(manager, agent, Reader(agent, max_peers=max_peers)))
+        sides.append(PdSide(manager, agent, READERS[request.param](agent, max_peers=max_peers)))
         return sides[-1]
 
     yield make
@@ -68,6 +75,10 @@ async def make_pd_side() -> AsyncIterator[PdSideMaker]:
 @pytest.fixture
 async def pd_side(make_pd_side: PdSideMaker) -> PdSide:
     return await make_pd_side()
+
+
+by_nixl = pytest.mark.parametrize("make_pd_side", ["nixl"], indirect=True)
+by_mapping = pytest.mark.parametrize("make_pd_side", ["auto"], indirect=True)
 
 
 RemoteMaker = Callable[[], RemoteExporter]

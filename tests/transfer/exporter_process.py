@@ -40,7 +40,7 @@ class ExporterProcess:
         self.exporter = Exporter(
             self.agent, lease_timeout_s=lease_timeout_s, clock=lambda: time.monotonic() + self.skew_s
         )
-        return {"peer": self.agent.metadata.to_wire()}
+        return {"peer": self.agent.metadata.with_arena(self.manager.arena.place).to_wire()}
 
     async def stop(self) -> None:
         if self.agent is not None:

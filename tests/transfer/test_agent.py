@@ -10,14 +10,15 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from tests.transfer.conftest import PdSide
+from tests.transfer.conftest import PdSide, until
 from trtllm_mm_cache.errors import ConfigurationError, TransferError, TransferTimeoutError
 from trtllm_mm_cache.transfer import Export, TransferAgent
-from trtllm_mm_cache.transfer.environment import load_nixl, prepare_environment
+from trtllm_mm_cache.transfer.environment import check_transports, load_nixl, prepare_environment
 
 SOURCES = Path(__file__).parents[2]
 
@@ -56,7 +57,8 @@ async def test_close_is_idempotent_and_refuses_what_comes_later() -> None:
     assert not agent.is_alive
     with pytest.raises(TransferError, match="closed"):
         agent.call(lambda nixl: None)
-    assert not [thread for thread in threading.enumerate() if thread.name == "nixl-agent"]
+    # The thread has done everything when it says that it has ended; it is gone a moment later.
+    await until(lambda: not any(thread.name == "nixl-agent" for thread in threading.enumerate()))
 
 
 async def test_work_can_be_cancelled_until_it_starts_and_its_error_is_the_callers(pd_side: PdSide) -> None:
@@ -111,6 +113,26 @@ def test_settings_win_over_the_environment_which_wins_over_defaults(monkeypatch:
         prepare_environment({"PATH": "anything"})
 
 
+@pytest.mark.parametrize("driver", [True, False])
+async def test_a_choice_that_nixl_refuses_on_a_gpu_host_is_reported_with_the_way_out(
+    driver: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = tmp_path / "nvidiactl"
+    monkeypatch.setattr("trtllm_mm_cache.transfer.environment._NVIDIA_DRIVER", device)
+    if driver:
+        device.touch()
+    for choice in ("tcp,cuda_copy", "all", "cuda,tcp", "^rc"):
+        monkeypatch.setenv("UCX_TLS", choice)
+        check_transports()
+    monkeypatch.setenv("UCX_TLS", "tcp,posix")
+    if not driver:
+        check_transports()
+        return
+    with pytest.raises(ConfigurationError, match="set UCX_TLS=tcp,posix,cuda_copy"):
+        await TransferAgent.start()
+
+
+@pytest.mark.skipif(find_spec("nixl_cu12") is None, reason="the wheel nixl_cu12 is not installed")
 def test_the_flavour_follows_the_loaded_torch() -> None:
     # A process of its own, because NIXL loads in one flavour only: what is loaded stays in use.
     done = run_python(

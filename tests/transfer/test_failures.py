@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from tests.transfer.conftest import MB, PdSide, PdSideMaker, RemoteMaker, until
+from tests.transfer.conftest import MB, TCP, PdSide, PdSideMaker, RemoteMaker, by_nixl, until
 from tests.transfer.remote import RemoteExporter
 from trtllm_mm_cache.cache.arena.arena import Arena
 from trtllm_mm_cache.errors import ArenaFullError, PeerLostError, TransferError, TransferTimeoutError
@@ -37,15 +37,16 @@ async def begin_read(pd_side: PdSide, exporter: RemoteExporter, export: Export) 
 @pytest.fixture
 async def tcp_side(monkeypatch: pytest.MonkeyPatch, make_pd_side: PdSideMaker) -> PdSide:
     """A PD side that talks TCP: there a READ from a frozen process has moved nothing yet."""
-    monkeypatch.setenv("UCX_TLS", "tcp")
+    monkeypatch.setenv("UCX_TLS", TCP)
     return await make_pd_side()
 
 
 @pytest.fixture
 async def tcp_exporter(exporter: RemoteExporter) -> RemoteExporter:
-    return await exporter.start_agent(transports="tcp")
+    return await exporter.start_agent(transports=TCP)
 
 
+@by_nixl
 async def test_a_killed_exporter_is_lost_and_its_successor_serves_at_once(
     pd_side: PdSide, make_exporter_process: RemoteMaker
 ) -> None:
@@ -67,11 +68,12 @@ async def test_a_killed_exporter_is_lost_and_its_successor_serves_at_once(
     pd_side.assert_nothing_leaked()
 
 
+@by_nixl
 @pytest.mark.parametrize("connected", [True, False])
 async def test_an_exporter_killed_in_the_middle_of_a_read_is_lost(
     connected: bool, tcp_side: PdSide, make_exporter_process: RemoteMaker
 ) -> None:
-    exporter = await make_exporter_process().start_agent(transports="tcp")
+    exporter = await make_exporter_process().start_agent(transports=TCP)
     if connected:
         await read(tcp_side, exporter, await exporter.export("a", 1000))
     exports = [await exporter.export(key, 16 * MB) for key in ("b", "c")]
@@ -87,6 +89,7 @@ async def test_an_exporter_killed_in_the_middle_of_a_read_is_lost(
     assert tcp_side.reader.peers == 0
 
 
+@by_nixl
 async def test_a_frozen_exporter_costs_the_deadline_and_its_extent_until_it_wakes(
     tcp_side: PdSide, tcp_exporter: RemoteExporter
 ) -> None:
@@ -113,6 +116,7 @@ async def test_a_frozen_exporter_costs_the_deadline_and_its_extent_until_it_wake
     await read(tcp_side, tcp_exporter, await tcp_exporter.export("b", NBYTES))
 
 
+@by_nixl
 async def test_a_cancelled_read_keeps_its_extent_until_it_has_settled(
     tcp_side: PdSide, tcp_exporter: RemoteExporter
 ) -> None:
@@ -144,6 +148,7 @@ async def test_cancelling_at_any_moment_leaks_nothing(pd_side: PdSide, exporter:
     pd_side.assert_nothing_leaked()
 
 
+@by_nixl
 async def test_a_peer_that_nixl_forgot_in_the_middle_of_a_read_is_read_from_again(
     tcp_side: PdSide, tcp_exporter: RemoteExporter
 ) -> None:
@@ -173,6 +178,7 @@ async def test_a_peer_that_nixl_forgot_in_the_middle_of_a_read_is_read_from_agai
     assert tcp_side.manager.statistics().quarantined_bytes == NBYTES
 
 
+@by_nixl
 async def test_a_peer_that_nixl_forgot_while_idle_costs_one_read(
     pd_side: PdSide, exporter: RemoteExporter
 ) -> None:
@@ -191,6 +197,7 @@ async def forget(pd_side: PdSide, exporter: RemoteExporter) -> None:
     await asyncio.wrap_future(removed)
 
 
+@by_nixl
 async def test_closing_leaves_a_read_in_flight_alone_and_harms_neither_side(
     tcp_side: PdSide, tcp_exporter: RemoteExporter
 ) -> None:
@@ -222,7 +229,7 @@ async def test_closing_leaves_a_read_in_flight_alone_and_harms_neither_side(
 async def test_an_agent_that_nobody_refers_to_still_harms_no_exporter(
     monkeypatch: pytest.MonkeyPatch, tcp_exporter: RemoteExporter
 ) -> None:
-    monkeypatch.setenv("UCX_TLS", "tcp")
+    monkeypatch.setenv("UCX_TLS", TCP)
     arena = Arena(NBYTES)
     export = await tcp_exporter.export("a", NBYTES)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import xxhash
 
-from tests.transfer.conftest import MB, PdSide, PdSideMaker, until
+from tests.transfer.conftest import MB, TCP, PdSide, PdSideMaker, by_nixl, until
 from tests.transfer.embedding import embedding
 from tests.transfer.remote import RemoteExporter
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
@@ -27,7 +27,7 @@ from trtllm_mm_cache.errors import (
     ProtocolMismatchError,
     TransferError,
 )
-from trtllm_mm_cache.transfer import Export, Exporter, PeerMetadata, TransferAgent
+from trtllm_mm_cache.transfer import Export, Exporter, MappedReader, PeerMetadata, TransferAgent
 
 
 async def read(pd_side: PdSide, exporter: RemoteExporter, key: str, export: Export) -> Lease:
@@ -36,7 +36,7 @@ async def read(pd_side: PdSide, exporter: RemoteExporter, key: str, export: Expo
     return reservation.commit(dtype=torch.uint8, shape=(1, export.nbytes))
 
 
-@pytest.mark.parametrize("transports", [None, "tcp"])
+@pytest.mark.parametrize("transports", [None, TCP])
 async def test_bytes_of_every_size_arrive(
     transports: str | None,
     monkeypatch: pytest.MonkeyPatch,
@@ -113,6 +113,7 @@ class NearExporter:
 
     manager: MultimodalEmbeddingCacheManager
     agent: TransferAgent
+    peer: PeerMetadata
     exporter: Exporter
 
     def store(self, tensor: torch.Tensor, metadata: EmbeddingMetadata) -> Lease:
@@ -126,7 +127,8 @@ async def near() -> AsyncIterator[NearExporter]:
     manager = MultimodalEmbeddingCacheManager(1 * MB)
     agent = await TransferAgent.start()
     await agent.register(manager.arena.base_address, manager.arena.capacity_bytes)
-    yield NearExporter(manager, agent, Exporter(agent, lease_timeout_s=30))
+    peer = agent.metadata.with_arena(manager.arena.place)
+    yield NearExporter(manager, agent, peer, Exporter(agent, lease_timeout_s=30))
     await agent.close(deadline_s=0)
     manager.close()
 
@@ -140,7 +142,7 @@ async def test_values_that_are_not_finite_are_the_items_fault_and_not_the_transf
         export = await near.exporter.export(lease.clone())
         reservation = pd_side.reserve("a", 8)
         reading = pd_side.reader.read_into(
-            reservation, near.agent.metadata, export, deadline_s=10, finite_dtype=finite_dtype
+            reservation, near.peer, export, deadline_s=10, finite_dtype=finite_dtype
         )
         if finite_dtype is None:
             await reading
@@ -167,7 +169,7 @@ async def test_what_reader_and_exporter_report(pd_side: PdSide, near: NearExport
     read_one, released, _ = [await near.exporter.export(lease.clone()) for _ in range(3)]
     near.exporter.release(released.token)
     reservation = pd_side.reserve("a", 8)
-    await pd_side.reader.read_into(reservation, near.agent.metadata, read_one, deadline_s=10)
+    await pd_side.reader.read_into(reservation, near.peer, read_one, deadline_s=10)
     reservation.abandon()
     await until(lambda: near.exporter.acked == 1)
     values = {
@@ -176,6 +178,8 @@ async def test_what_reader_and_exporter_report(pd_side: PdSide, near: NearExport
         for metric in part.collect()
         for sample in metric.samples
     }
+    if isinstance(pd_side.reader, MappedReader):
+        assert (values.pop(("mapped_reads_total",)), values.pop(("mapped_arenas",))) == (1, 1)
     assert values == {
         ("exports_total", "read"): 1,
         ("exports_total", "released"): 1,
@@ -238,6 +242,7 @@ async def test_damaged_metadata_is_refused_before_nixl_sees_it(
     pd_side: PdSide, exporter: RemoteExporter
 ) -> None:
     wire = exporter.peer.to_wire()
+    assert exporter.peer.arena is not None
     assert PeerMetadata.from_wire(wire) == exporter.peer
     seed = secrets.randbits(32)
     print("seed", seed)
@@ -258,7 +263,14 @@ async def test_damaged_metadata_is_refused_before_nixl_sees_it(
     for change in damaged:
         with pytest.raises(TransferError):
             PeerMetadata.from_wire(wire | change)
-    for change in ({"version": 2}, {"version": None}, {"metadata": None}, {"digest": 7}):
+    arenas = ([], {}, wire["arena"] | {"nbytes": "1"}, wire["arena"] | {"path": "/etc"})
+    for change in (
+        {"version": 2},
+        {"version": None},
+        {"metadata": None},
+        {"digest": 7},
+        *({"arena": arena} for arena in arenas),
+    ):
         with pytest.raises(ProtocolMismatchError):
             PeerMetadata.from_wire(wire | change)
 
@@ -274,6 +286,7 @@ async def test_metadata_under_another_agents_name_is_refused(
     (await read(pd_side, exporter, "a", export)).release()
 
 
+@by_nixl
 async def test_peers_that_come_and_go_are_forgotten(
     make_pd_side: PdSideMaker, exporter: RemoteExporter
 ) -> None:

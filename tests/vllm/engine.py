@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.engines.answers import Answer, collect
 from tests.engines.conftest import stored
 from tests.engines.contract import Case
 from trtllm_mm_cache.cache.key import content_digest, embedding_key
@@ -24,7 +25,6 @@ from trtllm_mm_cache.engines.base import (
     EncodedItem,
     EncodeItem,
     GenerationRequest,
-    PlaceLogprobs,
     SamplingParams,
 )
 from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, TransformersVisionEncoder
@@ -36,32 +36,6 @@ DEADLINE_S = 90
 GREEDY = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=20)
 SMALL = {"enforce_eager": True, "max_model_len": 1024, "max_num_batched_tokens": 96, "max_num_seqs": 4}
 """96 tokens a step: a prompt of a few hundred is computed in several, with images on the edges."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One choice, and how many tokens the prompt had."""
-
-    tokens: tuple[int, ...] = ()
-    logprobs: tuple[PlaceLogprobs, ...] = ()
-    finish_reason: str | None = None
-    prompt_tokens: int = 0
-    cached_tokens: int | None = None
-
-    def differs(self, other: Answer) -> float:
-        """Return the largest difference of a log probability; infinite where tokens differ."""
-        if self.tokens != other.tokens:
-            return float("inf")
-        assert len(self.logprobs) == len(other.logprobs) == len(self.tokens)
-        largest = 0.0
-        for one, another in zip(self.logprobs, other.logprobs, strict=True):
-            mine, theirs = (
-                {each.token_id: each.logprob for each in (*place.likeliest, place.chosen)}
-                for place in (one, another)
-            )
-            shared = mine.keys() & theirs.keys()
-            largest = max(largest, *(abs(mine[token] - theirs[token]) for token in shared))
-        return largest
 
 
 @dataclass
@@ -97,21 +71,9 @@ class Engine:
         self, request: GenerationRequest, leases: Sequence[Lease], sampling: SamplingParams = GREEDY
     ) -> list[Answer]:
         """Return all choices of an answer of our generator's."""
-        found = [Answer() for _ in range(sampling.choices)]
         request = replace(request, sampling=sampling)
         async with asyncio.timeout(DEADLINE_S), aclosing(self.generator.generate(request, leases)) as deltas:
-            async for delta in deltas:
-                before = found[delta.choice]
-                assert before.finish_reason is None, "a delta came after the last"
-                found[delta.choice] = Answer(
-                    before.tokens + delta.token_ids,
-                    before.logprobs + delta.logprobs,
-                    delta.finish_reason,
-                    delta.prompt_tokens,
-                    delta.cached_tokens,
-                )
-        assert all(answer.finish_reason is not None for answer in found)
-        return found
+            return await collect(deltas, sampling.choices)
 
     async def answer(
         self, request: GenerationRequest, leases: Sequence[Lease], sampling: SamplingParams = GREEDY

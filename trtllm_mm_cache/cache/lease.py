@@ -64,6 +64,11 @@ class Lease:
         return self._entry.metadata
 
     @property
+    def content(self) -> bytes | None:
+        """The digest of the item's media, where the entry was reserved with it."""
+        return self._entry.content
+
+    @property
     def tensor(self) -> torch.Tensor:
         """The embedding, a view into the arena. Do not write to it. `IntegrityError` after the release."""
         tensor = self._tensor

@@ -153,6 +153,21 @@ class MultimodalEmbeddingCacheManager:
             lambda: Reservation(ledger, ledger.open_reservation(key, nbytes, owner, tag, content))
         )
 
+    def reserve_at_once(
+        self,
+        key: str,
+        nbytes: int,
+        *,
+        owner: str,
+        tag: bytes | None = None,
+        content: bytes | None = None,
+    ) -> Reservation | None:
+        """As `reserve`, in microseconds; None where that would copy, wait or evict many: then `reserve`."""
+        ledger = self._ledger
+        return Room(ledger, nbytes).make_at_once(
+            lambda: Reservation(ledger, ledger.open_reservation(key, nbytes, owner, tag, content))
+        )
+
     def drop(self, key: str) -> bool:
         """Make the entry invisible; holders keep it. False when there was none. Counts no eviction."""
         with self._ledger.guard:

@@ -78,15 +78,16 @@ class Reservation:
         view = self._ledger.arena.bytes_view(self._entry.extent).view(dtype).view(shape)
         return Handle.of(view)
 
-    def write(self, tensor: torch.Tensor) -> None:
+    def write(self, tensor: torch.Tensor, *, computed: bool = False) -> None:
         """Copy a contiguous tensor of `nbytes` bytes, from any device, into the extent; before `commit` only.
 
-        Raises `EmbeddingMismatchError` for a tensor of another size. Blocks for the copy.
+        A GPU's tensor that is `computed` waits for no stream. Raises `EmbeddingMismatchError` for a tensor of
+        another size. Blocks for the copy.
         """
         nbytes = tensor.numel() * tensor.element_size()
         if nbytes != self.nbytes:
             raise EmbeddingMismatchError(f"a tensor of {nbytes} bytes for {self.nbytes} reserved bytes")
-        self._ledger.arena.write(self._entry.extent, tensor)
+        self._ledger.arena.write(self._entry.extent, tensor, computed=computed)
 
     def commit(
         self,

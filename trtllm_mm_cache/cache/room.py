@@ -25,6 +25,7 @@ from trtllm_mm_cache.cache.move import Move
 from trtllm_mm_cache.errors import ArenaFullError, EntryTooLargeError, IntegrityError
 
 _FREE_MOVE_BYTES = 1024 * 1024
+_FEW_EVICTIONS = 32
 
 T = TypeVar("T")
 
@@ -74,6 +75,23 @@ class Room:
                     if move is None:
                         return grant()
                 move.copy()
+
+    def make_at_once(self, grant: Callable[[], T]) -> T | None:
+        """As `make`, but None where that would copy, wait for another thread's copy, or evict many.
+
+        Microseconds, so also for the event loop. What was evicted by then `make` would have evicted too.
+        """
+        ledger = self._ledger
+        with ledger.guard:
+            ledger.begin()
+            if ledger.moving is not None:
+                return None
+            _check_room(ledger, self._nbytes)
+            for _ in range(_FEW_EVICTIONS):
+                if ledger.committed_bytes + self._nbytes <= ledger.budget_bytes:
+                    return grant() if self._has_hole() else None
+                self._evict(self._victim())
+            return None
 
     def _make_without_moving(self) -> bool:
         """Whether there is room now; False where a move is needed, or the end of another thread's."""

@@ -1,8 +1,13 @@
 """`trtllm-mm-cache drop`: drops embeddings on every worker that discovery knows.
 
-Three rounds: encode workers, PD workers, encode workers again. The first makes sure that a PD worker which
-has dropped cannot be given the old bytes once more. The second ends when what was on its way to the PD
-workers has ended, and the third takes what that left in the encode workers' arenas.
+Four rounds: encode workers, PD workers, and both again. The first makes sure that a PD worker that has
+dropped cannot be given the old bytes once more. The second ends when what was on its way to the PD workers
+has ended, and the third takes what that left in the encode workers' arenas.
+
+Each worker drops its arena and then its tiers, of which some are shared: a store, a folder. From its first
+round to its last a worker retains nothing of what is dropped, and so offers none of it to a tier and keeps
+none that a tier still brings. When the last round begins all have dropped once and none holds any of it: what
+a worker removes from a tier now stays removed.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from trtllm_mm_cache.runtime.messages import MAX_MEDIA_BYTES
 from trtllm_mm_cache.settings import MB, DropSettings, ImageLimits, MediaSettings
 
 _CALL_S = 10.0
+_ROUNDS = 4
 
 
 def run_drop(settings: DropSettings) -> None:
@@ -86,11 +92,17 @@ async def _drop(settings: DropSettings, request: DropRequest) -> None:
         )
         if not encode_workers and not pd_workers:
             raise no_worker_found(settings)
-        rounds = [(encode, encode_workers), (pd, pd_workers), (encode, encode_workers)]
+        barring = request.model_copy(update={"bar_s": _ROUNDS * (2 * request.deadline_s + _CALL_S)})
+        rounds = [
+            (encode, encode_workers, barring),
+            (pd, pd_workers, barring),
+            (encode, encode_workers, request),
+            (pd, pd_workers, request),
+        ]
         failures = 0
         totals: dict[Worker, DropReport] = {}
-        for client, workers in rounds:
-            failures += await _round(client, workers, request, totals)
+        for client, workers, asked in rounds:
+            failures += await _round(client, workers, asked, totals)
     finally:
         runtime.shutdown()
     for worker, report in totals.items():
@@ -103,7 +115,7 @@ async def _round(
     client: ControlClient, workers: Sequence[Worker], request: DropRequest, totals: dict[Worker, DropReport]
 ) -> int:
     """Ask `workers` at the same time; add to `totals` what they dropped, return how many did not answer."""
-    timeout_s = request.deadline_s + _CALL_S
+    timeout_s = 2 * request.deadline_s + _CALL_S
     answers = await asyncio.gather(
         *(client.call(worker, request, DropReport, timeout_s=timeout_s) for worker in workers),
         return_exceptions=True,
@@ -128,11 +140,15 @@ def _sum(before: DropReport | None, report: DropReport) -> DropReport:
         nbytes=before.nbytes + report.nbytes,
         media=before.media + report.media,
         under_way=report.under_way,
+        stored=before.stored + report.stored,
+        stored_bytes=before.stored_bytes + report.stored_bytes,
     )
 
 
 def _describe(worker: Worker, report: DropReport) -> str:
     text = f"{worker}: dropped {report.entries} embeddings of {report.nbytes} bytes"
+    if report.stored:
+        text += f", {report.stored} on disk or in the store of {report.stored_bytes} bytes"
     if report.media:
         text += f", {report.media} fetched files"
     if report.under_way:

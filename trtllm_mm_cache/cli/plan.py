@@ -15,11 +15,14 @@ from trtllm_mm_cache.engines.base import EmbeddingShape
 from trtllm_mm_cache.engines.registry import load_engine
 from trtllm_mm_cache.errors import ConfigurationError, RequestError
 from trtllm_mm_cache.settings import GB, MB, EncodeSettings, ImageLimits, PdSettings, PlanSettings, Settings
+from trtllm_mm_cache.tiers.disk_index import blocks
+from trtllm_mm_cache.tiers.format import HEADER_BYTES
 
 _FULL = 0.98
 """How full a cache of mixed sizes is at its emptiest once it evicts (benchmarks/RESULTS.md)."""
 
 _BOOKKEEPING_BYTES = 910  # in the PD worker's own memory, an entry (benchmarks/RESULTS.md)
+_BISECTIONS = 20  # a millionth of the lookups
 _BATCHES_IN_FLIGHT = 4  # on an encode worker: in the tower, in READs by PD workers, and room to spare
 
 
@@ -74,7 +77,29 @@ class Plan:
             f"  or its share of {max(self.encode_gb, self.capacity_gb):g}: then a restarted PD worker fills "
             "its cache without new encodes",
         ]
+        if settings.disk_gb is not None:
+            lines += ["", *self._disk(settings.disk_gb)]
         return "\n".join(lines)
+
+    @property
+    def disk_entries(self) -> int:
+        """How many embeddings the disk of `settings.disk_gb` holds."""
+        return int((self.settings.disk_gb or 0) * GB // blocks(HEADER_BYTES + self.shape.nbytes))
+
+    def _disk(self, disk_gb: float) -> list[str]:
+        """Say what a disk tier of this size brings: what memory misses and it has is not encoded."""
+        settings, entries = self.settings, self.disk_entries
+        in_memory = lru_hit_ratio(settings.images, settings.zipf, self.entries)
+        # What lies in memory lies on disk too, so the disk alone decides what must be encoded.
+        on_either = lru_hit_ratio(settings.images, settings.zipf, max(entries, self.entries))
+        return [
+            "Disk tier:",
+            "  --multimodal-embedding-cache-disk-path FOLDER",
+            f"  --multimodal-embedding-cache-disk-capacity-gb {disk_gb:g}",
+            f"  holds {min(entries, settings.images):,} of {settings.images:,} images: of lookups as above "
+            f"{100 * (1 - in_memory):.1f} % miss the memory, and {100 * (1 - on_either):.1f} % are encoded; "
+            "after a restart none is that lies there",
+        ]
 
     def _what_fits(self) -> str:
         total = f"{self.working_set_bytes / GB:.3f} GB"
@@ -141,6 +166,17 @@ def lru_entries(objects: int, exponent: float, hit_ratio: float) -> int:
         age = (young + old) / 2
         young, old = (age, old) if popularity @ present(age) < hit_ratio else (young, age)
     return min(objects, math.ceil(float(present(old).sum())))
+
+
+def lru_hit_ratio(objects: int, exponent: float, entries: int) -> float:
+    """Return the share of lookups that an LRU cache of `entries` entries hits: `lru_entries` inverted."""
+    if entries >= objects:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if lru_entries(objects, exponent, middle) <= entries else (low, middle)
+    return low
 
 
 def _kwargs(settings: PlanSettings) -> Mapping[str, Any]:

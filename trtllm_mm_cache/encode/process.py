@@ -15,6 +15,7 @@ from trtllm_mm_cache.encode.metrics import EncodeMetrics
 from trtllm_mm_cache.encode.pipeline import EncodePipeline
 from trtllm_mm_cache.encode.server import EncodeServer
 from trtllm_mm_cache.engines.registry import load_engine
+from trtllm_mm_cache.media import pixels_fingerprint
 from trtllm_mm_cache.observability.logs import configure_logging
 from trtllm_mm_cache.observability.memory import MemoryCollector
 from trtllm_mm_cache.observability.metrics import Exposition
@@ -27,6 +28,7 @@ from trtllm_mm_cache.runtime.model import local_model_path
 from trtllm_mm_cache.runtime.presence import serve_present
 from trtllm_mm_cache.runtime.readiness import announce_ready
 from trtllm_mm_cache.settings import GB, EncodeSettings
+from trtllm_mm_cache.tiers.configured import check_tiers, stored_tiers
 from trtllm_mm_cache.transfer import Exporter, TransferAgent
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ def run_encode_worker(settings: EncodeSettings) -> None:
 
 
 async def _serve(settings: EncodeSettings) -> None:
+    await asyncio.to_thread(check_tiers, settings.tiers)
     deployment = join(settings)
     model_path = await local_model_path(settings.model_path)
     await asyncio.to_thread(check_fits, settings.arena_bytes)
@@ -53,14 +56,22 @@ async def _serve(settings: EncodeSettings) -> None:
     capacity = int(settings.multimodal_embedding_cache_capacity_gb * GB)
     policy = make_policy(settings.multimodal_embedding_cache_policy, capacity)
     manager = await asyncio.to_thread(MultimodalEmbeddingCacheManager, capacity, policy=policy)
+    await asyncio.to_thread(manager.arena.page_lock)
     agent = await TransferAgent.start()
     await agent.register(manager.arena.base_address, manager.arena.capacity_bytes)
     registry = CollectorRegistry()
     exporter = Exporter(agent, lease_timeout_s=settings.lease_timeout_s)
     registry.register(exporter)
     registry.register(MemoryCollector())
-    pipeline = EncodePipeline(encoder, manager, settings, registry)
-    server = EncodeServer(pipeline, exporter, agent.metadata, EncodeMetrics(registry))
+    tiers = stored_tiers(
+        settings.tiers,
+        pixels_fingerprint(encoder.fingerprint, settings.images),
+        registry,
+        arenas=[capacity],
+    )
+    pipeline = EncodePipeline(encoder, manager, settings, registry, tiers)
+    peer = agent.metadata.with_arena(manager.arena.place)
+    server = EncodeServer(pipeline, exporter, peer, EncodeMetrics(registry))
     exposition = Exposition(registry, {"dynamo_component": "encode", "model": Path(model_path).name})
     endpoint = deployment.runtime.endpoint(endpoint_path(settings.endpoint))
     control_endpoint = deployment.runtime.endpoint(control_path(settings.endpoint))

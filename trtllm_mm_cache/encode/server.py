@@ -77,8 +77,16 @@ class EncodeServer:
 
     async def drop(self, request: DropRequest) -> DropReport:
         """Drop what is stored, and retain nothing of it that is being encoded now."""
-        dropped = self._pipeline.drop(request.selection)
-        return DropReport(entries=dropped.entries, nbytes=dropped.nbytes)
+        dropped, stored = await self._pipeline.drop(
+            request.selection, deadline_s=request.deadline_s, bar_s=request.bar_s
+        )
+        return DropReport(
+            entries=dropped.entries,
+            nbytes=dropped.nbytes,
+            under_way=stored.unfinished,
+            stored=stored.entries,
+            stored_bytes=stored.nbytes,
+        )
 
     def _check_fingerprint(self, request: EncodeRequest) -> None:
         if request.fingerprint != self._pipeline.fingerprint:

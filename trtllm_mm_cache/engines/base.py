@@ -52,7 +52,8 @@ class EncodedItem:
     """The vision tower's output for one item.
 
     `tensor` is contiguous, `[rows, width]`; deepstack features, where the architecture has them,
-    lie beside the row in the width (`width = hidden * (1 + levels)`). It belongs to the caller.
+    lie beside the row in the width (`width = hidden * (1 + levels)`). It is on any device, its values are
+    there, and it may be a view that keeps its whole batch: read it soon and do not write to it.
     `metadata` is all that the generator needs besides the tensor: the grid, and the text that the item's
     placeholder expands to.
     """

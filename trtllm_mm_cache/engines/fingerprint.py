@@ -59,8 +59,12 @@ def model_fingerprint(model_path: Path, *, engine: str, embedding_dtype: str) ->
     return digest.hexdigest()
 
 
-def transformers_fingerprint(model_path: Path, *, release: str, dtype: str, embedding_dtype: str) -> str:
+def transformers_fingerprint(
+    model_path: Path, *, release: str, dtype: str, embedding_dtype: str, images: str = "pil"
+) -> str:
     """Return the fingerprint of what the tower of transformers `release` makes, computing in `dtype`.
+
+    `images` is the library that prepares the pixels: "pil" or "torchvision", whose pixels differ.
 
     An engine without an encode worker of its own says with it whose embeddings it takes.
 
@@ -73,6 +77,8 @@ def transformers_fingerprint(model_path: Path, *, release: str, dtype: str, embe
     Blocking: reads all weights. Raises as `model_fingerprint`.
     """
     engine = f"transformers {release} computing in {dtype}"
+    if images != "pil":
+        engine += f", images by {images}"
     return model_fingerprint(model_path, engine=engine, embedding_dtype=embedding_dtype)
 
 

@@ -14,64 +14,101 @@ from trtllm_mm_cache.frontend.text import AnswerText
 Object = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Delta:
+    """What one choice has grown by: text, and log probabilities of its tokens where they were asked for.
+
+    The choice's last delta has a `finish_reason`. `is_new` says that its first tokens have just come, which a
+    client may see before they make a text.
+    """
+
+    text: str
+    logprobs: list[Object] | None = None
+    choice: int = 0
+    finish_reason: str | None = None
+    is_new: bool = False
+
+
 @dataclass
 class Answer:
-    """What is known of one answer while it comes.
+    """What is known of one answer while it comes; `texts` decode its choices, one each.
 
     `items` is how the request's items were found; `tokenizer` is one of the tokenizers library.
     """
 
     request_id: str
     model: str
-    text: AnswerText
+    texts: Sequence[AnswerText]
     tokenizer: Any
     logprobs: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
-    tokens: int = 0
-    finish_reason: str | None = None
     usage: Object | None = None
     items: Mapping[str, int] | None = None
-    _tokens_before: int = 0
+    _tokens: list[int] = field(init=False)
+    _ended: set[int] = field(init=False, default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._tokens = [0] * len(self.texts)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all choices."""
+        return sum(self._tokens)
 
     async def deltas(self, messages: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[Delta]:
-        """Yield what the messages add, until the answer ends; the first delta may be empty.
+        """Yield what the messages add, until every choice has ended; the first delta may be empty.
 
-        It ends with the worker's last message, or before the first stop string. Raises `PdLostError` when
-        the messages end before it.
+        A choice ends with the worker's last message about it, or before its first stop string. Raises
+        `PdLostError` when the messages end before that.
         """
+        finished = 0
         async for message in messages:
             self.items = message.get("items", self.items)
             self.usage = message.get("completion_usage", self.usage)
-            token_ids = message.get("token_ids") or ()
-            self._tokens_before = self.tokens
-            self.tokens += len(token_ids)
-            text = self.text.add(token_ids)
-            if self.text.stopped:
-                self.finish_reason = "stop"
-            elif reason := message.get("finish_reason"):
-                self.finish_reason = reason
-                text += self.text.end()
-            yield Delta(text, self._logprobs(message) if self.logprobs and token_ids else None)
-            if message.get("finish_reason"):
+            finished += bool(message.get("finish_reason"))
+            if (delta := self._delta(message)) is not None:
+                yield delta
+            if finished == len(self.texts):
                 await _to_the_end(messages)
-            if self.finish_reason is not None:
+            if len(self._ended) == len(self.texts):
                 return
         raise PdLostError("the PD worker ended in the middle of the answer; retry in a moment")
 
-    @property
-    def is_new(self) -> bool:
-        """Whether the first tokens have just come, which a client may see before they make a text."""
-        return self.tokens > 0 == self._tokens_before
+    def _delta(self, message: Mapping[str, Any]) -> Delta | None:
+        """Return what a message adds; None for what comes of a choice that has ended at a stop string."""
+        choice = message.get("index", 0)
+        if choice in self._ended:
+            return None
+        token_ids = message.get("token_ids") or ()
+        is_new = not self._tokens[choice] and bool(token_ids)
+        self._tokens[choice] += len(token_ids)
+        decoded = self.texts[choice]
+        text, reason = decoded.add(token_ids), message.get("finish_reason")
+        if decoded.stopped:
+            reason = "stop"
+        elif reason:
+            text += decoded.end()
+        if reason:
+            self._ended.add(choice)
+        logprobs = self._logprobs(message) if self.logprobs and token_ids else None
+        return Delta(text, logprobs, choice, reason or None, is_new)
 
     def usage_object(self) -> Object:
-        """Return the usage; the prompt's tokens count its images expanded."""
-        prompt_tokens = (self.usage or {}).get("prompt_tokens", 0)
+        """Return the usage; the prompt's tokens count its images expanded.
+
+        Cached tokens are those that the engine had keys and values of; where it does not say, the rows of
+        embeddings that the cache had.
+        """
+        reported = self.usage or {}
+        prompt_tokens = reported.get("prompt_tokens", 0)
         usage: Object = {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": self.tokens,
             "total_tokens": prompt_tokens + self.tokens,
         }
-        if self.items:
+        if details := reported.get("prompt_tokens_details"):
+            usage["prompt_tokens_details"] = details
+        elif self.items:
             usage["prompt_tokens_details"] = {"cached_tokens": self.items.get("hit_rows", 0)}
         return usage
 
@@ -92,14 +129,6 @@ class Answer:
         return {"token": text, "logprob": logprob, "bytes": list(text.encode(errors="replace"))}
 
 
-@dataclass(frozen=True)
-class Delta:
-    """Text that an answer has grown by, and the log probabilities of its tokens where they were asked for."""
-
-    text: str
-    logprobs: list[Object] | None = None
-
-
 class Form(Protocol):
     """How an endpoint writes an answer."""
 
@@ -117,24 +146,25 @@ class Form(Protocol):
 
 
 class ChatForm:
-    """The objects of /v1/chat/completions; the first chunk names the role."""
+    """The objects of /v1/chat/completions; each choice's first chunk names the role."""
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
         self._common = _common("chatcmpl", answer)
-        self._begun = False
+        self._begun: set[int] = set()
 
     def chunk(self, delta: Delta) -> Object:
         """See `Form.chunk`."""
-        content: Object = {"content": delta.text} if delta.text or not self._begun else {}
-        if not self._begun:
+        begins = delta.choice not in self._begun
+        content: Object = {"content": delta.text} if delta.text or begins else {}
+        if begins:
             content = {"role": "assistant", **content}
-            self._begun = True
+            self._begun.add(delta.choice)
         choice = {
-            "index": 0,
+            "index": delta.choice,
             "delta": content,
             "logprobs": _content(delta.logprobs),
-            "finish_reason": self._answer.finish_reason,
+            "finish_reason": delta.finish_reason,
         }
         return {**self._common, "object": "chat.completion.chunk", "choices": [choice]}
 
@@ -145,17 +175,20 @@ class ChatForm:
 
     def whole(self, deltas: Sequence[Delta]) -> Object:
         """See `Form.whole`."""
-        logprobs = (
-            [each for delta in deltas for each in delta.logprobs or ()] if self._answer.logprobs else None
-        )
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": _text(deltas), "refusal": None},
-            "logprobs": _content(logprobs),
-            "finish_reason": self._answer.finish_reason,
-        }
+        choices = [self._choice(index, parts) for index, parts in enumerate(_by_choice(self._answer, deltas))]
         usage = self._answer.usage_object()
-        return {**self._common, "object": "chat.completion", "choices": [choice], "usage": usage}
+        return {**self._common, "object": "chat.completion", "choices": choices, "usage": usage}
+
+    def _choice(self, index: int, parts: Sequence[Delta]) -> Object:
+        logprobs = (
+            [each for delta in parts for each in delta.logprobs or ()] if self._answer.logprobs else None
+        )
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": _text(parts), "refusal": None},
+            "logprobs": _content(logprobs),
+            "finish_reason": parts[-1].finish_reason,
+        }
 
 
 class TextForm:
@@ -167,7 +200,7 @@ class TextForm:
 
     def chunk(self, delta: Delta) -> Object:
         """See `Form.chunk`."""
-        return {**self._common, "choices": [self._choice(delta.text)]}
+        return {**self._common, "choices": [self._choice(delta.choice, [delta])]}
 
     def usage_chunk(self) -> Object:
         """See `Form.usage_chunk`."""
@@ -175,11 +208,16 @@ class TextForm:
 
     def whole(self, deltas: Sequence[Delta]) -> Object:
         """See `Form.whole`."""
-        usage = self._answer.usage_object()
-        return {**self._common, "choices": [self._choice(_text(deltas))], "usage": usage}
+        choices = [self._choice(index, parts) for index, parts in enumerate(_by_choice(self._answer, deltas))]
+        return {**self._common, "choices": choices, "usage": self._answer.usage_object()}
 
-    def _choice(self, text: str) -> Object:
-        return {"index": 0, "text": text, "logprobs": None, "finish_reason": self._answer.finish_reason}
+    def _choice(self, index: int, parts: Sequence[Delta]) -> Object:
+        reason = parts[-1].finish_reason
+        return {"index": index, "text": _text(parts), "logprobs": None, "finish_reason": reason}
+
+
+def _by_choice(answer: Answer, deltas: Sequence[Delta]) -> list[list[Delta]]:
+    return [[delta for delta in deltas if delta.choice == index] for index in range(len(answer.texts))]
 
 
 async def _to_the_end(messages: AsyncIterator[Mapping[str, Any]]) -> None:

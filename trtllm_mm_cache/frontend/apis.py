@@ -35,6 +35,7 @@ class Call:
     stream_usage: bool
     items: Sequence[bytes] = ()
     logprobs: bool = False
+    choices: int = 1
 
     @classmethod
     def of(
@@ -56,6 +57,7 @@ class Call:
             bool(request.stream_options and request.stream_options.include_usage),
             items,
             logprobs,
+            request.n or 1,
         )
 
 

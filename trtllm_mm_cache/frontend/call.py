@@ -107,7 +107,7 @@ def payload_of(
         name: value
         for name in (
             *("temperature", "top_p", "top_k", "min_p", "seed"),
-            *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),
+            *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "n"),
         )
         if (value := getattr(request, name)) is not None
     }

@@ -76,10 +76,13 @@ class Completions:
     async def _generate(
         self, api: Api, call: Call, share: BodyShare, reply: Reply, record: ResponseRecord
     ) -> None:
-        text = self._prompts.answer_text(
-            call.prompt_tail, call.stop, skip_special_tokens=call.skip_special_tokens
-        )
-        answer = Answer(record.request_id, call.model, text, self._prompts.backend, logprobs=call.logprobs)
+        texts = [
+            self._prompts.answer_text(
+                call.prompt_tail, call.stop, skip_special_tokens=call.skip_special_tokens
+            )
+            for _ in range(call.choices)
+        ]
+        answer = Answer(record.request_id, call.model, texts, self._prompts.backend, logprobs=call.logprobs)
         form = api.form(answer)
         parts = []
         async with aclosing(self._messages(call, share, record.request_id)) as messages:
@@ -87,7 +90,7 @@ class Completions:
                 record.generated(answer.tokens)
                 if not call.stream:
                     parts.append(delta)
-                elif delta.text or delta.logprobs or answer.finish_reason or answer.is_new:
+                elif delta.text or delta.logprobs or delta.finish_reason or delta.is_new:
                     await reply.event(form.chunk(delta), items=answer.items)
         record.status = 200
         if call.stream:

@@ -20,7 +20,6 @@ _OFF: Final = (None, False)
 _LABELS: Final = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 
 _UNSERVED: Final[Mapping[str, tuple[Any, ...]]] = {
-    "n": (None, 1),
     "best_of": (None, 1),
     "use_beam_search": _OFF,
     "length_penalty": (None, 1),

@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from trtllm_mm_cache.engines.checks import MOST_CHOICES
 from trtllm_mm_cache.errors import InvalidRequestError
 from trtllm_mm_cache.frontend.refusals import NOT_SERVED, refuse_unserved
 from trtllm_mm_cache.runtime.processor_kwargs import check_processor_kwargs
@@ -91,6 +92,7 @@ class GenerationOptions(_Strict):
     """What chat and plain completions may both ask for."""
 
     model: str
+    n: Annotated[int, Field(strict=True, ge=1, le=MOST_CHOICES)] | None = None
     max_tokens: _Count | None = None
     min_tokens: Annotated[int, Field(strict=True, ge=0, lt=2**31)] | None = None
     temperature: Annotated[_Number, Field(ge=0, le=100)] | None = None

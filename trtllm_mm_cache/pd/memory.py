@@ -13,9 +13,12 @@ from trtllm_mm_cache.cache.eviction.base import make_policy
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.what_if import WhatIf
 from trtllm_mm_cache.settings import PdSettings
-from trtllm_mm_cache.transfer import Reader, TransferAgent
+from trtllm_mm_cache.transfer import MappedReader, Reader, TransferAgent
 
 _CLOSE_DEADLINE_S = 5.0
+
+COPIES_IN_WORKER = frozenset({"transformers"})
+"""Engines that copy to the GPU in the PD worker's own process; those of others map the arena themselves."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,14 @@ class PdMemory:
         cache, what_if = transit, None
         if capacity > 0:
             cache, what_if = await _make_cache(settings, capacity)
+        if settings.engine in COPIES_IN_WORKER:
+            for manager in {cache, transit}:
+                await asyncio.to_thread(manager.arena.page_lock)
         agent = await TransferAgent.start()
         for manager in {cache, transit}:
             await agent.register(manager.arena.base_address, manager.arena.capacity_bytes)
-        return cls(cache, transit, what_if, agent, Reader(agent))
+        reader = MappedReader(agent) if settings.transfer == "auto" else Reader(agent)
+        return cls(cache, transit, what_if, agent, reader)
 
     @property
     def arenas(self) -> dict[str, MultimodalEmbeddingCacheManager]:

@@ -34,6 +34,7 @@ from trtllm_mm_cache.runtime.presence import serve_present
 from trtllm_mm_cache.runtime.readiness import announce_ready
 from trtllm_mm_cache.settings import PdSettings
 from trtllm_mm_cache.tiers.chain import TierChain
+from trtllm_mm_cache.tiers.configured import check_tiers, stored_tiers
 from trtllm_mm_cache.tiers.encode_remote import EncodeTier, EncodeWorkers
 from trtllm_mm_cache.tiers.own_tower import OwnTower
 from trtllm_mm_cache.tiers.receive import Receiver
@@ -56,6 +57,7 @@ def run_pd_worker(settings: PdSettings) -> None:
 
 
 async def _serve(settings: PdSettings) -> None:
+    await asyncio.to_thread(check_tiers, settings.tiers)
     deployment = join(settings)
     model_path = await local_model_path(settings.model_path)
     # Memory first: a host that cannot hold it says so before minutes of model loading. Mapping the pages of
@@ -129,7 +131,9 @@ def make_resolver(
     receiver = Receiver(memory.cache, memory.transit, memory.what_if, generator.check_embedding, registry)
     fingerprint = pixels_fingerprint(generator.fingerprint, settings.images)
     encoders = EncodeTier(encode_workers, memory.reader, fingerprint, settings, registry)
-    tiers = TierChain([encoders], receiver)
+    sizes = [manager.budget_bytes for manager in memory.arenas.values()]
+    stored = stored_tiers(settings.tiers, fingerprint, registry, arenas=sizes)
+    tiers = TierChain([encoders], receiver, stored)
     return ItemResolver(memory.cache, memory.what_if, tiers, fingerprint, settings, metrics)
 
 
@@ -139,7 +143,9 @@ def make_own_tower_resolver(
     """Do the same for an aggregated worker."""
     _register_memory(metrics.registry, memory)
     fingerprint = pixels_fingerprint(generator.fingerprint, settings.images)
-    tower = OwnTower(memory.cache, memory.what_if, generator, settings, metrics.registry)
+    sizes = [manager.budget_bytes for manager in memory.arenas.values()]
+    stored = stored_tiers(settings.tiers, fingerprint, metrics.registry, arenas=sizes)
+    tower = OwnTower(memory.cache, memory.what_if, generator, settings, metrics.registry, stored)
     return ItemResolver(memory.cache, memory.what_if, tower, fingerprint, settings, metrics)
 
 

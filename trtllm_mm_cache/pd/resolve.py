@@ -23,9 +23,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
-from trtllm_mm_cache.cache.flight import SingleFlight
 from trtllm_mm_cache.cache.key import EmbeddingKey, content_digest, embedding_key
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.scope import Scope
@@ -50,10 +48,11 @@ from trtllm_mm_cache.runtime.control import DropReport, DropRequest
 from trtllm_mm_cache.runtime.drops import Drops
 from trtllm_mm_cache.settings import MB, PdSettings
 from trtllm_mm_cache.tiers.base import MissingItem
-from trtllm_mm_cache.tiers.chain import TierChain
-from trtllm_mm_cache.tiers.own_tower import OwnTower
+from trtllm_mm_cache.tiers.misses import Misses
 
 logger = logging.getLogger(__name__)
+
+_DROP_S = 3600.0  # more than a drop may take; where it fails, until the next one
 
 
 class ItemResolver:
@@ -72,19 +71,18 @@ class ItemResolver:
         self,
         cache: MultimodalEmbeddingCacheManager,
         what_if: WhatIf | None,
-        tiers: TierChain | OwnTower,
+        misses: Misses,
         fingerprint: str,
         settings: PdSettings,
         metrics: PdMetrics,
     ) -> None:
         self._cache = cache
         self._what_if = what_if
-        self._tiers = tiers
+        self._misses = misses
         self._fingerprint = fingerprint
         self._require_salt = settings.multimodal_embedding_cache_require_salt
         self._metrics = metrics
         self._fetcher = MediaFetcher(settings, metrics)
-        self.flights: SingleFlight[Lease] = SingleFlight(share=Lease.clone, discard=Lease.release)
         self._drops = Drops()
         self.waiting = Admission(
             max_items=sys.maxsize,
@@ -107,8 +105,7 @@ class ItemResolver:
             ),
             room_for_small=True,
         )
-        flights = tiers.claims if isinstance(tiers, OwnTower) else self.flights
-        for part in (FlightCollector(flights), self.waiting, self.incoming):
+        for part in (FlightCollector(misses.flights), self.waiting, self.incoming):
             metrics.registry.register(part)
 
     async def resolve(self, request: PdRequest, *, variant: str) -> ResolvedItems:
@@ -135,8 +132,7 @@ class ItemResolver:
             try:
                 found = dict(zip(first_at.values(), await all_or_first_error(works), strict=True))
             except (ArenaFullError, EntryTooLargeError):
-                if isinstance(self._tiers, TierChain):
-                    self._tiers.check_can_fit(needs, retained=scope.retain)
+                self._misses.check_can_fit(needs, retained=scope.retain)
                 raise
         return ResolvedItems.of(places, found, seconds=time.perf_counter() - started)
 
@@ -147,18 +143,29 @@ class ItemResolver:
         when it has arrived, so that an encode worker that is asked to drop next misses nothing of it.
         """
         selection = request.selection
+        # Until the tiers have dropped too, nothing of it is retained: they may still bring it.
+        self._drops.bar(selection, seconds=request.bar_s or _DROP_S)
         self._drops.drop(selection)
         dropped = self._cache.drop_selected(selection)
         if self._what_if is not None:
             self._what_if.dropped(selection, dropped.keys)
         media = self._fetcher.forget()
         under_way = await self._drops.ended(selection, deadline_s=request.deadline_s)
-        return DropReport(entries=dropped.entries, nbytes=dropped.nbytes, media=media, under_way=under_way)
+        stored = await self._misses.drop(selection, deadline_s=request.deadline_s)
+        if not request.bar_s:
+            self._drops.unbar(selection)
+        return DropReport(
+            entries=dropped.entries,
+            nbytes=dropped.nbytes,
+            media=media,
+            under_way=under_way + stored.unfinished,
+            stored=stored.entries,
+            stored_bytes=stored.nbytes,
+        )
 
     async def close(self) -> None:
         """Cancel what flies, close the tiers and the media source."""
-        await self.flights.close()
-        await self._tiers.close()
+        await self._misses.close()
         await self._fetcher.close()
 
     async def _resolve_one(
@@ -230,18 +237,10 @@ class ItemResolver:
     # 4 lookup, 5 miss
     async def _find(self, item: MissingItem) -> Found:
         if item.scope.retain and (lease := self._look_up(item.key)) is not None:
+            self._misses.used(item, lease)
             return Found(lease, "hit")
-        if isinstance(self._tiers, OwnTower):
-            held, joined = await self._tiers.find(item, self._loading)
-            return Found(held, "joined" if joined else "miss")
-        if item.key.hex in self.flights:
-            item.release_media()
-        lease, joined = await self.flights.run(item.key.hex, partial(self._load, item, self._tiers))
-        return Found(lease, "joined" if joined else "miss")
-
-    async def _load(self, item: MissingItem, tiers: TierChain) -> Lease:
-        with self._loading(item):
-            return await tiers.load(item)
+        held, joined = await self._misses.find(item, self._loading)
+        return Found(held, "joined" if joined else "miss")
 
     @contextmanager
     def _loading(self, item: MissingItem) -> Iterator[Admitted]:

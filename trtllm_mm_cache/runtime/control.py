@@ -34,7 +34,9 @@ class DropRequest(Message):
     """Asks to drop one key, what was stored under one salt (by its tag), what was made of one image (by
     the digest of its content), or everything.
 
-    Waits up to `deadline_s` seconds for embeddings that were on their way.
+    Waits up to `deadline_s` seconds for embeddings that were on their way. With `bar_s` the worker retains
+    nothing of what is selected for so many seconds, or until the next such request: a drop of several workers
+    asks each more than once.
     """
 
     version: Literal[2] = PROTOCOL_VERSION
@@ -44,6 +46,7 @@ class DropRequest(Message):
     content: HexDigest | None = None
     everything: bool = False
     deadline_s: float = Field(10.0, ge=0, le=600)
+    bar_s: float = Field(0.0, ge=0, le=3600)
 
     @model_validator(mode="after")
     def _one_of_four(self) -> DropRequest:
@@ -67,9 +70,10 @@ class DropRequest(Message):
 class DropReport(Message):
     """Says what one worker dropped.
 
-    `entries` of `nbytes` bytes became invisible, `media` fetched image files were forgotten, and
-    `under_way` embeddings that the drop concerns were still on their way at the deadline: they are not
-    retained here, but an encode worker may still store them.
+    `entries` of `nbytes` bytes became invisible, `stored` entries of `stored_bytes` bytes were removed from
+    its disk and store, `media` fetched image files were forgotten, and `under_way` embeddings that the drop
+    concerns were still on their way at the deadline: they are not retained here, but an encode worker may
+    still store them.
     """
 
     version: Literal[2] = PROTOCOL_VERSION
@@ -77,6 +81,8 @@ class DropReport(Message):
     nbytes: int = Field(ge=0)
     media: int = Field(0, ge=0)
     under_way: int = Field(0, ge=0)
+    stored: int = Field(0, ge=0)
+    stored_bytes: int = Field(0, ge=0)
 
 
 class Control:
@@ -97,9 +103,10 @@ class Control:
         request = parse(DropRequest, payload)
         report = await self._drop(request)
         logger.info(
-            "dropped %d entries of %d bytes and %d fetched files (%s)",
+            "dropped %d entries of %d bytes, %d in tiers and %d fetched files (%s)",
             report.entries,
             report.nbytes,
+            report.stored,
             report.media,
             request.what,
         )

@@ -50,13 +50,31 @@ class Drops:
 
     def __init__(self) -> None:
         self._watches: WeakSet[DropWatch] = WeakSet()
+        self._barred: dict[Selection, asyncio.TimerHandle] = {}
         self._loads: dict[asyncio.Future[None], tuple[str, DropWatch]] = {}
 
     def watch(self, tag: bytes | None) -> DropWatch:
         """Return the watch of one item, before anything is looked up for it."""
         watch = DropWatch(tag)
+        for selection in self._barred:
+            watch.note(selection)
         self._watches.add(watch)
         return watch
+
+    def bar(self, selection: Selection, *, seconds: float) -> None:
+        """Retain nothing of what is selected until `unbar`, or for as long as this.
+
+        While several workers drop, one that has dropped could else get it back from one that has not yet, by
+        way of what they share.
+        """
+        self.unbar(selection)
+        loop = asyncio.get_running_loop()
+        self._barred[selection] = loop.call_later(seconds, self._barred.pop, selection, None)
+
+    def unbar(self, selection: Selection) -> None:
+        """Retain it again, of items that come from now on."""
+        if (timer := self._barred.pop(selection, None)) is not None:
+            timer.cancel()
 
     @contextmanager
     def loading(self, key: str, watch: DropWatch) -> Iterator[None]:

@@ -12,6 +12,7 @@ from trtllm_mm_cache.runtime.membership import Membership
 from trtllm_mm_cache.settings import DiscoverySettings
 
 _MIN_BYTES, _MAX_BYTES = 32, 4096
+_DEPLOYMENT = "the deployment's secret"
 _MAKE_ONE = "make one with `(umask 077; openssl rand -hex 32 > FILE)`"
 
 
@@ -22,12 +23,12 @@ def load_membership(settings: DiscoverySettings) -> Membership:
     first process makes. Raises `ConfigurationError` when there is none, or others could read it.
     """
     if settings.secret_file is not None:
-        return Membership(_read(settings.secret_file))
+        return Membership(read_secret(settings.secret_file))
     match settings.discovery_backend:
         case "file":
             file = discovery_folder() / "secret"
-            _make(file)
-            return Membership(_read(file))
+            make_secret(file)
+            return Membership(read_secret(file))
         case "mem":
             return Membership(secrets.token_bytes(32))  # a deployment of this process alone
         case backend:
@@ -87,8 +88,11 @@ def _check_folder(folder: Path, found: os.stat_result) -> None:
         )
 
 
-def _make(file: Path) -> None:
-    """Make the secret unless it is there. It appears whole: no other process reads half of it."""
+def make_secret(file: Path, what: str = _DEPLOYMENT) -> None:
+    """Make the secret `what` unless it is there. It appears whole: no other process reads half of it.
+
+    Raises `ConfigurationError`.
+    """
     if file.exists():
         return
     new = file.with_name(f".secret-{secrets.token_hex(8)}")
@@ -103,39 +107,38 @@ def _make(file: Path) -> None:
         finally:
             new.unlink()
     except OSError as error:
-        raise ConfigurationError(
-            f"the deployment's secret {file} cannot be made: {error.strerror}"
-        ) from error
+        raise ConfigurationError(f"{what} {file} cannot be made: {error.strerror}") from error
 
 
-def _read(file: Path) -> bytes:
-    """Return the secret in `file`, judged by what was opened: Kubernetes mounts are links."""
+def read_secret(file: Path, what: str = _DEPLOYMENT) -> bytes:
+    """Return the secret `what` in `file`, judged by what was opened: Kubernetes mounts are links.
+
+    Raises `ConfigurationError` when there is none, or others could read it.
+    """
     try:
         with file.open("rb") as opened:
             found = os.fstat(opened.fileno())
-            _check_file(file, found)
+            _check_file(file, found, what)
             secret = opened.read(_MAX_BYTES + 1).strip()
     except OSError as error:
         raise ConfigurationError(
-            f"the deployment's secret {file} cannot be read: {error.strerror}; {_MAKE_ONE}, readable for the "
+            f"{what} {file} cannot be read: {error.strerror}; {_MAKE_ONE}, readable for the "
             "user that runs this process"
         ) from error
     if not _MIN_BYTES <= len(secret) <= _MAX_BYTES:
-        raise ConfigurationError(
-            f"the deployment's secret {file} must have {_MIN_BYTES} to {_MAX_BYTES} bytes; {_MAKE_ONE}"
-        )
+        raise ConfigurationError(f"{what} {file} must have {_MIN_BYTES} to {_MAX_BYTES} bytes; {_MAKE_ONE}")
     return secret
 
 
-def _check_file(file: Path, found: os.stat_result) -> None:
+def _check_file(file: Path, found: os.stat_result, what: str) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise ConfigurationError(f"the deployment's secret {file} is not a file")
+        raise ConfigurationError(f"{what} {file} is not a file")
     if found.st_uid not in (os.geteuid(), 0):
         raise ConfigurationError(
-            f"the deployment's secret {file} belongs to user {found.st_uid}: it must be this user's or root's"
+            f"{what} {file} belongs to user {found.st_uid}: it must be this user's or root's"
         )
     if found.st_mode & (stat.S_IRWXO | stat.S_IWGRP):
         raise ConfigurationError(
-            f"the deployment's secret {file} is open to other users (mode {stat.S_IMODE(found.st_mode):o}); "
+            f"{what} {file} is open to other users (mode {stat.S_IMODE(found.st_mode):o}); "
             f"run `chmod 600 {file}`, or set defaultMode: 0400 where Kubernetes mounts it"
         )

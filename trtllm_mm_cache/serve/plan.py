@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from trtllm_mm_cache.serve.model import demo_model, model_config, shipped
 from trtllm_mm_cache.settings import EngineName, EngineSettings, FrontendSettings, PdSettings, ServeSettings
 
 _TRTLLM_MODEL = "llava-hf/llava-v1.6-mistral-7b-hf"
+_WITHOUT_ENCODERS: Mapping[str, str] = {"vllm": "tensor_parallel_size", "sglang": "tp_size"}
+"""Engines that take the embeddings of transformers' towers, and their keys for several ranks."""
 # trtllm-llmapi-launch expands its command unquoted: a shell splits and globs it a second time.
 _UNSAFE_FOR_SHELL = set("'\"\\*?[] \t\n")
 
@@ -103,7 +106,7 @@ def make_plan(settings: ServeSettings) -> Plan:
     the engine would refuse.
     """
     name = settings.engine or _best_engine()
-    encode_name = settings.encode_engine or ("transformers" if name == "vllm" else name)
+    encode_name = settings.encode_engine or ("transformers" if name in _WITHOUT_ENCODERS else name)
     _check_mode(settings, name)
     engine, encode_engine = find_engine(name), find_engine(encode_name)
     _check_installed("ENGINE", name)
@@ -141,10 +144,10 @@ def _check_mode(settings: ServeSettings, engine: EngineName) -> None:
         raise ConfigurationError(
             f"--disaggregation-mode agg: the engine {engine} has no vision tower of its own; set ENGINE=vllm"
         )
-    if engine == "vllm" and settings.pd_ranks > 1:
+    if engine in _WITHOUT_ENCODERS and settings.pd_ranks > 1:
         raise ConfigurationError(
-            f"PD_RANKS={settings.pd_ranks}: vLLM starts its ranks itself; set tensor_parallel_size in "
-            "the YAML file of the PD workers (PD_ENGINE_ARGS)"
+            f"PD_RANKS={settings.pd_ranks}: the engine {engine} starts its ranks itself; set "
+            f"{_WITHOUT_ENCODERS[engine]} in the YAML file of the PD workers (PD_ENGINE_ARGS)"
         )
 
 
@@ -166,6 +169,6 @@ def _best_engine() -> EngineName:
 
 def _engine_file(model: str, engine: EngineName, name: str) -> Path:
     """Return where the file lies that is meant when none is named; `engine` is the PD workers'."""
-    for_any = engine == "transformers" or (engine == "vllm" and Path(model) == demo_model())
+    for_any = engine == "transformers" or (engine in _WITHOUT_ENCODERS and Path(model) == demo_model())
     folder = shipped("configs") / ("cpu-demo" if for_any else Path(model).name.lower())
-    return folder / "vllm" / name if engine == "vllm" else folder / name
+    return folder / engine / name if engine in _WITHOUT_ENCODERS else folder / name

@@ -21,10 +21,12 @@ from trtllm_mm_cache.serve.ports import bind_problem
 from trtllm_mm_cache.serve.service import Kind, Spec
 from trtllm_mm_cache.serve.stack import Stack, StackError, Surroundings, say
 from trtllm_mm_cache.serve.warm import WarmStart
-from trtllm_mm_cache.settings import EncodeSettings
+from trtllm_mm_cache.settings import EncodeSettings, ServeSettings
+from trtllm_mm_cache.tiers.configured import check_tiers
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _INTERRUPTED = 130
+_STORE_VARIABLE = "MM_CACHE_STORE_URL"
 _LIST_PAUSE_S = 0.1
 
 
@@ -36,6 +38,8 @@ def run_serve(plan: Plan, encode: EncodeSettings) -> int:
     """
     _check_port(plan)
     _check_memory(plan, encode)
+    for tiers in (plan.settings.tiers, encode.tiers):
+        check_tiers(tiers)
     folder = RunFolder(plan.settings.run_dir)
     environment = {**os.environ, **_variables(plan, folder)}
     return asyncio.run(_serve(plan, folder, environment))
@@ -107,7 +111,8 @@ def _specs(plan: Plan) -> Iterator[Spec]:
             Kind.ENCODE,
             f"{Kind.ENCODE.value} {number + 1}",
             plan.encode_arguments(),
-            variables=_devices(settings.encode_cuda_visible_devices),
+            # A store is the PD workers' unless ENCODE_EXTRA_ARGS names it: they ask it first anyway.
+            variables={**_devices(settings.encode_cuda_visible_devices), _STORE_VARIABLE: ""},
             warm=settings.encode_python is None and plan.encode_engine == plan.engine,
             python=str(settings.encode_python or sys.executable),
         )
@@ -121,7 +126,7 @@ def _specs(plan: Plan) -> Iterator[Spec]:
             f"{Kind.PD.value} {number + 1}",
             plan.pd_arguments(),
             job=job,
-            variables=_devices(settings.pd_cuda_visible_devices),
+            variables={**_devices(settings.pd_cuda_visible_devices), **_store(settings)},
             warm=not job,
             drain_signal=drain_signal,
             end_signal=signal.SIGTERM if job else signal.SIGKILL,
@@ -142,6 +147,12 @@ def _frontend(plan: Plan) -> Spec:
 
 def _devices(devices: str | None) -> dict[str, str]:
     return {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
+
+
+def _store(settings: ServeSettings) -> dict[str, str]:
+    """Return the variable that names the store, for its password stands on no command line."""
+    url = settings.tiers.multimodal_embedding_cache_store_url
+    return {} if url is None else {_STORE_VARIABLE: url.get_secret_value()}
 
 
 def _variables(plan: Plan, folder: RunFolder) -> dict[str, str]:

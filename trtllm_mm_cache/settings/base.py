@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 GB = 1024**3
 MB = 1024**2
 
-EngineName = Literal["transformers", "trtllm", "vllm"]
+EngineName = Literal["transformers", "trtllm", "vllm", "sglang"]
 EvictionPolicyName = Literal["lru", "s3fifo"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 ImageFormat = Literal["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]

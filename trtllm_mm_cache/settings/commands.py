@@ -101,8 +101,17 @@ class PlanSettings(Settings):
         lt=1,
         description="Plan for this hit ratio instead of for the whole working set, as in 0.9.",
     )
+    disk_gb: float | None = Field(
+        None,
+        gt=0,
+        le=1024 * 1024,
+        description="Say too what a disk of this many GB would bring below that memory.",
+    )
     zipf: float = constant(
-        0.9, "With --hit: how unequal popularity is, Zipf's exponent of web traffic.", ge=0, le=3
+        0.9,
+        "With --hit and --disk-gb: how unequal popularity is, Zipf's exponent of web traffic.",
+        ge=0,
+        le=3,
     )
     engine: EngineName = Field("transformers", description="Engine of the workers.")
     extra_engine_args: Path | None = Field(

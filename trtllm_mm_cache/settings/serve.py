@@ -32,7 +32,7 @@ class ServeSettings(FrontendOptions, PdOptions):
     extra_engine_args: Path | None = Field(
         None,
         description="YAML file with the PD engine's own settings. Default: configs/MODEL/pd.yaml, with "
-        "`vllm` configs/MODEL/vllm/pd.yaml.",
+        "`vllm` and `sglang` configs/MODEL/ENGINE/pd.yaml.",
         json_schema_extra={"env": "PD_ENGINE_ARGS"},
     )
     encode_engine_args: Path | None = Field(
@@ -42,8 +42,8 @@ class ServeSettings(FrontendOptions, PdOptions):
     )
     encode_engine: EngineName | None = Field(
         None,
-        description="Engine of the encode workers. Default: the PD workers'; with `vllm` there, "
-        "`transformers`.",
+        description="Engine of the encode workers. Default: the PD workers'; with `vllm` or `sglang` "
+        "there, `transformers`.",
         json_schema_extra={"env": "ENCODE_ENGINE"},
     )
     encode_python: Path | None = Field(

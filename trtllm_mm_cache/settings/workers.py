@@ -20,6 +20,7 @@ from trtllm_mm_cache.settings.base import (
     constant,
 )
 from trtllm_mm_cache.settings.media import ImageLimits, MediaSettings
+from trtllm_mm_cache.settings.tiers import TierSettings
 
 
 class WorkerSettings(RuntimeSettings):
@@ -45,8 +46,8 @@ class EngineSettings(WorkerSettings):
     model_path: str = Field(description="Model directory, or a name on the Hugging Face hub.")
     engine: EngineName = Field(
         "transformers",
-        description="Engine that runs the model: `trtllm` on GPUs, `vllm` on GPUs or the CPU, `transformers` "
-        "anywhere.",
+        description="Engine that runs the model: `trtllm` on GPUs, `vllm` and `sglang` on GPUs or the CPU, "
+        "`transformers` anywhere.",
     )
     extra_engine_args: Path | None = Field(
         None, description="YAML file with the engine's own settings; see configs/."
@@ -82,6 +83,7 @@ class EncodeSettings(EngineSettings):
     multimodal_embedding_cache_policy: EvictionPolicyName = Field(
         "lru", description="What leaves the arena first when it is full, as on the PD worker."
     )
+    tiers: TierSettings = TierSettings()
     max_batch_images: int = Field(8, ge=1, le=1024, description="Most images in one vision-tower batch.")
     preprocess_threads: int = Field(2, ge=1, le=256, description="Threads that decode and preprocess images.")
     max_prepared_mb: float = Field(
@@ -142,12 +144,18 @@ class PdOptions(WorkerSettings):
         description="Let only requests that carry a `cache_salt` share embeddings, each with those of the "
         "same salt. Requests without one are served past the cache and share nothing.",
     )
+    tiers: TierSettings = TierSettings()
     transfer_arena_mb: float = Field(
         128,
         ge=1,
         le=65536,
         description="Host memory in MB for embeddings that are served but not cached: all of them with "
         "capacity 0, else those that may not enter the cache or for which it is too full of leased entries.",
+    )
+    transfer: Literal["auto", "nixl"] = Field(
+        "auto",
+        description="How embeddings come from encode workers: `auto` copies from the mapped arena of one on "
+        "the same machine, of the same user, and READs by NIXL from all others; `nixl` READs from all.",
     )
     encode_timeout_s: Seconds = Field(
         60,

@@ -9,14 +9,16 @@ wrong.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.cache.key import EmbeddingKey
 from trtllm_mm_cache.cache.manager import Lease, Reservation
 from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.engines.base import ItemDescription
+from trtllm_mm_cache.runtime.admission import Admitted
 from trtllm_mm_cache.runtime.drops import DropWatch
 
 
@@ -41,6 +43,16 @@ class MissingItem:
         self.media = b""
 
     @property
+    def kind(self) -> str:
+        """What it is."""
+        return self.description.kind
+
+    @property
+    def content(self) -> bytes | None:
+        """The digest of its media."""
+        return self.watch.content
+
+    @property
     def dropped(self) -> bool:
         """Whether a drop has concerned it."""
         return self.watch.dropped(self.key.hex)
@@ -49,6 +61,10 @@ class MissingItem:
     def retained(self) -> bool:
         """Whether its embedding may be stored, as things are now."""
         return self.scope.retain and not self.dropped
+
+
+Loading = Callable[[MissingItem], AbstractContextManager[Admitted]]
+"""Counts what an item holds until its embedding is there, and lets drops wait for that."""
 
 
 class Found(Protocol):
@@ -80,6 +96,14 @@ Receive = Callable[[MissingItem, Found], Awaitable[Lease]]
 found has then been released and what was reserved is free again or in quarantine."""
 
 
+class TierDropped(NamedTuple):
+    """What a drop removed from a tier: `entries` of `nbytes` bytes; `unfinished` were still being stored."""
+
+    entries: int = 0
+    nbytes: int = 0
+    unfinished: int = 0
+
+
 class Tier(Protocol):
     """One place that embeddings come from. For use from one event loop."""
 
@@ -90,13 +114,6 @@ class Tier(Protocol):
         """Bring the embedding of `item` by way of `receive`, or return None where this tier has none.
 
         Ends within the tier's own deadline. What it raises is a miss to the chain, unless it is the last.
-        """
-        ...
-
-    def offer(self, lease: Lease) -> None:
-        """Store what `lease` holds, some time soon, if the tier stores; the lease stays the caller's.
-
-        Never waits and never raises.
         """
         ...
 

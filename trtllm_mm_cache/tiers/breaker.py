@@ -61,10 +61,19 @@ class _Breaker:
 class CircuitBreakers(Collector):
     """One breaker for each encode worker instance. For use from one event loop.
 
-    `clock` counts seconds. `opened` and `passed_over` count since the start.
+    `clock` counts seconds; `describe` names an instance in the log. `opened` and `passed_over` count since
+    the start.
     """
 
-    def __init__(self, *, failures: int, retry_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        *,
+        failures: int,
+        retry_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        describe: Callable[[int], str] = "encode worker {:x}".format,
+    ) -> None:
+        self._describe = describe
         self._failures = failures
         self._retry_s = retry_s
         self._clock = clock
@@ -138,8 +147,8 @@ class CircuitBreakers(Collector):
         if breaker.open_until is None:
             self.opened += 1
             logger.warning(
-                "encode worker %x failed %d times in a row: it is passed over and tried again every %g s",
-                instance,
+                "%s failed %d times in a row: it is passed over and tried again every %g s",
+                self._describe(instance),
                 breaker.failures,
                 self._retry_s,
             )
@@ -147,7 +156,7 @@ class CircuitBreakers(Collector):
 
     def _succeeded(self, instance: int, breaker: _Breaker) -> None:
         if breaker.open_until is not None:
-            logger.info("encode worker %x answers again", instance)
+            logger.info("%s answers again", self._describe(instance))
         breaker.failures = 0
         breaker.open_until = None
 

@@ -159,9 +159,6 @@ class EncodeTier(Collector):
             # would keep the item's bytes until the garbage collector runs.
             del failure
 
-    def offer(self, lease: Lease) -> None:
-        """Do nothing: what an encode worker made lies in its own arena already."""
-
     async def close(self) -> None:
         """Stop waiting for answers that no caller wants."""
         await self._workers.close()

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -27,6 +27,7 @@ from prometheus_client.registry import Collector
 
 from trtllm_mm_cache.cache.arena.marks import MarkBoard
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager, Reservation
+from trtllm_mm_cache.cache.scope import Selection
 from trtllm_mm_cache.cache.what_if import WhatIf
 from trtllm_mm_cache.engines.base import EncodeItem
 from trtllm_mm_cache.engines.own_tower import OwnTowerGenerator, PreparedItem
@@ -44,22 +45,22 @@ from trtllm_mm_cache.observability.metrics import Step, counter
 from trtllm_mm_cache.runtime.admission import Admitted
 from trtllm_mm_cache.runtime.threads import in_thread
 from trtllm_mm_cache.settings import PdSettings
-from trtllm_mm_cache.tiers.base import MissingItem
+from trtllm_mm_cache.tiers.base import Loading, MissingItem, TierDropped
+from trtllm_mm_cache.tiers.chain import StoredTiers
 from trtllm_mm_cache.tiers.claims import Claim, Claims, Landing
 from trtllm_mm_cache.tiers.filling import Extent, Filling, HeldFilling
+from trtllm_mm_cache.tiers.receive import announced_dtype
+from trtllm_mm_cache.tiers.stored import StoredEmbedding
 from trtllm_mm_cache.transfer.finite import checksum_and_finite
 
 logger = logging.getLogger(__name__)
-
-Loading = Callable[[MissingItem], AbstractContextManager[Admitted]]
-"""Counts what an item holds until its embedding is there, and lets drops wait for that."""
 
 _THREADS = 2
 _PREPARED_AT_A_TIME = 4
 
 
 class OwnTower(Collector):
-    """Misses of one aggregated PD worker. For use from one event loop.
+    """`Misses` of one aggregated PD worker. For use from one event loop.
 
     `cache` retains, or, with capacity 0, has no room for anything. `uncached` counts embeddings that were to
     be made without entering the cache, `refused` those that were found wrong when they were made.
@@ -72,7 +73,9 @@ class OwnTower(Collector):
         generator: OwnTowerGenerator,
         settings: PdSettings,
         registry: CollectorRegistry,
+        stored: StoredTiers | None = None,
     ) -> None:
+        self._stored = stored or StoredTiers()
         self._cache = cache
         self._what_if = what_if
         self._generator = generator
@@ -89,11 +92,13 @@ class OwnTower(Collector):
         self.uncached = self.refused = 0
         registry.register(self)
 
-    async def find(self, item: MissingItem, loading: Loading) -> tuple[Lease | HeldFilling, bool]:
-        """Return what stands for the embedding of `item`, and whether another request has made it.
+    @property
+    def flights(self) -> Claims:
+        """See `Misses.flights`."""
+        return self.claims
 
-        Raises `RequestError` for what is wrong with the item, `OverloadedError` when too much is under way.
-        """
+    async def find(self, item: MissingItem, loading: Loading) -> tuple[Lease | HeldFilling, bool]:
+        """See `Misses.find`. Raises `RequestError` for what is wrong with the item."""
         prepared = None
         while item.retained:
             claim = self.claims.get(item.key.hex)
@@ -105,6 +110,7 @@ class OwnTower(Collector):
             item.release_media()
             landing = await self._wait(claim)
             if isinstance(landing, Lease):
+                self.used(item, landing)
                 return landing, True
             item.media, prepared = claim.media, claim.prepared
             if landing == "alone":
@@ -115,12 +121,24 @@ class OwnTower(Collector):
             prepared = await self._prepared(item, prepared, stack.enter_context(loading(item)))
             return self._filling(item, prepared, None, stack.pop_all()), False
 
+    def used(self, item: MissingItem, lease: Lease) -> None:
+        """See `Misses.used`."""
+        self._stored.offer(item, lease)
+
+    async def drop(self, selection: Selection, *, deadline_s: float) -> TierDropped:
+        """See `Misses.drop`."""
+        return await self._stored.drop(selection, deadline_s=deadline_s)
+
+    def check_can_fit(self, needs: Mapping[str, int], *, retained: bool) -> None:
+        """See `Misses.check_can_fit`: what finds no room is served without it."""
+
     async def close(self) -> None:
-        """Stop checking and refuse who waits."""
+        """See `Misses.close`."""
         self.claims.close(LoadAbortedError("this worker is shutting down; retry on another"))
         for check in tuple(self._checks):
             check.cancel()
         await asyncio.gather(*self._checks, return_exceptions=True)
+        await self._stored.close()
         await asyncio.to_thread(self._threads.shutdown)
 
     def collect(self) -> Iterable[Metric]:
@@ -140,12 +158,16 @@ class OwnTower(Collector):
 
     async def _claimed(
         self, item: MissingItem, prepared: PreparedItem | None, loading: Loading
-    ) -> HeldFilling:
+    ) -> Lease | HeldFilling:
         claim = self.claims.start(item.key.hex, item.media)
         item.filling.add(item.key.hex)
         try:
             with ExitStack() as stack:
                 admitted = stack.enter_context(loading(item))
+                if (lease := await self._stored.load(item, self._receive)) is not None:
+                    item.filling.discard(item.key.hex)
+                    claim.land(lease)
+                    return lease
                 claim.prepared = await self._prepared(item, prepared, admitted)
                 claim.media = b""
                 extent = await self._reserved(item, claim.prepared, claim)
@@ -188,20 +210,14 @@ class OwnTower(Collector):
 
     async def _reserved(self, item: MissingItem, prepared: PreparedItem, claim: Claim) -> Extent | None:
         """Return room for the embedding, or None where there is none: then whoever waits is told."""
-        reserve = partial(
-            self._cache.reserve,
-            item.key.hex,
-            prepared.shape.nbytes,
-            owner="own tower",
-            tag=item.scope.tag,
-            content=item.watch.content,
-        )
         mark = self._marks.open()
         try:
             if mark is not None:
                 # In a thread: making room may move other entries, which copies megabytes.
                 with self._reserve_step.time():
-                    reservation = await in_thread(reserve, undo=Reservation.abandon)
+                    reservation = await in_thread(
+                        self._reserve(item, prepared.shape.nbytes), undo=Reservation.abandon
+                    )
                 return Extent(reservation, mark, claim)
         except BaseException as error:
             if mark is not None:
@@ -210,6 +226,38 @@ class OwnTower(Collector):
                 raise
         claim.leave("alone")
         return None
+
+    async def _receive(self, item: MissingItem, found: StoredEmbedding) -> Lease:
+        """Take what a tier has found into the arena. What finds no room there is encoded."""
+        try:
+            dtype = announced_dtype(found)
+            self._generator.check_embedding(item.description, found.shape, dtype, found.metadata)
+            with self._reserve_step.time():
+                reservation = await in_thread(self._reserve(item, found.nbytes), undo=Reservation.abandon)
+        except BaseException:
+            found.release()
+            raise
+        await found.read_into(reservation, finite=True)
+        try:
+            lease = reservation.commit(
+                dtype=dtype, shape=found.shape, metadata=found.metadata, retain=item.retained
+            )
+        except MmCacheError:
+            reservation.abandon()
+            raise
+        if item.retained and self._what_if is not None:
+            self._what_if.loaded(item.key.hex, found.nbytes)
+        return lease
+
+    def _reserve(self, item: MissingItem, nbytes: int) -> Callable[[], Reservation]:
+        return partial(
+            self._cache.reserve,
+            item.key.hex,
+            nbytes,
+            owner="own tower",
+            tag=item.scope.tag,
+            content=item.content,
+        )
 
     def _filling(
         self, item: MissingItem, prepared: PreparedItem, extent: Extent | None, undertaking: ExitStack
@@ -237,6 +285,7 @@ class OwnTower(Collector):
             raise
         else:
             filling.committed(lease)
+            self.used(filling.item, lease)
             lease.release()
 
     async def _commit(self, filling: Filling) -> Lease:

@@ -1,5 +1,7 @@
 """Transfer: an embedding's way from the encode worker's arena into the PD worker's, with NIXL.
 
+Where both are one user's on one machine, `MappedReader` copies from the mapped arena in step 4's place.
+
 1. Each process has one `TransferAgent` and registers its arenas with it, once.
 2. Encode worker: `Exporter.export(lease)` pins an entry and names it: token, address, size, checksum.
 3. Name and `PeerMetadata` travel in the encode worker's answer, over Dynamo's request plane.
@@ -15,12 +17,14 @@
 
 from trtllm_mm_cache.transfer.agent import TransferAgent
 from trtllm_mm_cache.transfer.exporter import Exporter
+from trtllm_mm_cache.transfer.mapped import MappedReader
 from trtllm_mm_cache.transfer.messages import Export, PeerMetadata
 from trtllm_mm_cache.transfer.reader import Reader
 
 __all__ = [
     "Export",
     "Exporter",
+    "MappedReader",
     "PeerMetadata",
     "Reader",
     "TransferAgent",

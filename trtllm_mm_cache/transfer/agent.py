@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from trtllm_mm_cache.errors import ConfigurationError, TransferError, TransferTimeoutError
 from trtllm_mm_cache.transfer.checksum import ChecksumThreads
-from trtllm_mm_cache.transfer.environment import NixlLibrary, prepare_environment
+from trtllm_mm_cache.transfer.environment import NixlLibrary, check_transports, prepare_environment
 from trtllm_mm_cache.transfer.messages import PeerMetadata
 from trtllm_mm_cache.transfer.pump import AgentThread, Side
 
@@ -45,6 +45,7 @@ class TransferAgent:
         Raises `ConfigurationError` when NIXL cannot be imported or its UCX backend does not start.
         """
         prepare_environment(settings)
+        check_transports()
         agent = cls()
         thread = agent._thread
         thread.start()

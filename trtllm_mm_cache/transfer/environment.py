@@ -42,6 +42,7 @@ _TCP_SETTINGS: Mapping[str, str] = {
 _SHARED_MEMORY = ("posix", "cma", "self")
 _COPIES_TO_GPU = "cuda_copy"
 """NIXL refuses a choice without it on a host with a GPU."""
+_NVIDIA_DRIVER = Path("/dev/nvidiactl")
 
 _PREFIXES = ("UCX_", "NIXL_")
 
@@ -83,8 +84,19 @@ def one_machine_transports() -> str:
     UCX authenticates nobody: who reaches a TCP port of its own can READ and WRITE the memory of the process.
     Shared memory has the kernel's access rights instead, and other users are let to nothing.
     """
-    gpu = (_COPIES_TO_GPU,) if Path("/dev/nvidiactl").exists() else ()
+    gpu = (_COPIES_TO_GPU,) if _NVIDIA_DRIVER.exists() else ()
     return ",".join((*_SHARED_MEMORY, *gpu))
+
+
+def check_transports() -> None:
+    """Raise `ConfigurationError` for a UCX_TLS that NIXL would refuse on this host, with the one to set."""
+    named = os.environ.get("UCX_TLS", "all")
+    copies = named.startswith("^") or {"all", "cuda", _COPIES_TO_GPU} & set(named.split(","))
+    if _NVIDIA_DRIVER.exists() and not copies:
+        raise ConfigurationError(
+            f"UCX_TLS={named} has no transport for the memory of this host's GPU, and NIXL does not start "
+            f"without one: set UCX_TLS={named},{_COPIES_TO_GPU}"
+        )
 
 
 def uses_shared_memory_alone() -> bool:

@@ -1,4 +1,4 @@
-"""Whether bytes in memory, taken as floating-point values, hold NaN or infinity.
+"""One pass over an embedding's bytes: copied if need be, hashed, looked at for NaN and infinity.
 
 A value is one of these exactly if all bits of its exponent are set. Taken as integers, with the sign as their
 highest bit, the positive ones of these are the largest signed numbers and the negative ones the largest
@@ -25,25 +25,40 @@ _INTEGERS: Mapping[str, tuple[Any, Any, int]] = {
     "float64": (np.int64, np.uint64, 0x7FF0000000000000),
 }
 
-_PIECE_BYTES = 512 * 1024
+PIECE_BYTES = 512 * 1024
+"""What stays in the processor's cache between two checks of the same bytes."""
+
+# Called through CDLL, it runs without the GIL.
+_memmove = ctypes.CDLL(None).memmove
+_memmove.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_memmove.restype = ctypes.c_void_p
 
 
-def checksum_and_finite(address: int, nbytes: int, dtype: str | None) -> tuple[int, bool]:
+def checksum_and_finite(
+    address: int, nbytes: int, dtype: str | None, *, source: int | None = None
+) -> tuple[int, bool]:
     """Return XXH3-64 over the `nbytes` bytes at `address`, and whether they hold no NaN and no infinity.
 
     `dtype` is torch's name of the values' type; for None and for one that is not listed above the second
-    is True. The memory must stay mapped meanwhile. Blocking, about 1 ms for 10 MB.
+    is True. With a `source` the bytes are copied from that address first, and judged as they arrived. The
+    memory must stay mapped meanwhile. Blocking, about 1 ms for 10 MB.
     """
     memory = memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
     digest = xxhash.xxh3_64()
-    integers = _INTEGERS.get(dtype or "")
     finite = True
-    for start in range(0, nbytes, _PIECE_BYTES):
-        piece = memory[start : start + _PIECE_BYTES]
+    for start in range(0, nbytes, PIECE_BYTES):
+        piece = memory[start : start + PIECE_BYTES]
+        if source is not None:
+            _memmove(address + start, source + start, len(piece))
         digest.update(piece)
-        if integers is not None:
-            finite &= _is_finite(piece, *integers)
+        finite &= is_finite(piece, dtype)
     return digest.intdigest(), finite
+
+
+def is_finite(piece: memoryview, dtype: str | None) -> bool:
+    """Whether a piece of values of torch's `dtype` holds no NaN and no infinity; as above for others."""
+    integers = _INTEGERS.get(dtype or "")
+    return integers is None or _is_finite(piece, *integers)
 
 
 def _is_finite(piece: memoryview, signed: Any, unsigned: Any, infinity: int) -> bool:

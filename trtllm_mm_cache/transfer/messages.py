@@ -6,11 +6,12 @@ import base64
 import binascii
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import blake3
 
+from trtllm_mm_cache.cache.arena.place import ArenaPlace
 from trtllm_mm_cache.errors import ProtocolMismatchError, TransferError
 
 WIRE_VERSION = 1
@@ -45,12 +46,14 @@ class PeerMetadata:
     `digest` is BLAKE3 over name and metadata. NIXL accepts some damaged metadata without complaint, so an
     instance cannot be made with a digest that does not match: whoever holds one may hand it to NIXL.
     The digest tells damage, not forgery; the request plane that carries it is trusted.
+    `arena` is where a reader on the same machine finds the registered memory, where that is one arena.
     Raises `TransferError` for damaged metadata.
     """
 
     agent_name: str
     metadata: bytes
     digest: str
+    arena: ArenaPlace | None = None
 
     def __post_init__(self) -> None:
         if len(self.metadata) > MAX_METADATA_BYTES:
@@ -68,9 +71,14 @@ class PeerMetadata:
         """Seal the metadata that a local NIXL agent reported."""
         return cls(agent_name, metadata, _digest(agent_name, metadata))
 
+    def with_arena(self, arena: ArenaPlace) -> PeerMetadata:
+        """Return the same with the place of the arena that is registered."""
+        return replace(self, arena=arena)
+
     def to_wire(self) -> dict[str, Any]:
         """Return the JSON-safe form; `from_wire` is its exact inverse."""
         return {
+            "arena": None if self.arena is None else asdict(self.arena),
             "version": WIRE_VERSION,
             "agent_name": self.agent_name,
             "metadata": base64.b64encode(self.metadata).decode("ascii"),
@@ -101,7 +109,19 @@ class PeerMetadata:
             metadata = base64.b64decode(encoded, validate=True)
         except (binascii.Error, ValueError):
             raise TransferError("the peer's NIXL metadata is not valid base64; ask for it again") from None
-        return cls(name, metadata, digest)
+        return cls(name, metadata, digest, _arena(payload.get("arena")))
+
+
+def _arena(payload: Any) -> ArenaPlace | None:
+    if payload is None:
+        return None
+    types = {"machine": str, "file": str, "nbytes": int, "identity": str, "address": int}
+    if isinstance(payload, dict) and {name: type(value) for name, value in payload.items()} == types:
+        return ArenaPlace(**payload)
+    raise ProtocolMismatchError(
+        "the peer describes its arena in a form that this worker does not read; run the same release on both "
+        "workers"
+    )
 
 
 def _digest(agent_name: str, metadata: bytes) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 
 from trtllm_mm_cache.errors import MmCacheError, PeerLostError, TransferError, TransferTimeoutError
 from trtllm_mm_cache.transfer.environment import NixlLibrary
-from trtllm_mm_cache.transfer.messages import RELEASE, Export, PeerMetadata
+from trtllm_mm_cache.transfer.messages import Export, PeerMetadata
 
 logger = logging.getLogger(__name__)
 
@@ -132,11 +132,11 @@ class ReadTable:
             # Part of it may be under way: only the handle's state tells, and poll looks at it next.
             read.error = self._failure(error)
 
-    def release(self, nixl: Any, metadata: PeerMetadata, token: str) -> None:
-        """Tell the exporter that no READ of the export `token` will come. Raises what `post` raises."""
+    def notify(self, nixl: Any, metadata: PeerMetadata, message: bytes) -> None:
+        """Tell the exporter what `messages` says of notifications. Raises what `post` raises."""
         peer = self._connected(nixl, metadata)
         try:
-            nixl.send_notif(peer.name, RELEASE + token.encode())
+            nixl.send_notif(peer.name, message)
         except self._library.errors as error:
             self._lose(nixl, peer)
             raise self._failure(error) from error

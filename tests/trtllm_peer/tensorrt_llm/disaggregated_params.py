@@ -1,4 +1,4 @@
-"""`tensorrt_llm/disaggregated_params.py`, 1.3: the fields, and what is checked when one is made."""
+"""`tensorrt_llm/disaggregated_params.py`, 1.3 and newer: the fields, and what is checked when one is made."""
 
 from __future__ import annotations
 
@@ -23,10 +23,13 @@ class DisaggregatedParams:
     ctx_dp_rank: int | None = None
     ctx_info_endpoint: str | None = None
     schedule_style: int | None = None
+    ctx_usage: dict[str, Any] | None = None  # this and the layout: newer than 1.3
+    conversation_id: str | None = None
     multimodal_embedding_handles: list[dict[str, Any]] | None = None
     multimodal_hashes: list[list[int]] | None = None
     mrope_position_ids_handle: dict[str, Any] | None = None
     mrope_position_deltas_handle: dict[str, Any] | None = None
+    multimodal_layout: Any = None
 
     def __post_init__(self) -> None:
         if self.request_type is not None and self.request_type.lower() not in _REQUEST_TYPES:

@@ -8,13 +8,14 @@ hole is, and frees them.
 from __future__ import annotations
 
 import ctypes
-import logging
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from trtllm_mm_cache.cache.arena.extents import ALIGNMENT, Extent, ExtentMap, ExtentStatistics, aligned
+from trtllm_mm_cache.cache.arena.page_lock import page_lock, page_unlock
+from trtllm_mm_cache.cache.arena.place import ArenaPlace
 from trtllm_mm_cache.cache.arena.region import create_shared_storage
 from trtllm_mm_cache.errors import IntegrityError
 
@@ -23,8 +24,6 @@ _memmove = ctypes.CDLL(None).memmove
 _memmove.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _memmove.restype = ctypes.c_void_p
 
-logger = logging.getLogger(__name__)
-
 __all__ = ["ALIGNMENT", "Arena", "Extent", "ExtentStatistics"]
 
 
@@ -32,8 +31,7 @@ class Arena:
     """`capacity_bytes` bytes of file-system shared memory, cut into extents that start at multiples of 64.
 
     The capacity is rounded up to a multiple of 64 (at least 64). All of it is committed when the
-    constructor returns; `prefault=False` leaves the mapping of the pages to their first use. With CUDA
-    the region is page-locked, so that copies to the device run asynchronously and at full speed.
+    constructor returns; `prefault=False` leaves the mapping of the pages to their first use.
 
     Not thread-safe: its owner (the cache manager) holds a lock. Raises `SharedMemoryError` when the
     shared-memory file system cannot hold the capacity.
@@ -43,11 +41,12 @@ class Arena:
         self._capacity = aligned(max(capacity_bytes, ALIGNMENT))
         self._storage: torch.UntypedStorage | None = create_shared_storage(self._capacity, prefault=prefault)
         self._base_address = self._storage.data_ptr()
+        self._place = ArenaPlace.of(self._storage)
         whole = torch.empty(0, dtype=torch.uint8).set_(self._storage).numpy()
         self._array: npt.NDArray[np.uint8] | None = whole
         self._buffer: memoryview | None = whole.data
         self._map = ExtentMap(self._capacity)
-        self._page_locked = _page_lock(self._base_address, self._capacity)
+        self._page_locked = False
 
     @property
     def capacity_bytes(self) -> int:
@@ -60,9 +59,22 @@ class Arena:
         return self._base_address
 
     @property
+    def place(self) -> ArenaPlace:
+        """Where another process of this machine and user finds the region, to map it."""
+        return self._place
+
+    @property
     def page_locked(self) -> bool:
         """Whether CUDA has the region registered."""
         return self._page_locked
+
+    def page_lock(self) -> None:
+        """Page-lock the region, in a process that copies between it and a GPU; nothing without CUDA.
+
+        Blocking: seconds for large arenas. Idempotent.
+        """
+        if not self._page_locked:
+            self._page_locked = page_lock(self._base_address, self._capacity)
 
     @property
     def storage(self) -> torch.UntypedStorage:
@@ -100,8 +112,11 @@ class Arena:
             raise _closed()
         return self._buffer[extent.offset : extent.offset + extent.nbytes]
 
-    def write(self, extent: Extent, tensor: torch.Tensor) -> None:
+    def write(self, extent: Extent, tensor: torch.Tensor, *, computed: bool = False) -> None:
         """Copy the bytes of a contiguous tensor of the extent's size into it. Releases the GIL.
+
+        A GPU's tensor goes by one copy on a stream of its own; page-locked, at the bus's speed. It waits for
+        what the caller's stream computes, unless the tensor is `computed` already.
 
         Host memory goes by one thread's `memcpy`. torch's own copy splits anything larger than a few pages
         over its threads, which meet at a barrier: with the cores busy by other processes a copy of up to
@@ -118,7 +133,7 @@ class Arena:
             _memmove(self._base_address + extent.offset, source.data_ptr(), extent.nbytes)
         else:
             target = torch.from_numpy(self._array[extent.offset : extent.offset + extent.nbytes])
-            target.copy_(source.detach().reshape(-1).view(torch.uint8))
+            _copy_from_device(target, source.detach().reshape(-1).view(torch.uint8), computed=computed)
 
     def copy(self, source: Extent, target: Extent) -> None:
         """Copy the bytes of one extent to another of the same size. Releases the GIL."""
@@ -140,25 +155,21 @@ class Arena:
         if self._storage is None:
             return
         if self._page_locked:
-            torch.cuda.cudart().cudaHostUnregister(self._base_address)  # type: ignore[no-untyped-call]
+            page_unlock(self._base_address)
             self._page_locked = False
         self._array = None
         self._buffer = None
         self._storage = None
 
 
+def _copy_from_device(target: torch.Tensor, source: torch.Tensor, *, computed: bool) -> None:
+    stream = torch.cuda.Stream(source.device)  # type: ignore[no-untyped-call]
+    if not computed:
+        stream.wait_stream(torch.cuda.current_stream(source.device))
+    with torch.cuda.stream(stream):
+        target.copy_(source, non_blocking=True)
+    stream.synchronize()
+
+
 def _closed() -> IntegrityError:
     return IntegrityError("the arena is closed")
-
-
-def _page_lock(address: int, nbytes: int) -> bool:
-    """Register the region with CUDA where there is CUDA. A refusal costs speed, nothing else."""
-    if not torch.cuda.is_available():
-        return False
-    status = torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)  # type: ignore[no-untyped-call]
-    if int(status) != 0:
-        logger.warning(
-            "CUDA did not page-lock the arena (error %d): copies to the device are slower", int(status)
-        )
-        return False
-    return True

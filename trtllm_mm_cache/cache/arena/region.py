@@ -30,6 +30,7 @@ from typing import TypeVar
 
 import torch
 
+from trtllm_mm_cache.cache.arena.large_pages import ask_for_large_pages, report_large_pages
 from trtllm_mm_cache.cache.arena.leftovers import SHARED_MEMORY_ROOT, RegionRegister, remove_leftovers
 from trtllm_mm_cache.errors import SharedMemoryError
 
@@ -68,7 +69,7 @@ def create_shared_storage(nbytes: int, *, prefault: bool = True) -> torch.Untype
         if os.strerror(errno.ENOSPC) in str(error):
             raise _too_small(nbytes) from error
         raise SharedMemoryError(f"torch could not create {_mib(nbytes)} of shared memory") from error
-    path = _path(storage)
+    path = storage_path(storage)
     _write_down(path)
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
@@ -78,7 +79,10 @@ def create_shared_storage(nbytes: int, *, prefault: bool = True) -> torch.Untype
     finally:
         os.close(descriptor)
     if prefault:
+        whole = (storage.data_ptr() - HEADER_BYTES, nbytes + HEADER_BYTES)
+        ask_for_large_pages(*whole)
         _populate(storage)
+        report_large_pages(*whole)
     return storage
 
 
@@ -111,7 +115,8 @@ def patiently(ask_manager: Callable[[], T]) -> T:
     return ask_manager()
 
 
-def _path(storage: torch.UntypedStorage) -> Path:
+def storage_path(storage: torch.UntypedStorage) -> Path:
+    """Return the file of a storage that lies in file-system shared memory."""
     _, name, _ = storage._share_filename_cpu_()
     return SHARED_MEMORY_ROOT / os.fsdecode(name).lstrip("/")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,23 @@ class _WithoutVideo:
         return super().check_argument_for_proper_class(argument_name, argument)  # type: ignore[misc]
 
 
-def load_processor(model_path: Path, config: PreTrainedConfig) -> ProcessorMixin:
-    """Return the processor of the model's architecture: image processor (PIL backend) and tokenizer.
+def load_processor(model_path: Path, config: PreTrainedConfig, *, backend: str = "pil") -> ProcessorMixin:
+    """Return the processor of the model's architecture: image processor and tokenizer.
 
-    The PIL backend is asked for by name, since the torchvision one resizes differently: with it a
-    feature would depend on whether torchvision happens to be installed.
-    Raises `ConfigurationError` when files are missing or name another processor class.
+    The `backend` is asked for by name, since the torchvision one resizes differently: else a feature would
+    depend on whether torchvision happens to be installed. Only the encode worker's looks at pixels.
+    Raises `ConfigurationError` when files are missing or name another processor class, or torchvision is.
     """
+    if backend == "torchvision" and importlib.util.find_spec("torchvision") is None:
+        raise ConfigurationError(
+            "image_processor is torchvision, and the Python package torchvision is not installed; install "
+            "the one that belongs to this torch, or set image_processor to pil on both workers"
+        )
     processor_class = PROCESSOR_MAPPING[type(config)]
     try:
-        image_processor = AutoImageProcessor.from_pretrained(model_path, backend="pil", local_files_only=True)
+        image_processor = AutoImageProcessor.from_pretrained(
+            model_path, backend=backend, local_files_only=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
         settings, _ = processor_class.get_processor_dict(model_path, local_files_only=True)
         named = settings.get("processor_class", processor_class.__name__)

@@ -6,6 +6,7 @@ What needs torch and transformers is imported on its first use: `check` is asked
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -33,6 +34,8 @@ __all__ = [
     "load_own_tower",
     "load_vision_encoder",
 ]
+
+logger = logging.getLogger(__name__)
 
 PACKAGE = "transformers"
 _HEAVY = {
@@ -82,6 +85,11 @@ def load_generator(model_path: Path, args_file: Path | None) -> TransformersGene
     from trtllm_mm_cache.engines.transformers.leader import ranks_of_job
 
     args = load_engine_args(args_file, TransformersEngineArgs)
+    if args.resolved_device().type != "cpu":
+        logger.warning(
+            "the transformers engine computes one request at a time, on a GPU too: it is the reference; "
+            "to serve many at once use vLLM, SGLang or TensorRT-LLM (--engine)"
+        )
     return TransformersGenerator(model_path, args, ranks_of_job(model_path))
 
 

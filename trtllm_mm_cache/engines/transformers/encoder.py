@@ -36,7 +36,10 @@ class TransformersVisionEncoder:
         """Load the vision half. Blocking. Raises `ConfigurationError`."""
         config, self._architecture = read_config(model_path)
         self._fingerprint = fingerprint_of(model_path, args)
-        self._preprocess = ImagePreprocessor(load_processor(model_path, config), config, self._architecture)
+        backend = args.image_processor
+        processor = load_processor(model_path, config, backend=backend)
+        device = args.resolved_device() if backend == "torchvision" else None
+        self._preprocess = ImagePreprocessor(processor, config, self._architecture, device)
         self._model: Any = load_vision_half(model_path, config, self._architecture, args)
         self._device = args.resolved_device()
         self._embedding_dtype = args.resolved_embedding_dtype()
@@ -121,10 +124,11 @@ class TransformersVisionEncoder:
         rows = [image.rows for image in images]
         if features.shape[0] != sum(rows):
             raise ValueError(f"the tower gave {features.shape[0]} rows, the placeholders have {sum(rows)}")
-        return [
-            piece.to("cpu", self._embedding_dtype, copy=True).contiguous()
-            for piece in torch.split(features, rows)
-        ]
+        # Views of the batch, where the tower has put them: the arena's extents are the only other copy.
+        pieces = torch.split(features.to(self._embedding_dtype).contiguous(), rows)
+        if features.is_cuda:
+            torch.cuda.current_stream(features.device).synchronize()
+        return list(pieces)
 
 
 def _rows(features: Any) -> torch.Tensor:

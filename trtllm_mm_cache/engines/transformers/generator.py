@@ -28,6 +28,7 @@ from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
 from trtllm_mm_cache.engines.huggingface.model_files import load_processor, read_config
 from trtllm_mm_cache.engines.huggingface.prompt import PromptExpander
 from trtllm_mm_cache.engines.transformers.constraint import ConstraintCompiler
+from trtllm_mm_cache.engines.transformers.features import encoder_output
 from trtllm_mm_cache.engines.transformers.leader import Alone, Ranks
 from trtllm_mm_cache.engines.transformers.loading import fingerprint_of, load_text_half
 from trtllm_mm_cache.engines.transformers.lockstep import Limits
@@ -74,6 +75,7 @@ class TransformersGenerator:
         text_config = config.get_text_config()
         layout = FeatureLayout.of(config, self._architecture, args.resolved_embedding_dtype())
         expander = PromptExpander(processor, config)
+        self._layout = layout
         self._check = EmbeddingCheck(self._architecture, layout, expander)
         self._prepare = RequestPreparer(
             architecture=self._architecture,
@@ -190,7 +192,7 @@ class TransformersGenerator:
         first = filter(None, (noted, prepared.constraint, min_tokens))
         with self._ranks.computing(prepared.inputs, prepared.handles, limits):
             self._model.generate(
-                **prepared.inputs,
+                **self._inputs(prepared),
                 generation_config=limits.generation_config(),
                 logits_processor=LogitsProcessorList([*first, *logits_processors(sampling)]),
                 stopping_criteria=self._ranks.criteria(end),
@@ -199,11 +201,18 @@ class TransformersGenerator:
             prepared.constraint.check()
         return end.reason
 
+    def _inputs(self, prepared: PreparedRequest) -> dict[str, Any]:
+        """Return the inputs, with the embeddings where the model is; not before the request's turn."""
+        if not prepared.embeddings:
+            return dict(prepared.inputs)
+        output = encoder_output(self._layout, prepared.embeddings, self._model.device)
+        return {**prepared.inputs, "mm_encoder_outputs": {"image": output}}
+
     def _first_logits(self, prepared: PreparedRequest) -> torch.Tensor:
         limits = Limits(max_new_tokens=1)
         with self._ranks.computing(prepared.inputs, prepared.handles, limits):
             output = self._model.generate(
-                **prepared.inputs,
+                **self._inputs(prepared),
                 generation_config=limits.generation_config(output_logits=True, return_dict_in_generate=True),
                 stopping_criteria=self._ranks.criteria(),
             )

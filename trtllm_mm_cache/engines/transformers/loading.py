@@ -56,6 +56,7 @@ def fingerprint_of(model_path: Path, args: TransformersEngineArgs) -> str:
         model_path,
         release=transformers.__version__,
         dtype=dtype_name(args.resolved_dtype()),
+        images=args.image_processor,
         embedding_dtype=dtype_name(args.resolved_embedding_dtype()),
     )
 

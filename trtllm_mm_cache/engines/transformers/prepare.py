@@ -17,13 +17,14 @@ from trtllm_mm_cache.engines.huggingface.embedding_check import placeholder_of
 from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
 from trtllm_mm_cache.engines.huggingface.prompt import PromptExpander
 from trtllm_mm_cache.engines.transformers.constraint import FollowedConstraint
-from trtllm_mm_cache.engines.transformers.features import encoder_output
 from trtllm_mm_cache.errors import InvalidRequestError, PlaceholderMismatchError
 
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """`inputs` go to `generate` as they are; `max_new_tokens` fits the context.
+    """`inputs` go to `generate` as they are, and `embeddings`, views of the leases', beside them.
+
+    `max_new_tokens` fits the context.
 
     `handles` say where other ranks find the embeddings; empty where there are no other ranks. `constraint`
     holds the answer to a schema or pattern.
@@ -35,6 +36,7 @@ class PreparedRequest:
     max_new_tokens: int
     sampling: SamplingParams
     constraint: FollowedConstraint | None = None
+    embeddings: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class RequestPreparer:
             len(token_ids),
             room if wanted is None else min(room, wanted),
             request.sampling,
+            embeddings=tuple(lease.tensor for lease in leases),
         )
 
     def _check_token_ids(self, token_ids: Sequence[int]) -> None:
@@ -115,8 +118,7 @@ class RequestPreparer:
     def _image_inputs(self, leases: Sequence[LeasedEmbedding]) -> dict[str, Any]:
         if not leases:
             return {}
-        output = encoder_output(self.layout, [lease.tensor for lease in leases])
-        inputs: dict[str, Any] = {"mm_encoder_outputs": {"image": output}}
+        inputs: dict[str, Any] = {}
         if self.architecture.has_grid:
             merge_size = self.expander.config.vision_config.spatial_merge_size
             inputs["image_grid_thw"] = torch.tensor(

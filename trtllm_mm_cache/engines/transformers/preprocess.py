@@ -45,13 +45,21 @@ class ProcessedImage:
 
 
 class ImagePreprocessor:
-    """Thread-safe: the processor's image part keeps no state between calls."""
+    """Thread-safe: the processor's image part keeps no state between calls.
+
+    With a `device`, which needs the torchvision backend, it resizes and normalises there.
+    """
 
     def __init__(
-        self, processor: ProcessorMixin, config: PreTrainedConfig, architecture: Architecture
+        self,
+        processor: ProcessorMixin,
+        config: PreTrainedConfig,
+        architecture: Architecture,
+        device: torch.device | None = None,
     ) -> None:
         self._processor = processor
         self._architecture = architecture
+        self._where = {} if device is None else {"device": device}
         self._bounds = configured_bounds(processor)
         self._image_token = processor.tokenizer.convert_ids_to_tokens(config.image_token_id)
 
@@ -72,7 +80,7 @@ class ImagePreprocessor:
             output = self._processor(
                 images=[images],
                 text=self._processor.image_token * len(images),
-                images_kwargs=kwargs,
+                images_kwargs=kwargs | self._where,
                 return_text_replacement_offsets=True,
                 return_tensors="pt",
             )

@@ -17,8 +17,8 @@ DtypeName = Literal["float32", "bfloat16", "float16"]
 class TransformersEngineArgs(EngineArgs):
     """How to load and run the model.
 
-    `dtype` and `embedding_dtype` decide an embedding's bytes and are part of the fingerprint: they
-    must be the same on the encode and on the PD worker. The rest may differ.
+    `dtype`, `embedding_dtype` and `image_processor` decide an embedding's bytes and are part of the
+    fingerprint: they must be the same on the encode and on the PD worker. The rest may differ.
     """
 
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -33,6 +33,12 @@ class TransformersEngineArgs(EngineArgs):
         default=None,
         description="What embeddings are stored in. Default: the compute dtype, which is exact. "
         "A half type halves the cache's bytes for each image and rounds the features.",
+    )
+    image_processor: Literal["pil", "torchvision"] = Field(
+        default="pil",
+        description="What prepares images for the vision tower: `pil` on the CPU, or `torchvision`, which "
+        "the encode worker needs to have installed, on the device where it computes. Their pixels differ in "
+        "the last bits, so that each has embeddings of its own.",
     )
     torch_threads: int | None = Field(
         default=None,

@@ -16,7 +16,7 @@ import torch
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.engines.base import GenerationRequest, ItemDescription, LeasedEmbedding, TokenDelta
 from trtllm_mm_cache.engines.checks import fit_for_client
-from trtllm_mm_cache.engines.fingerprint import model_fingerprint, transformers_fingerprint
+from trtllm_mm_cache.engines.fingerprint import model_fingerprint
 from trtllm_mm_cache.engines.huggingface.embedding_check import EmbeddingCheck
 from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
 from trtllm_mm_cache.engines.huggingface.model_files import load_processor, read_config
@@ -193,19 +193,12 @@ class VllmGenerator:
 
 
 def _fingerprint(model_path: Path, args: VllmEngineArgs, dtype: str, tower: Tower) -> str:
-    if tower.own:
-        import vllm
+    if not tower.own:
+        return args.fingerprint(model_path)
+    import vllm
 
-        engine = f"vllm {vllm.__version__} computing in {dtype}"
-        return model_fingerprint(model_path, engine=engine, embedding_dtype=dtype)
-    release = args.encoder_transformers
-    if release is None:
-        import transformers
-
-        release = transformers.__version__
-    return transformers_fingerprint(
-        model_path, release=release, dtype=args.encoder_dtype, embedding_dtype=dtype
-    )
+    engine = f"vllm {vllm.__version__} computing in {dtype}"
+    return model_fingerprint(model_path, engine=engine, embedding_dtype=dtype)
 
 
 def _lost() -> EngineLostError:

@@ -6,17 +6,12 @@ not a key: `FORCED` says why. A key that is not listed is refused before vLLM is
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final, Literal
 
 from pydantic import Field, model_validator
 
-from trtllm_mm_cache.engines.engine_args import EngineArgs
-from trtllm_mm_cache.errors import ConfigurationError
-
-DtypeName = Literal["float32", "bfloat16", "float16"]
+from trtllm_mm_cache.engines.foreign_tower import TOWER_FIELDS, ForeignTowerArgs
 
 FORCED: Final[Mapping[str, str]] = {
     "model": "it is --model-path",
@@ -40,26 +35,9 @@ FORCED: Final[Mapping[str, str]] = {
 """Keys of vLLM that are not an operator's to set, with the reason."""
 
 
-class VllmEngineArgs(EngineArgs):
-    """How vLLM loads and runs the model, and whose embeddings it takes.
+class VllmEngineArgs(ForeignTowerArgs):
+    """How vLLM loads and runs the model, and whose embeddings it takes."""
 
-    `dtype`, `encoder_dtype` and `encoder_transformers` are part of the fingerprint.
-    """
-
-    dtype: DtypeName | None = Field(
-        None,
-        description="What to compute in, and what embeddings are stored in: embedding_dtype in encode.yaml "
-        "must be the same. Default: the model's own.",
-    )
-    encoder_dtype: DtypeName = Field(
-        "float32",
-        description="What the encode worker's tower computes in: its `dtype`, which is float32 on a cpu and "
-        "bfloat16 on cuda unless set.",
-    )
-    encoder_transformers: str | None = Field(
-        None,
-        description="Release of transformers in the encode worker's environment. Default: the one here.",
-    )
     tensor_parallel_size: int = Field(1, ge=1, description="Workers that share each layer.")
     pipeline_parallel_size: int = Field(1, ge=1, description="Workers in a pipeline of layers.")
     enable_expert_parallel: bool = Field(False, description="Spread experts over the workers.")
@@ -108,24 +86,4 @@ class VllmEngineArgs(EngineArgs):
 
     def given(self) -> dict[str, Any]:
         """Return the arguments to pass to vLLM: those that were given, without those that are ours."""
-        ours = {"dtype", "encoder_dtype", "encoder_transformers"}
-        return self.model_dump(exclude_unset=True, exclude_none=True, exclude=ours)
-
-    def resolved_dtype(self, model_path: Path) -> str:
-        """Return the name of the dtype to compute in and to store embeddings in.
-
-        vLLM's own "auto" turns float32 into a half type; here the model's dtype is what its files say.
-        Raises `ConfigurationError` when they do not say, or say one that embeddings cannot have.
-        """
-        if self.dtype is not None:
-            return self.dtype
-        try:
-            config = json.loads((model_path / "config.json").read_bytes())
-        except (OSError, ValueError) as error:
-            raise ConfigurationError("the model directory has no readable config.json") from error
-        for part in (config.get("text_config"), config):
-            for name in ("dtype", "torch_dtype"):
-                value = part.get(name) if isinstance(part, dict) else None
-                if value in ("float32", "bfloat16", "float16"):
-                    return str(value)
-        raise ConfigurationError("the model's config.json names no dtype: set dtype in pd.yaml")
+        return self.model_dump(exclude_unset=True, exclude_none=True, exclude=set(TOWER_FIELDS))

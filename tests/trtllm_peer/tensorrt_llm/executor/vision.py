@@ -7,6 +7,7 @@ count that torch keeps in front of the shared bytes; a CUDA tensor's exporter do
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,14 @@ from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, Transfo
 
 _HEADER_BYTES = 64
 
+DEVICE_VARIABLE = "TRTLLM_PEER_DEVICE"
+"""Set to `cuda`, the tower computes there and exports what CUDA IPC opens, as the engine itself does."""
+
 
 class VisionTower:
     def __init__(self, model: Path) -> None:
-        self._encoder = TransformersVisionEncoder(model, TransformersEngineArgs(device="cpu"))
+        device = "cuda" if os.environ.get(DEVICE_VARIABLE) == "cuda" else "cpu"
+        self._encoder = TransformersVisionEncoder(model, TransformersEngineArgs(device=device))
         self._exported: list[torch.Tensor] = []
 
     def encode(self, request: dict[str, Any], send: Any, aborted: Any) -> None:
@@ -34,8 +39,17 @@ class VisionTower:
         if len(images) != len(items):
             raise RuntimeError("an image could not be encoded")
         encoded: dict[str, Any] = {
-            "multimodal_embedding_handles": [self._export(image.tensor) for image in images],
+            "multimodal_embedding_handles": [self._export(image.tensor.clone()) for image in images],
             "multimodal_hashes": [self._hash(image.tensor) for image in images],
+        }
+        rows = iter(image.tensor.shape[0] for image in images)
+        token = self._encoder._model.config.image_token_id
+        encoded["multimodal_layout"] = {
+            "prompt_token_ids": [
+                each
+                for one in request["token_ids"]
+                for each in [one] * (next(rows, 1) if one == token else 1)
+            ]
         }
         grids = [image.metadata.grid_thw for image in images if image.metadata.grid_thw is not None]
         if grids:
@@ -46,7 +60,8 @@ class VisionTower:
 
     def _export(self, tensor: torch.Tensor) -> dict[str, Any]:
         handle = SharedTensorContainer.from_tensor(tensor).dump_to_dict()
-        self._exported.append(tensor)
+        if not tensor.is_cuda:  # of those torch itself keeps the memory until the importer has dropped it
+            self._exported.append(tensor)
         return handle
 
     @staticmethod
@@ -55,7 +70,7 @@ class VisionTower:
 
     @staticmethod
     def _hash(tensor: torch.Tensor) -> list[int]:
-        digest = blake3(tensor.view(torch.uint8).numpy()).digest()
+        digest = blake3(tensor.cpu().view(torch.uint8).numpy()).digest()
         return [int.from_bytes(digest[start : start + 4], "big", signed=True) for start in range(0, 32, 4)]
 
     def _positions(

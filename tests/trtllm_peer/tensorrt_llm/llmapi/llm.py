@@ -147,6 +147,8 @@ class LLM:
         multimodal = {"handles": handles, "hashes": params.multimodal_hashes, "mrope": None}
         if ids is not None:
             multimodal["mrope"] = (ids, deltas)
+        if params.multimodal_layout is not None:  # newer releases: the encoder's prompt, taken as it is
+            return list(params.multimodal_layout["prompt_token_ids"]), multimodal
         return self.input_processor.expand(inputs, handles), multimodal
 
     def _use_once(self, *objects: Any) -> None:

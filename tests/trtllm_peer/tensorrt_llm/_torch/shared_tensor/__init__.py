@@ -1,4 +1,4 @@
-"""`tensorrt_llm/_torch/shared_tensor/shared_tensor.py`, 1.3, for tensors on the CPU."""
+"""`tensorrt_llm/_torch/shared_tensor/shared_tensor.py`, 1.3: handles of host memory and of CUDA IPC."""
 
 from __future__ import annotations
 
@@ -9,13 +9,33 @@ from typing import Any
 import torch
 from torch.multiprocessing import get_sharing_strategy, set_sharing_strategy
 from torch.multiprocessing.reductions import (
+    rebuild_cuda_tensor,
     rebuild_storage_filename,
     rebuild_tensor,
     reduce_storage,
     reduce_tensor,
 )
 
+_REBUILD_CUDA = 1
 _REBUILD_CPU = 2
+
+# What torch's reduction of a CUDA tensor holds, after the tensor's class; None: the storage's class.
+_CUDA_FIELDS = (
+    "tensor_size",
+    "tensor_stride",
+    "tensor_offset",
+    None,
+    "dtype",
+    "storage_device",
+    "storage_handle",
+    "storage_size_bytes",
+    "storage_offset_bytes",
+    "requires_grad",
+    "ref_counter_handle",
+    "ref_counter_offset",
+    "event_handle",
+    "event_sync_required",
+)
 _DTYPES = {
     str(dtype): dtype
     for dtype in (
@@ -34,11 +54,13 @@ class SharedTensorContainer:
 
     @classmethod
     def from_tensor(cls, tensor: torch.Tensor) -> SharedTensorContainer:
-        assert tensor.device.type == "cpu", "the peer has no CUDA"
-        _, handle = reduce_tensor(tensor)
-        return cls(_REBUILD_CPU, handle)
+        rebuild, handle = reduce_tensor(tensor)
+        return cls(_REBUILD_CUDA if rebuild is rebuild_cuda_tensor else _REBUILD_CPU, handle)
 
     def dump_to_dict(self) -> dict[str, Any]:
+        if self.method_key == _REBUILD_CUDA:
+            parts = zip(_CUDA_FIELDS, self.tensor_handle[1:], strict=True)
+            return {"method_key": _REBUILD_CUDA} | {name: _written(part) for name, part in parts if name}
         _, storage, (offset, size, stride, _) = self.tensor_handle
         before = get_sharing_strategy()
         set_sharing_strategy("file_system")
@@ -59,6 +81,11 @@ class SharedTensorContainer:
 
     @classmethod
     def from_dict(cls, tensor_info: dict[str, Any]) -> SharedTensorContainer:
+        if tensor_info["method_key"] == _REBUILD_CUDA:
+            parts = (
+                _read(name, tensor_info) if name else torch.storage.TypedStorage for name in _CUDA_FIELDS
+            )
+            return cls(_REBUILD_CUDA, (torch.Tensor, *parts))
         if tensor_info["method_key"] != _REBUILD_CPU:
             raise ValueError(f"Unsupported shared tensor method key: {tensor_info['method_key']}")
         dtype = _DTYPES[tensor_info["storage_dtype"]]
@@ -77,7 +104,27 @@ class SharedTensorContainer:
         return cls(_REBUILD_CPU, (torch.Tensor, storage, place))
 
     def get_local_view(self) -> torch.Tensor:
-        return rebuild_tensor(*self.tensor_handle)
+        rebuild = rebuild_cuda_tensor if self.method_key == _REBUILD_CUDA else rebuild_tensor
+        return rebuild(*self.tensor_handle)
+
+
+def _written(part: Any) -> Any:
+    """Return a part of a CUDA handle as JSON takes it."""
+    if isinstance(part, bytes):
+        return base64.b64encode(part).decode()
+    if isinstance(part, torch.dtype):
+        return str(part)
+    return list(part) if isinstance(part, tuple) else part
+
+
+def _read(name: str, tensor_info: dict[str, Any]) -> Any:
+    """Return what `_written` was given."""
+    part = tensor_info[name]
+    if name == "dtype":
+        return _DTYPES[part]
+    if name.endswith("_handle"):
+        return base64.b64decode(part)
+    return tuple(part) if isinstance(part, list) else part
 
 
 def _patiently(ask: Callable[..., Any], *arguments: Any) -> Any:

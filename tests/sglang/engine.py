@@ -1,0 +1,127 @@
+"""SGLang under our generator, a transformers tower, and a cache between them."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import uuid
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tests.engines.answers import Answer, collect
+from tests.engines.conftest import stored
+from tests.engines.contract import Case
+from trtllm_mm_cache.cache.key import content_digest, embedding_key
+from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
+from trtllm_mm_cache.engines.base import (
+    EncodedItem,
+    EncodeItem,
+    GenerationRequest,
+    SamplingParams,
+)
+from trtllm_mm_cache.engines.sglang import SglangEngineArgs, SglangGenerator
+from trtllm_mm_cache.engines.sglang.outputs import delta_of
+from trtllm_mm_cache.engines.sglang.processes import RunningEngine
+from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, TransformersVisionEncoder
+
+START_DEADLINE_S = 280
+DEADLINE_S = 90
+GREEDY = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=20)
+SMALL = {
+    "dtype": "float32",
+    "device": "cpu",
+    "context_length": 1024,
+    "max_total_tokens": 4096,
+    "max_running_requests": 8,
+    "chunked_prefill_size": 96,
+}
+"""96 tokens a step: a prompt of a few hundred is computed in several, with images on the edges."""
+
+ROUNDING = 1e-3
+"""How far a log probability may lie from another tower's; what is another image's is ten times further."""
+
+
+@dataclass
+class Engine:
+    """One model."""
+
+    model_dir: Path
+    generator: SglangGenerator
+    encoder: TransformersVisionEncoder
+    cache: MultimodalEmbeddingCacheManager = field(
+        default_factory=lambda: MultimodalEmbeddingCacheManager(8 << 20)
+    )
+    _keys: Any = field(default_factory=itertools.count)
+
+    @property
+    def running(self) -> RunningEngine:
+        """SGLang itself."""
+        assert self.generator._engine is not None
+        return self.generator._engine
+
+    def encode(self, image: Image.Image) -> EncodedItem:
+        """Encode one image by transformers' tower."""
+        (result,) = self.encoder.encode([self.encoder.preprocess(EncodeItem(image))])
+        assert isinstance(result, EncodedItem), result
+        return result
+
+    def lease(self, encoded: EncodedItem, key: str | None = None) -> Lease:
+        """Put an embedding into the cache and hold it; under a new key unless one is given."""
+        digest = content_digest((key or str(next(self._keys))).encode())
+        return stored(self.cache, embedding_key(digest, fingerprint=self.generator.fingerprint).hex, encoded)
+
+    async def answers(
+        self, request: GenerationRequest, leases: Sequence[Lease], sampling: SamplingParams = GREEDY
+    ) -> list[Answer]:
+        """Return all choices of an answer of our generator's."""
+        request = replace(request, sampling=sampling)
+        async with asyncio.timeout(DEADLINE_S), aclosing(self.generator.generate(request, leases)) as deltas:
+            return await collect(deltas, sampling.choices)
+
+    async def answer(
+        self, request: GenerationRequest, leases: Sequence[Lease], sampling: SamplingParams = GREEDY
+    ) -> Answer:
+        """Return the one answer of our generator's."""
+        (answer,) = await self.answers(request, leases, sampling)
+        return answer
+
+    async def from_pixels(self, case: Case, new_tokens: int = 8) -> Answer:
+        """Return what SGLang answers by itself, from pixels, by its own processor and its own tower."""
+        await self.forget()
+        sampling = {"max_new_tokens": new_tokens, "temperature": 0.0, "ignore_eos": True}
+        arguments = {
+            "prompt": case.prompt,
+            "image_data": list(case.images) or None,
+            "sampling_params": sampling,
+            "return_logprob": True,
+            "top_logprobs_num": 20,
+            "stream": True,
+        }
+        manager, ours = self.running.manager, self.running.inputs
+        manager.mm_processor = ours.processor
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                stream = await self.running.generate(uuid.uuid4().hex, arguments)
+                (answer,) = await collect(
+                    delta async for output in stream if (delta := delta_of(output, 0, 20)) is not None
+                )
+        finally:
+            manager.mm_processor = ours
+        return answer
+
+    async def forget(self) -> None:
+        """Empty SGLang's own prefix cache."""
+        assert (await self.running.manager.flush_cache()).success
+
+
+def start(model_dir: Path, **settings: Any) -> Engine:
+    """Start both halves of a model, the embedding in SGLang's dtype. Blocking."""
+    args = SglangEngineArgs.model_validate(SMALL | settings)
+    generator = SglangGenerator(model_dir, args)
+    tower = TransformersEngineArgs(device="cpu", embedding_dtype=args.resolved_dtype(model_dir))
+    return Engine(model_dir, generator, TransformersVisionEncoder(model_dir, tower))
