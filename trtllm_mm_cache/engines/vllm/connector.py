@@ -39,6 +39,7 @@ from trtllm_mm_cache.engines.own_tower import Fill
 from trtllm_mm_cache.engines.vllm.copies import copies_for
 from trtllm_mm_cache.engines.vllm.cpu_generators import make_generators_rewind
 from trtllm_mm_cache.engines.vllm.handles import LOAD, fill_of, handle_from, handle_of
+from trtllm_mm_cache.engines.vllm.parent import end_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -199,6 +200,7 @@ class ArenaConnector(ECConnectorBase):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, role: ECConnectorRole) -> None:
         super().__init__(vllm_config, role)
+        end_with_parent()
         self.scheduler: SchedulerSide | None = None
         self.worker: WorkerSide | None = None
         if role == ECConnectorRole.SCHEDULER:
