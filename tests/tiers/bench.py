@@ -29,10 +29,11 @@ from trtllm_mm_cache.runtime.drops import DropWatch
 from trtllm_mm_cache.tiers.base import MissingItem
 from trtllm_mm_cache.tiers.disk import DiskStorage
 from trtllm_mm_cache.tiers.format import HEADER_BYTES, EntryName, Sealer
+from trtllm_mm_cache.tiers.limits import TierLimits
 from trtllm_mm_cache.tiers.receive import Receiver
 from trtllm_mm_cache.tiers.rules import EntryRules
 from trtllm_mm_cache.tiers.storage import Storage
-from trtllm_mm_cache.tiers.stored import StoredTier, TierLimits
+from trtllm_mm_cache.tiers.stored import StoredTier
 
 ROWS, WIDTH = 256, 64
 NBYTES = ROWS * WIDTH * 4

@@ -32,7 +32,7 @@ async def test_what_was_kept_is_brought_to_another_process(bench: Bench) -> None
         assert await bench.brought(tier, item_of(1))
         assert not await bench.brought(tier, item_of(2))
     assert one.lookups == {"absent": 1 + 1, "hit": 1}
-    assert (one.written_bytes, one.read_bytes) == (NBYTES, NBYTES)
+    assert (one.counts.written_bytes, one.counts.read_bytes) == (NBYTES, NBYTES)
 
 
 async def test_a_key_is_stored_at_its_second_use(bench: Bench) -> None:
@@ -59,7 +59,7 @@ async def test_what_it_brought_is_not_offered_back_and_touched_after_a_while(ben
         bench.clock.now += 61
         other.offer(item_of(1), lease)
         await until(lambda: other.offers.outcomes["present"] == 1)
-    assert other.written_bytes == 0
+    assert other.counts.written_bytes == 0
 
 
 async def test_nothing_is_stored_that_may_not_be_retained(bench: Bench) -> None:
@@ -95,7 +95,7 @@ async def test_another_deployments_entries_are_not_served(bench: Bench, other: d
     if "secret" in other:
         with pytest.raises(RefusedEntryError):
             await bench.brought(reader, item_of(1))
-        assert reader.refused == {"foreign_secret": 1}
+        assert reader.counts.refused == {"foreign_secret": 1}
     assert not await bench.brought(reader, item_of(1))
 
 
@@ -107,7 +107,7 @@ async def test_too_old_is_a_miss_and_removed(bench: Bench) -> None:
     bench.wall.now += 2
     with pytest.raises(RefusedEntryError):
         await bench.brought(tier, item_of(1))
-    assert tier.refused == {"expired": 1}
+    assert tier.counts.refused == {"expired": 1}
     assert not await bench.brought(tier, item_of(1))
     await bench.keep(tier, item_of(1))
     assert await bench.brought(tier, item_of(1)), "stored anew"
@@ -125,7 +125,7 @@ async def test_values_that_are_not_finite_are_refused(bench: Bench) -> None:
     bench.cache.clear()
     with pytest.raises(InvalidEmbeddingError):
         await bench.brought(tier, item)
-    assert tier.refused == {"invalid_embedding": 1}
+    assert tier.counts.refused == {"invalid_embedding": 1}
     assert not await bench.brought(tier, item), "removed"
 
 

@@ -198,7 +198,7 @@ async def test_what_strangers_write_is_refused_by_name_and_removed(bench: Bench,
         reader = bench.tier()
         with pytest.raises(RefusedEntryError):
             await bench.brought(reader, item_of(1))
-        assert reader.refused == {reason: 1}
+        assert reader.counts.refused == {reason: 1}
         assert client.get(one) is None
         assert await bench.brought(reader, item_of(2))
     client.hset(one, "not", "a string")

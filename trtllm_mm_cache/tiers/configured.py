@@ -13,9 +13,10 @@ from trtllm_mm_cache.settings import TierSettings
 from trtllm_mm_cache.tiers.chain import StoredTiers
 from trtllm_mm_cache.tiers.disk import DiskStorage, check_folder
 from trtllm_mm_cache.tiers.format import Sealer
+from trtllm_mm_cache.tiers.limits import TierLimits
 from trtllm_mm_cache.tiers.rules import EntryRules
 from trtllm_mm_cache.tiers.storage import Storage
-from trtllm_mm_cache.tiers.stored import StoredTier, TierLimits
+from trtllm_mm_cache.tiers.stored import StoredTier
 
 _NO_MODEL = "0" * 64
 _WHAT = "the secret that entries are sealed with"

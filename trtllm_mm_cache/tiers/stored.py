@@ -16,26 +16,26 @@ import hmac
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Literal, Protocol, TypeVar, get_args
+from typing import Protocol, TypeVar
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from trtllm_mm_cache.cache.key import EmbeddingKey
 from trtllm_mm_cache.cache.manager import Lease, Reservation
 from trtllm_mm_cache.cache.scope import Scope, Selection
 from trtllm_mm_cache.errors import EmbeddingMismatchError, InvalidEmbeddingError, MmCacheError
-from trtllm_mm_cache.observability.metrics import Step, samples
-from trtllm_mm_cache.settings import MB
+from trtllm_mm_cache.observability.metrics import Step
 from trtllm_mm_cache.tiers.base import TierDropped
 from trtllm_mm_cache.tiers.breaker import CircuitBreakers
-from trtllm_mm_cache.tiers.format import HEADER_BYTES, REFUSALS, EntryName, Header, RefusedEntryError, Sealer
-from trtllm_mm_cache.tiers.offers import OUTCOMES, Offer, Offers, Outcome
+from trtllm_mm_cache.tiers.format import HEADER_BYTES, EntryName, Header, RefusedEntryError, Sealer
+from trtllm_mm_cache.tiers.limits import TierLimits
+from trtllm_mm_cache.tiers.metrics import Lookup, TierCounts, tier_metrics
+from trtllm_mm_cache.tiers.offers import Offer, Offers, Outcome
 from trtllm_mm_cache.tiers.rules import EntryRules
 from trtllm_mm_cache.tiers.slots import NoSlotError, Slots
 from trtllm_mm_cache.tiers.storage import OpenEntry, Storage, StorageError
@@ -43,13 +43,7 @@ from trtllm_mm_cache.transfer.finite import PIECE_BYTES, is_finite
 
 logger = logging.getLogger(__name__)
 
-Lookup = Literal["hit", "absent", "refused", "failed", "busy", "passed_over", "unused"]
-LOOKUPS: Final[tuple[Lookup, ...]] = get_args(Lookup)
-"""How a lookup in a tier ended: committed; not there; there and wrong; error or deadline; no thread free;
-not asked, after failures in a row; found and not taken, for there was no room or the request was over."""
-
 _ONLY = 0  # the breaker's one instance
-_WAITING_SHARE = 4  # offers that wait pin at most a quarter of an arena
 
 
 class Wanted(Protocol):
@@ -82,32 +76,6 @@ class Wanted(Protocol):
 
 
 Item = TypeVar("Item", bound=Wanted)
-
-
-@dataclass(frozen=True)
-class TierLimits:
-    """How long a tier may take, and when it is offered what.
-
-    A lookup has `lookup_s`, a read `fetch_s` and the time of its bytes at `bytes_per_s`. An item whose turn
-    at one of `threads` has not come after `turn_s` is a miss. After `failures` in a row the tier is passed
-    over, and tried again every `retry_s`. Stored is what is used `at_use` times; what waits to be stored pins
-    at most `waiting_bytes` of the arena.
-    """
-
-    lookup_s: float = 0.05
-    fetch_s: float = 0.1
-    bytes_per_s: float = 200 * MB
-    turn_s: float = 0.5
-    threads: int = 4
-    failures: int = 3
-    retry_s: float = 10.0
-    at_use: int = 2
-    waiting_bytes: int = 256 * MB
-
-    @classmethod
-    def waiting_for(cls, arenas: Iterable[int]) -> int:
-        """Return `waiting_bytes` for a worker with `arenas` of these sizes."""
-        return min(cls.waiting_bytes, *(size // _WAITING_SHARE for size in arenas))
 
 
 class StoredTier(Collector):
@@ -148,9 +116,12 @@ class StoredTier(Collector):
             max_bytes=limits.waiting_bytes,
             clock=clock,
         )
-        self.lookups: Counter[Lookup] = Counter()
-        self.refused: Counter[str] = Counter()
-        self.read_bytes = self.written_bytes = self.drops_failed = 0
+        self.counts = TierCounts()
+
+    @property
+    def lookups(self) -> Counter[Lookup]:
+        """Lookups by how they ended."""
+        return self.counts.lookups
 
     # -- reading -------------------------------------------------------------------------------------
 
@@ -160,10 +131,10 @@ class StoredTier(Collector):
         """See `Tier.fill`. A refused entry is removed, so that the next offer stores the key anew."""
         name = EntryName(item.key.hex, item.scope.tag)
         if not item.retained or not self._storage.may_have(name.key):
-            self.lookups["absent"] += 1
+            self.counts.lookups["absent"] += 1
             return None
         if not self.breaker.admits(_ONLY):
-            self.lookups["passed_over"] += 1
+            self.counts.lookups["passed_over"] += 1
             return None
         outcome: Lookup = "unused"
         try:
@@ -185,8 +156,8 @@ class StoredTier(Collector):
             await self._refuse(name, error)
             raise
         finally:
-            self.lookups[outcome] += 1
-        self.read_bytes += lease.nbytes
+            self.counts.lookups[outcome] += 1
+        self.counts.read_bytes += lease.nbytes
         self.offers.holds(name.key)
         return lease
 
@@ -244,7 +215,7 @@ class StoredTier(Collector):
         opened.close()
 
     async def _refuse(self, name: EntryName, error: MmCacheError) -> None:
-        self.refused[error.reason if isinstance(error, RefusedEntryError) else error.code] += 1
+        self.counts.refused[error.reason if isinstance(error, RefusedEntryError) else error.code] += 1
         self.offers.lacks(name.key)
         with suppress(NoSlotError, StorageError):
             await self.slots.run(partial(self._storage.remove, name), deadline_s=self._limits.lookup_s)
@@ -272,7 +243,7 @@ class StoredTier(Collector):
             if header is None:
                 return "unfit"
             self._storage.store(offer.name, header, payload)
-        self.written_bytes += offer.lease.nbytes
+        self.counts.written_bytes += offer.lease.nbytes
         return "stored"
 
     # -- dropping and the end ------------------------------------------------------------------------
@@ -289,12 +260,12 @@ class StoredTier(Collector):
         try:
             return await self.slots.run(work, deadline_s=deadline_s)
         except NoSlotError:
-            self.drops_failed += 1
+            self.counts.drops_failed += 1
             raise StorageError(
                 f"tier {self.name} is stuck and could not drop: what it holds may come back; drop again"
             ) from None
         except MmCacheError as error:
-            self.drops_failed += 1
+            self.counts.drops_failed += 1
             raise StorageError(
                 f"tier {self.name} could not drop ({error.message}): what it holds may come back; drop again"
             ) from error
@@ -309,49 +280,10 @@ class StoredTier(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Yield lookups, offers and what lies there. Any thread."""
-        waiting, waiting_bytes = self.offers.waiting
-        contents, outcomes = self._storage.contents(), self.offers.outcomes
-        refusals = {reason: self.refused[reason] for reason in (*REFUSALS, *sorted(self.refused))}
-        counters = (
-            ("tier_lookups", "Lookups in a tier, by how they ended.", "outcome", _of(self.lookups, LOOKUPS)),
-            ("tier_refused", "Entries refused and removed, by reason.", "reason", refusals),
-            ("tier_offers", "Embeddings offered, by how that ended.", "outcome", _of(outcomes, OUTCOMES)),
-            (
-                "tier_bytes",
-                "Bytes of embeddings that a tier brought (read) and took (written).",
-                "direction",
-                {"read": self.read_bytes, "written": self.written_bytes},
-            ),
-            (
-                "tier_errors",
-                "Calls of a tier that failed, by what was called.",
-                "call",
-                {
-                    "read": self.lookups["failed"],
-                    "store": outcomes["failed"],
-                    "drop": self.drops_failed,
-                    "tidy": self.offers.errors,
-                },
-            ),
+        passed_over = self.breaker.states().get(_ONLY, "closed") != "closed"
+        yield from tier_metrics(
+            self.name, self.counts, self.offers, self._storage.contents(), self.slots.stuck, passed_over
         )
-        for name, text, label, counts in counters:
-            rows = [({"tier": self.name, label: each}, count) for each, count in counts.items()]
-            yield samples(CounterMetricFamily, name, text, rows)
-        threads_help = "Threads of a tier that are past the deadline of their call."
-        for name, text, value in (
-            ("tier_waiting_offers", "Embeddings that wait to be stored in a tier.", waiting),
-            ("tier_waiting_bytes", "Their bytes, which are held in the arena.", waiting_bytes),
-            ("tier_stuck_threads", threads_help, self.slots.stuck),
-            ("tier_passed_over", "1 while a tier is passed over after failures.", self._is_passed_over()),
-            ("tier_entries", "Entries that lie in a tier.", contents.entries),
-            ("tier_stored_bytes", "Their bytes.", contents.nbytes),
-            ("tier_capacity_bytes", "Most bytes that may lie in a tier.", contents.capacity),
-        ):
-            values = [] if value is None else [({"tier": self.name}, float(value))]
-            yield samples(GaugeMetricFamily, name, text, values)
-
-    def _is_passed_over(self) -> bool:
-        return self.breaker.states().get(_ONLY, "closed") != "closed"
 
 
 class StoredEmbedding:
@@ -390,10 +322,6 @@ def _read_checked(opened: OpenEntry, header: Header, address: int, sealer: Seale
         raise RefusedEntryError("the bytes of an entry are not those that were sealed", reason="damaged")
     if not all_finite:
         raise InvalidEmbeddingError("the embedding holds NaN or infinite values")
-
-
-def _of(counts: Mapping[Any, int], names: Iterable[str]) -> dict[str, int]:
-    return {name: counts.get(name, 0) for name in names}
 
 
 def _memory(address: int, nbytes: int) -> memoryview:
