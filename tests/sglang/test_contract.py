@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from PIL import Image
 
 from tests.engines.contract import Case, chat_case, picture
 from tests.sglang.engine import GREEDY, ROUNDING, Engine
@@ -16,9 +17,15 @@ from tests.sglang.engine import GREEDY, ROUNDING, Engine
 FILLING = "Some words that stand between one image and another, and then some more of them. " * 3
 
 
+def image_of(engine: Engine, seed: int) -> Image.Image:
+    """Return an image of nine rows, at whose size no processor resizes: each does it in its own way."""
+    side = 3 * 2 * engine.generator._check.expander.config.vision_config.patch_size
+    return picture(seed, side, side)
+
+
 def case_of(engine: Engine, *seeds: int, filling: str = "") -> Case:
-    """Return a chat with an image for each seed, of a size at which no processor resizes."""
-    images = [picture(seed, 84, 84) for seed in seeds]
+    """Return a chat with an image for each seed."""
+    images = [image_of(engine, seed) for seed in seeds]
     texts = ["Look:\n", *[f"\n{filling}and this:\n"] * (len(seeds) - 1), f"\n{filling}What is it?"]
     return chat_case(engine.model_dir, images, texts)
 
@@ -28,10 +35,11 @@ async def test_an_answer_from_the_arena_is_sglangs_own(engine: Engine) -> None:
     expected = await engine.from_pixels(case)
     with (
         engine.lease(engine.encode(case.images[0])) as lease,
-        engine.lease(engine.encode(picture(2, 84, 84))) as other,
+        engine.lease(engine.encode(image_of(engine, 2))) as other,
     ):
         answer = await engine.answer(case.request, [lease])
         assert answer.prompt_tokens == expected.prompt_tokens, "expanded as SGLang's own processor does"
+        print(f"largest difference of a log probability: {answer.differs(expected):.1e}")
         assert answer.differs(expected) < ROUNDING
         # Controls: the other image's answer is its own, and it is another one.
         swapped = await engine.answer(case.request, [other])
@@ -57,7 +65,7 @@ async def test_two_and_three_images_in_prompts_that_are_computed_in_chunks(engin
 async def test_the_prefix_cache_knows_an_image_by_its_key(engine: Engine) -> None:
     """Images of one size in one text: an equal key is an equal prefix, and no other is."""
     case = case_of(engine, 3, filling=FILLING)
-    first_item, other_item = engine.encode(case.images[0]), engine.encode(picture(4, 84, 84))
+    first_item, other_item = engine.encode(case.images[0]), engine.encode(image_of(engine, 4))
     with engine.lease(first_item, "first") as lease, engine.lease(other_item, "other") as other:
         await engine.forget()
         first = await engine.answer(case.request, [lease])
@@ -85,7 +93,7 @@ async def test_one_image_twice(engine: Engine) -> None:
     expected = await engine.from_pixels(case)
     with (
         engine.lease(engine.encode(case.images[0])) as lease,
-        engine.lease(engine.encode(picture(6, 84, 84))) as other,
+        engine.lease(engine.encode(image_of(engine, 6))) as other,
     ):
         assert (await engine.answer(case.request, [lease, lease])).differs(expected) < ROUNDING
         assert (await engine.answer(case.request, [lease, other])).differs(expected) > 10 * ROUNDING

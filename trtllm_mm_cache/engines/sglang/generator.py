@@ -102,7 +102,7 @@ class SglangGenerator:
         """Abort what runs, stop the engine's processes and free the model."""
         engine, self._engine = self._engine, None
         if engine is not None:
-            engine.stop()
+            await engine.stop()
             await asyncio.to_thread(engine.close)
         for ending in tuple(self._ending):
             ending.cancel()

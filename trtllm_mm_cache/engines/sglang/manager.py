@@ -21,7 +21,9 @@ class QuietTokenizerManager(TokenizerManager):  # type: ignore[misc]
         """Whether answers have ceased to be taken."""
         return any(task.done() for task in self.asyncio_tasks)
 
-    def stop(self) -> None:
-        """Cease to take answers. From the event loop's thread."""
+    async def stop(self) -> None:
+        """Cease to take answers, and close the sockets to SGLang's processes. From the event loop."""
         for task in self.asyncio_tasks:
             task.cancel()
+        await asyncio.gather(*self.asyncio_tasks, return_exceptions=True)
+        self.recv_from_detokenizer.context.destroy(linger=0)

@@ -94,15 +94,16 @@ class RunningEngine:
         for lost in tuple(self.when_lost):
             lost()
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """Take no more answers. From the event loop; before `close`."""
         if self._watching is not None:
             self._watching.cancel()
-        self.manager.stop()
+        await self.manager.stop()
 
     def close(self) -> None:
         """Kill SGLang's processes and free its threads. Blocking, at most ten seconds."""
         _kill(self._processes)
+        self._engine.send_to_rpc.context.destroy(linger=0)
         self.inputs.shutdown()
         self._starter.shutdown(wait=False)
 

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 RELEASE = "0.5.23"
 """The release that this engine was written against and run on: what it relies on is no public interface."""
 
-SERVED: Final = ("llava", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+SERVED: Final = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 """Architectures (`model_type`) whose answers were compared with SGLang's own, from pixels."""
 
 _NOT_ITS_OWN = "SGLang has no such model of its own"
@@ -30,6 +30,7 @@ _REASONS: Final[Mapping[str, str]] = {
     "gemma3": "its answers from embeddings were not compared with SGLang's own",
     "idefics3": _NOT_ITS_OWN,
     "internvl": "SGLang takes InternVL as its authors store it, not as transformers does",
+    "llava": "SGLang does not load it with a CLIP tower",
     "llava_next": _NOT_ITS_OWN,
     "llava_onevision": _NOT_ITS_OWN,
     "smolvlm": _NOT_ITS_OWN,
