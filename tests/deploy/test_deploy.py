@@ -47,7 +47,7 @@ def test_every_error_code_is_in_the_alert_that_it_belongs_to() -> None:
     }
     the_client_is_at_fault = codes(errors.RequestError)
     of_the_frontend = codes(errors.PdUnavailableError)  # MmCacheNoPdWorker watches for the cause
-    the_worker_ends_with_it = codes(errors.ConfigurationError) | {"discovery_lost"}
+    the_worker_ends_with_it = codes(errors.ConfigurationError) | {"discovery_lost", "engine_lost"}
 
     found = {
         query.where.removeprefix("alert "): {code for code in every if re.fullmatch(pattern, code)}

@@ -216,7 +216,7 @@ def test_a_proxy_in_the_environment_is_not_asked_for_loopback(tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("arguments", "environment", "says"),
     [
-        (["--modl-path", "x"], {}, "Did you mean '--model-path'?"),
+        (["--modl-path", "x"], {}, "Did you mean one of: '--encode-python', '--model-path'?"),
         ([], {"DYN_HTTP_PORT": "abc"}, "DYN_HTTP_PORT"),
         ([], {"DYN_HTTP_PORT": "99999"}, "99999 is not in the range"),
         ([], {"DYN_HTTP_HOST": "203.0.113.1"}, "203.0.113.1"),

@@ -23,7 +23,6 @@ from trtllm_mm_cache.settings import (
     MediaSettings,
     PdSettings,
     ServeSettings,
-    TierSettings,
     WorkerSettings,
 )
 
@@ -169,10 +168,6 @@ def test_the_wheel_brings_what_is_looked_for_where_it_is_looked_for() -> None:
         assert any(relative.is_relative_to(name) for name in included), relative
 
 
-def test_tiers_of_an_aggregated_worker_are_refused(tmp_path: Path) -> None:
-    """It would not write there; and an engine without a tower cannot be aggregated."""
-    tiers = TierSettings(multimodal_embedding_cache_disk_path=tmp_path)
-    with pytest.raises(ConfigurationError, match="keeps embeddings in its cache alone"):
-        make_plan(ServeSettings(engine="vllm", disaggregation_mode="agg", tiers=tiers))
+def test_an_engine_without_a_tower_cannot_be_aggregated() -> None:
     with pytest.raises(ConfigurationError, match="transformers has no vision tower of its own"):
         make_plan(ServeSettings(engine="transformers", disaggregation_mode="agg"))

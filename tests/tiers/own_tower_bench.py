@@ -28,6 +28,7 @@ from trtllm_mm_cache.runtime.admission import Admission, Admitted
 from trtllm_mm_cache.runtime.drops import Drops
 from trtllm_mm_cache.settings import PdSettings
 from trtllm_mm_cache.tiers.base import MissingItem
+from trtllm_mm_cache.tiers.chain import StoredTiers
 from trtllm_mm_cache.tiers.filling import HeldFilling
 from trtllm_mm_cache.tiers.own_tower import OwnTower
 
@@ -42,6 +43,9 @@ class HandFilledEngine:
         self.encodes = self.prepared = 0
         self.preparing = asyncio.Event()
         self.preparing.set()
+
+    def check_embedding(self, *_: object) -> None:
+        """Every embedding fits every item here."""
 
     async def prepare(self, item: EncodeItem) -> PreparedItem:
         self.prepared += 1
@@ -88,11 +92,19 @@ class TowerBench:
     drops: Drops = field(default_factory=Drops)
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     wait_s: float = 30.0
+    stored: StoredTiers = field(default_factory=StoredTiers)
 
     def __post_init__(self) -> None:
         settings = PdSettings(model_path="m", disaggregation_mode="agg", encode_timeout_s=self.wait_s)
         self.cache = MultimodalEmbeddingCacheManager(self.capacity)
-        self.tower = OwnTower(self.cache, None, self.engine, settings, self.registry)  # type: ignore[arg-type]
+        self.tower = OwnTower(
+            self.cache,
+            None,
+            self.engine,  # type: ignore[arg-type]
+            settings,
+            self.registry,
+            self.stored,
+        )
         self.waiting = Admission(
             max_items=10**6, max_bytes=10**9, refusal=lambda: OverloadedError("too much")
         )

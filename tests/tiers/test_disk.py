@@ -95,8 +95,8 @@ async def test_damage_is_refused_by_name_and_removed(bench: Bench, folder: Path)
 async def test_a_file_in_another_ones_place_is_refused(bench: Bench, folder: Path) -> None:
     await bench.keep(bench.tier(), item_of(1), item_of(2))
     one, two = files(folder)
-    swapped = one.counts.read_bytes()
-    one.write_bytes(two.counts.read_bytes())
+    swapped = one.read_bytes()
+    one.write_bytes(two.read_bytes())
     two.write_bytes(swapped)
     assert [await refused(bench, number) for number in (1, 2)] == ["other_key", "other_key"]
 

@@ -58,5 +58,5 @@ async def test_nothing_of_the_files_is_kept(
     await down_to(before + FILE_BYTES // 2)
     gate.set()
     await tiers.close()
-    await worker.resolver.flights.close()
+    await worker.misses.flights.close()
     await worker.resolver._fetcher.close()

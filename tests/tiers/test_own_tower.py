@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
 import torch
+from prometheus_client import CollectorRegistry
 
+from tests.tiers.bench import until
 from tests.tiers.own_tower_bench import WIDTH, TowerBench, fill, image_of, tensor_of
 from trtllm_mm_cache.cache.manager import Lease
 from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.errors import IntegrityError, InvalidImageError, LoadAbortedError
+from trtllm_mm_cache.settings import TierSettings
+from trtllm_mm_cache.tiers.chain import StoredTiers
+from trtllm_mm_cache.tiers.configured import stored_tiers
 from trtllm_mm_cache.tiers.filling import HeldFilling
 
 IMAGE = image_of(1)
@@ -323,3 +329,51 @@ async def test_there_is_nothing_to_read_yet(bench: TowerBench) -> None:
         held.handle()
     held.release()
     held.release()
+
+
+def disk(folder: Path) -> StoredTiers:
+    """A disk tier that stores at the first use."""
+    settings = TierSettings(
+        multimodal_embedding_cache_disk_path=folder, multimodal_embedding_cache_store_at_use=1
+    )
+    return stored_tiers(settings, "f" * 64, CollectorRegistry(), arenas=[1 << 20])
+
+
+async def test_what_lies_on_disk_is_not_encoded_again(folder: Path) -> None:
+    """Another worker, later: the disk has what the first one's tower made, for all who ask at once."""
+    first = TowerBench(stored=disk(folder))
+    held = await first.miss(IMAGE)
+    made = fill(held)
+    held.first_token()
+    await first.settled()
+    held.release()
+    (tier,) = first.stored._tiers
+    await until(lambda: tier.offers.outcomes["stored"] == 1)
+    await closed(first)
+
+    bench = TowerBench(stored=disk(folder))
+    for lease in await asyncio.gather(*(bench.find(IMAGE) for _ in range(5))):
+        assert isinstance(lease, Lease)
+        assert torch.equal(lease.tensor, made)
+        lease.release()
+    assert (bench.engine.prepared, bench.tower.claims.started) == (0, 1)
+    (await bench.miss(image_of(2))).release()  # the disk has one image
+    await closed(bench)
+
+
+async def test_no_room_for_what_lies_on_disk_is_an_encode(folder: Path) -> None:
+    first = TowerBench(stored=disk(folder))
+    held = await first.miss(IMAGE)
+    fill(held)
+    held.first_token()
+    await first.settled()
+    held.release()
+    (tier,) = first.stored._tiers
+    await until(lambda: tier.offers.outcomes["stored"] == 1)
+    await closed(first)
+
+    bench = TowerBench(capacity=8 * ROW_BYTES - 1, stored=disk(folder))
+    again = await bench.miss(IMAGE)
+    assert again.fill is None
+    again.release()
+    await closed(bench)

@@ -237,7 +237,7 @@ async def test_what_one_worker_dropped_does_not_come_back_by_another_ones_offer(
     await one.ask(url)
     assert one.encodes() == 3
     await tiers.close()
-    await other.resolver.flights.close()
+    await other.misses.flights.close()
     await other.resolver._fetcher.close()
     arena.close()
 

@@ -12,8 +12,7 @@ from trtllm_mm_cache.cache.arena.limits import check_fits
 from trtllm_mm_cache.cache.eviction.base import make_policy
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.what_if import WhatIf
-from trtllm_mm_cache.errors import ConfigurationError
-from trtllm_mm_cache.settings import NO_TIERS_AGGREGATED, PdSettings
+from trtllm_mm_cache.settings import PdSettings
 from trtllm_mm_cache.transfer import MappedReader, Reader, TransferAgent
 
 _CLOSE_DEADLINE_S = 5.0
@@ -77,9 +76,7 @@ class OwnTowerMemory:
 
     @classmethod
     async def create(cls, settings: PdSettings) -> OwnTowerMemory:
-        """Commit the memory. Raises `ConfigurationError` when it does not fit, or with tiers."""
-        if settings.tiers.is_used:
-            raise ConfigurationError(NO_TIERS_AGGREGATED)
+        """Commit the memory. Raises `ConfigurationError` when it does not fit."""
         arenas = settings.arena_bytes
         capacity, _ = arenas.values()
         await asyncio.to_thread(check_fits, arenas)

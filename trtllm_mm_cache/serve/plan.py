@@ -16,7 +16,6 @@ from trtllm_mm_cache.errors import ConfigurationError
 from trtllm_mm_cache.flags import arguments, flag
 from trtllm_mm_cache.serve.model import demo_model, model_config, shipped
 from trtllm_mm_cache.settings import (
-    NO_TIERS_AGGREGATED,
     EngineName,
     EngineSettings,
     FrontendSettings,
@@ -151,8 +150,6 @@ def _check_mode(settings: ServeSettings, engine: EngineName) -> None:
         raise ConfigurationError(
             f"--disaggregation-mode agg: the engine {engine} has no vision tower of its own; set ENGINE=vllm"
         )
-    if settings.is_aggregated and settings.tiers.is_used:
-        raise ConfigurationError(NO_TIERS_AGGREGATED)
     if engine in _WITHOUT_ENCODERS and settings.pd_ranks > 1:
         raise ConfigurationError(
             f"PD_RANKS={settings.pd_ranks}: the engine {engine} starts its ranks itself; set "

@@ -29,7 +29,7 @@ from trtllm_mm_cache.settings.commands import AskSettings, ControlSettings, Drop
 from trtllm_mm_cache.settings.frontend import FrontendOptions, FrontendSettings
 from trtllm_mm_cache.settings.media import ImageLimits, MediaSettings
 from trtllm_mm_cache.settings.serve import ServeSettings
-from trtllm_mm_cache.settings.tiers import NO_TIERS_AGGREGATED, TierSettings
+from trtllm_mm_cache.settings.tiers import TierSettings
 from trtllm_mm_cache.settings.workers import (
     EncodeSettings,
     EngineSettings,
@@ -44,7 +44,6 @@ __all__ = [
     "DEFAULT_PD_ENDPOINT",
     "GB",
     "MB",
-    "NO_TIERS_AGGREGATED",
     "AskSettings",
     "ControlSettings",
     "DiscoverySettings",

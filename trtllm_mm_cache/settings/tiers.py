@@ -12,11 +12,6 @@ from trtllm_mm_cache.settings.base import GB, Settings
 class TierSettings(Settings):
     """Where embeddings are kept besides the arena. With neither a disk nor a store: nowhere."""
 
-    @property
-    def is_used(self) -> bool:
-        """Whether there is a disk or a store."""
-        return bool(self.multimodal_embedding_cache_disk_path or self.multimodal_embedding_cache_store_url)
-
     multimodal_embedding_cache_disk_path: Path | None = Field(
         None,
         description="Folder on a local disk for embeddings, which are there again after a restart. Closed to "
@@ -66,10 +61,3 @@ class TierSettings(Settings):
         """The maximum age in seconds."""
         hours = self.multimodal_embedding_cache_max_age_hours
         return None if hours is None else hours * 3600
-
-
-NO_TIERS_AGGREGATED = (
-    "--disaggregation-mode agg: an aggregated worker keeps embeddings in its cache alone; leave out "
-    "--multimodal-embedding-cache-disk-path and --multimodal-embedding-cache-store-url"
-)
-"""What is said where both are asked for."""
