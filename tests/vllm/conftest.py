@@ -11,7 +11,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import pytest_asyncio
@@ -58,7 +58,18 @@ async def ended(engine: Engine) -> None:
     engine.cache.close()
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session", params=["demo", *TINY])
+QUICK = ("demo", "qwen3_vl")
+"""What the quick part of the suite runs: the trained model, and one with deepstack levels."""
+
+
+def model_params() -> list[Any]:
+    """Return every model; those that only the whole suite runs are marked."""
+    return [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in ("demo", *TINY)
+    ]
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session", params=model_params())
 async def engine(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Engine]:
