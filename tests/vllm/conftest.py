@@ -64,9 +64,7 @@ QUICK = ("demo", "qwen3_vl")
 
 def model_params() -> list[Any]:
     """Return every model; those that only the whole suite runs are marked."""
-    return [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in ("demo", *TINY)
-    ]
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in ("demo", *TINY)]
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session", params=model_params())
