@@ -99,6 +99,23 @@ def test_log_probabilities_and_penalties_are_served(stack: Stack) -> None:
     assert all(len(place.top_logprobs) == 3 for place in logprobs.content)
 
 
+def test_several_choices_reach_the_client_each_with_its_own_end(stack: Stack) -> None:
+    answer = stack.client.chat.completions.create(
+        model=stack.model,
+        messages=[{"role": "user", "content": "Hello"}],
+        max_tokens=6,
+        n=3,
+        temperature=1.5,
+        seed=11,
+        extra_body={"ignore_eos": True},
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert [choice.finish_reason for choice in answer.choices] == ["length"] * 3
+    assert len({choice.message.content for choice in answer.choices}) > 1, "each is drawn for itself"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 18
+
+
 def engine_processes(stack: Stack) -> dict[str, psutil.Process]:
     """Return vLLM's processes below the PD worker: EngineCore and one worker."""
     (pd,) = [worker for worker in stack.workers("PD") if worker.alive()]
