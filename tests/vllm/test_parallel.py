@@ -17,6 +17,9 @@ from trtllm_mm_cache.cache.arena.leftovers import SHARED_MEMORY_ROOT
 from trtllm_mm_cache.engines.base import SamplingParams
 
 
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]  # engines are started, some twice
+
+
 def arenas_mapped_by(process: psutil.Process, engine: Engine) -> set[str]:
     """Return the files of this process's arenas that another process has mapped."""
     _, name, _ = engine.cache.arena.storage._share_filename_cpu_()

@@ -12,6 +12,9 @@ from tests.vllm.conftest import ended, started
 from tests.vllm.engine import GREEDY
 
 
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]  # engines are started, some twice
+
+
 async def test_answers_that_were_preempted_are_what_they_are_alone(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:

@@ -20,6 +20,8 @@ from tests.e2e.stack import Stack, launched, wait_until
 from tests.engines.contract import chat_case
 from tests.vllm.models import CARD, DEMO
 
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]  # engines are started, some twice
+
 QUESTION = "Where is the yellow cross?"
 READY_S = 300
 
@@ -157,6 +159,7 @@ def test_a_process_of_vllms_that_dies_ends_the_pd_worker(stack: Stack, victim: s
 
 
 def test_nothing_is_left_of_a_pd_worker_that_is_killed(stack: Stack) -> None:
+    wait_until(lambda: _serves(stack), READY_S, "no PD worker serves")
     processes = engine_processes(stack)
     assert set(processes) == {"EngineCore", "Worker"}
     (pd,) = [worker for worker in stack.workers("PD") if worker.alive()]
