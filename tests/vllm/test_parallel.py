@@ -16,7 +16,6 @@ from tests.vllm.models import CARD
 from trtllm_mm_cache.cache.arena.leftovers import SHARED_MEMORY_ROOT
 from trtllm_mm_cache.engines.base import SamplingParams
 
-
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]  # engines are started, some twice
 
 

@@ -11,7 +11,6 @@ from tests.engines.contract import chat_case, picture
 from tests.vllm.conftest import ended, started
 from tests.vllm.engine import GREEDY
 
-
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]  # engines are started, some twice
 
 
