@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -42,9 +44,17 @@ def helper_of(storage: torch.UntypedStorage) -> tuple[bytes, bytes, int, int]:
     raise LookupError("no helper listens on the storage's socket")
 
 
+def stop(helper: int) -> None:
+    """Stop a process, and wait until it has stopped: on a busy machine it may do more before."""
+    os.kill(helper, signal.SIGSTOP)
+    deadline = time.monotonic() + 30
+    while psutil.Process(helper).status() != psutil.STATUS_STOPPED:
+        assert time.monotonic() < deadline, "the helper does not stop"
+
+
 def while_it_stands_still(helper: int, work: Callable[[], None]) -> None:
     """Run `work` while the helper is stopped for `LATE_S` seconds."""
-    os.kill(helper, signal.SIGSTOP)
+    stop(helper)
     waking = threading.Timer(LATE_S, os.kill, (helper, signal.SIGCONT))
     waking.start()
     try:
@@ -71,7 +81,7 @@ def test_an_arena_is_made_although_the_helper_is_late() -> None:
     helper = helper_of(first.storage)[3]
     waking, logger = Waking(helper), logging.getLogger(region.__name__)
     logger.addHandler(waking)
-    os.kill(helper, signal.SIGSTOP)
+    stop(helper)
     try:
         second = Arena(1 << 20)
     finally:

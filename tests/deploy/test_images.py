@@ -99,7 +99,12 @@ def test_the_layer_of_dependencies_has_all_of_them() -> None:
         timeout=60,
     )
     extras = PROJECT["optional-dependencies"]
-    assert done.stdout.splitlines() == [*PROJECT["dependencies"], *extras["transformers"], *extras["tracing"]]
+    assert done.stdout.splitlines() == [
+        *PROJECT["dependencies"],
+        *extras["transformers"],
+        *extras["tracing"],
+        *extras["store"],
+    ]
 
 
 @contextmanager
