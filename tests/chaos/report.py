@@ -13,7 +13,7 @@ from tests.chaos.load import Outcomes
 from tests.chaos.supervisor import Record
 from tests.services import Service
 
-ALLOWED_FAILURES = frozenset({"HTTP 503", "HTTP 200, then an error event with code 503"})
+ALLOWED_FAILURES = frozenset({"HTTP 503", "HTTP 200, then an error event with code pd_lost"})
 """What docs/failure-modes.md says a client may see while workers die, freeze and restart."""
 HELD = tuple(
     f"trtllm_mm_cache_{name}"

@@ -52,7 +52,8 @@ class ChaosTiers:
         if now < self._next:
             return
         self._next = now + self._rng.expovariate(1 / self._pause_s)
-        getattr(self, self._rng.choice(("_freeze", "_restart", "_damage", "_remove")))()
+        on_disk = ("_damage", "_remove") if any(self._entries()) else ()
+        getattr(self, self._rng.choice(("_freeze", "_restart", *on_disk)))()
 
     def end(self) -> None:
         """Let the store go on, if it is frozen."""
@@ -85,11 +86,14 @@ class ChaosTiers:
 
     def _some_entry(self) -> Iterator[Path]:
         """Yield an entry, if there is one; it may be evicted at any moment."""
-        paths = [path for path in self.disk.rglob("*") if len(path.name) == 64]
+        paths = self._entries()
         try:
             yield from self._rng.sample(paths, min(1, len(paths)))
         except FileNotFoundError:
             return
+
+    def _entries(self) -> list[Path]:
+        return [path for path in self.disk.rglob("*") if len(path.name) == 64]
 
 
 @contextmanager
