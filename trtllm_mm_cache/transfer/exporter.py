@@ -18,6 +18,7 @@ from trtllm_mm_cache.errors import TransferError
 from trtllm_mm_cache.observability.metrics import gauge, samples
 from trtllm_mm_cache.transfer.agent import TransferAgent
 from trtllm_mm_cache.transfer.messages import RELEASE, Export
+from trtllm_mm_cache.transfer.pump import HURRIED_POLL_S, IDLE_POLL_S
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +111,8 @@ class Exporter(Collector):
 
     # The agent thread calls these.
 
-    def poll(self, nixl: Any) -> bool:
-        """Release what timed out."""
+    def poll(self, nixl: Any) -> float:
+        """Release what timed out; return as `Side.poll`."""
         for held in self._take_overdue():
             logger.warning(
                 "an exported embedding of %d bytes was not READ within %g s; its PD worker is gone or slow",
@@ -121,7 +122,8 @@ class Exporter(Collector):
             held.lease.release()
             with self._lock:
                 self.timed_out += 1
-        return bool(self._held) and time.monotonic() < self._expecting_until
+        expecting = bool(self._held) and time.monotonic() < self._expecting_until
+        return HURRIED_POLL_S if expecting else IDLE_POLL_S
 
     def on_notification(self, sender: str, message: bytes) -> None:
         """Release what `sender` says it has READ, or will not READ."""

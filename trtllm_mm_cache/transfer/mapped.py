@@ -167,7 +167,7 @@ class MappedReader(Reader):
         """Whether a READ is in flight, or a copy whose exporter is to be told."""
         return bool(self._copying) or super().is_busy()
 
-    def poll(self, nixl: Any) -> bool:
+    def poll(self, nixl: Any) -> float:
         """Settle READs that ended, and let go of arenas whose process is gone."""
         now = time.monotonic()
         if now - self._looked_at > _ORPHANS_LOOKED_FOR_EACH_S:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import Future
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, Metric
@@ -24,7 +23,6 @@ from trtllm_mm_cache.errors import (
 )
 from trtllm_mm_cache.observability.metrics import counter, gauge, samples
 from trtllm_mm_cache.transfer.agent import TransferAgent
-from trtllm_mm_cache.transfer.finite import checksum_and_finite
 from trtllm_mm_cache.transfer.messages import RELEASE, Export, PeerMetadata
 from trtllm_mm_cache.transfer.reads import Read, ReadTable
 
@@ -121,16 +119,25 @@ class Reader(Collector):
         another size, `TransferError` when NIXL refuses.
         """
         self._check_size(reservation, peer, export)
-        await self._fill(reservation, peer, export, deadline_s)
-        await self._verify(reservation, export, finite_dtype)
+        found, finite = await self._fill(reservation, peer, export, deadline_s, finite_dtype)
+        self._judge(reservation, export, found, finite=finite)
 
-    def begin(self, peer: PeerMetadata, export: Export, local_address: int, *, deadline_s: float) -> Read:
+    def begin(
+        self,
+        peer: PeerMetadata,
+        export: Export,
+        local_address: int,
+        *,
+        deadline_s: float,
+        finite_dtype: str | None = None,
+    ) -> Read:
         """Start a READ, for callers that account for the memory themselves: see `Read`.
 
         Its `outcome` fails with the errors of `read_into` that are not about the bytes, but not by the
         deadline once it is in flight. Raises `TransferError` when the agent is closed.
         """
-        read = Read(peer, export, local_address, deadline=time.monotonic() + deadline_s)
+        deadline = time.monotonic() + deadline_s
+        read = Read(peer, export, local_address, deadline=deadline, finite_dtype=finite_dtype)
         self._agent.begin(read.outcome, lambda nixl: self._table.post(nixl, read))
         return read
 
@@ -156,38 +163,39 @@ class Reader(Collector):
             )
 
     async def _fill(
-        self, reservation: Reservation, peer: PeerMetadata, export: Export, deadline_s: float
-    ) -> None:
+        self,
+        reservation: Reservation,
+        peer: PeerMetadata,
+        export: Export,
+        deadline_s: float,
+        finite_dtype: str | None,
+    ) -> tuple[int, bool]:
+        """Return the checksum of what arrived, and whether its values are finite."""
         read: Read | None = None
         try:
-            read = self.begin(peer, export, reservation.address, deadline_s=deadline_s)
-            await self._outcome(read, deadline_s)
+            read = self.begin(
+                peer, export, reservation.address, deadline_s=deadline_s, finite_dtype=finite_dtype
+            )
+            return await self._outcome(read, deadline_s)
         except BaseException:
             self._end_unfilled(reservation, peer, export.token, read)
             raise
         finally:
             del read  # it has the outcome, and the outcome the error, whose traceback leads to this frame
 
-    async def _outcome(self, read: Read, deadline_s: float) -> None:
+    async def _outcome(self, read: Read, deadline_s: float) -> tuple[int, bool]:
         # What is raised after it has no TimeoutError as context: that knows the task, and the task the error.
         nbytes = read.export.nbytes
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(deadline_s):
-                    await asyncio.shield(asyncio.wrap_future(read.outcome))
-                return
+                    return await asyncio.shield(asyncio.wrap_future(read.outcome))
         finally:
             del read  # as in `_fill`
         self.timed_out += 1
         raise TransferTimeoutError(
             f"a READ of {nbytes} bytes had not settled after {deadline_s:g} s; ask another encode worker"
         )
-
-    async def _verify(self, reservation: Reservation, export: Export, finite_dtype: str | None) -> None:
-        """Look at the bytes in one go: a second hand-over to a thread would take 0.2 ms more."""
-        work = partial(checksum_and_finite, reservation.address, reservation.nbytes, finite_dtype)
-        found, finite = await self._agent.checksums.run(work, reservation.nbytes, release=reservation.abandon)
-        self._judge(reservation, export, found, finite=finite)
 
     def _judge(self, reservation: Reservation, export: Export, found: int, *, finite: bool) -> None:
         """Abandon the reservation and raise unless the bytes have the export's checksum and are finite."""
@@ -210,6 +218,7 @@ class Reader(Collector):
     ) -> None:
         """Abandon the reservation, or quarantine it as long as bytes may still arrive."""
         if read is not None:
+            read.leave()
             read.outcome.cancel()  # if it is still queued, it never begins, and has settled
         if read is None or read.settled.done():
             reservation.abandon()
@@ -222,8 +231,8 @@ class Reader(Collector):
 
     # The agent thread calls these.
 
-    def poll(self, nixl: Any) -> bool:
-        """Settle READs that ended."""
+    def poll(self, nixl: Any) -> float:
+        """Take READs further and settle those that ended."""
         return self._table.poll(nixl)
 
     def on_notification(self, sender: str, message: bytes) -> None:

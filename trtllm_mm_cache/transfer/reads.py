@@ -8,6 +8,12 @@ handle is not released, its peer is not removed, and the agent is not destroyed.
 NIXL may forget a peer by itself. Of a READ in flight it then says nothing more, also when the peer was added
 again meanwhile (measured: "invalidated or re-registered during transfer"), though its bytes still come. Such
 a READ never settles: its extent is lost until the process ends. The peer is not: the next READ connects anew.
+
+A READ goes in chunks, one handle each. What has arrived is checked in order, here, while the rest is under
+way: over shared memory NIXL copies a chunk inside `transfer`, and it is checked while in the processor's
+cache; over TCP all chunks are asked for at once. Nothing is handed to another thread between post and
+verdict. The ack is sent when the last byte is here; of a READ that its caller has left no further chunk is
+asked for.
 """
 
 from __future__ import annotations
@@ -16,40 +22,70 @@ import ctypes
 import logging
 import time
 import weakref
+from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
 from trtllm_mm_cache.errors import MmCacheError, PeerLostError, TransferError, TransferTimeoutError
 from trtllm_mm_cache.transfer.environment import NixlLibrary
-from trtllm_mm_cache.transfer.messages import Export, PeerMetadata
+from trtllm_mm_cache.transfer.finite import Pass
+from trtllm_mm_cache.transfer.messages import RELEASE, Export, PeerMetadata
+from trtllm_mm_cache.transfer.pump import HURRIED_POLL_S, IDLE_POLL_S
 
 logger = logging.getLogger(__name__)
 
+CHUNK_BYTES = 4 * 1024**2
+"""See docs/decisions.md: smaller ones cost more over TCP than what they hide."""
+
 _FORGOTTEN = "the connection to the encode worker was lost; ask again, or another one"
+
+
+class _Chunk:
+    """A part of a READ, `nbytes` long, with a NIXL handle of its own."""
+
+    def __init__(self, handle: Any, nbytes: int) -> None:
+        self.handle = handle
+        self.nbytes = nbytes
 
 
 class Read:
     """One READ of `export` from `peer` to registered memory at `local_address`.
 
-    `outcome` is what to tell the caller: None, or the error. Cancelling it works, and says so by its result,
-    until NIXL has the READ; then the READ never begins. `deadline`, on `time.monotonic()`, is when a READ
-    that is still queued fails, and from when on one in flight is overdue; it never ends one in flight.
+    `outcome` is what to tell the caller: checksum of the bytes that arrived and whether their values, of
+    `finite_dtype`, are finite; or the error. Cancelling it works, and says so by its result, until NIXL has
+    the READ; then the READ never begins, and what to do instead is `leave`. `deadline`, on
+    `time.monotonic()`, is when a READ that is still queued fails, and from when on one in flight is overdue;
+    it never ends one in flight.
 
     `settled` gets its result, always None, when no byte can arrive at `local_address` any more. After the
     agent's end, or when NIXL has forgotten the peer, it may never get it.
     """
 
-    def __init__(self, peer: PeerMetadata, export: Export, local_address: int, *, deadline: float) -> None:
+    def __init__(
+        self,
+        peer: PeerMetadata,
+        export: Export,
+        local_address: int,
+        *,
+        deadline: float,
+        finite_dtype: str | None = None,
+    ) -> None:
         self.peer = peer
         self.export = export
         self.local_address = local_address
+        self.finite_dtype = finite_dtype
         self.deadline = deadline
-        self.outcome: Future[None] = Future()
+        self.outcome: Future[tuple[int, bool]] = Future()
         self.settled: Future[None] = Future()
-        self.handle: Any = None
+        self.waiting: deque[_Chunk] = deque()  # not asked for yet
+        self.in_flight: deque[_Chunk] = deque()
+        self.arrived_bytes = 0
+        self.check: Pass | None = None
         self.connection: _Peer | None = None
         self.error: MmCacheError | None = None
+        self.is_left = False
         # Weak, because a future keeps its callbacks: the two would keep each other, and with them the error
         # and all that its traceback leads to, until the garbage collector runs.
         self.outcome.add_done_callback(partial(_settle_unless_posted, weakref.ref(self)))
@@ -59,8 +95,12 @@ class Read:
         """Whether NIXL has, or had, the READ."""
         return self.connection is not None
 
+    def leave(self) -> None:
+        """Say that nobody waits for the outcome: what is in flight settles, the rest is not asked for."""
+        self.is_left = True
 
-def _settle_unless_posted(reference: weakref.ref[Read], outcome: Future[None]) -> None:
+
+def _settle_unless_posted(reference: weakref.ref[Read], outcome: Future[tuple[int, bool]]) -> None:
     read = reference()
     if read is not None and not read.posted:
         read.settled.set_result(None)
@@ -106,31 +146,13 @@ class ReadTable:
         """
         if time.monotonic() >= read.deadline:
             raise TransferTimeoutError("the READ's deadline passed before its turn came: others were first")
-        peer, export = self._connected(nixl, read.peer), read.export
-        try:
-            read.handle = nixl.initialize_xfer(
-                "READ",
-                nixl.get_xfer_descs([(read.local_address, export.nbytes, 0)], "DRAM"),
-                nixl.get_xfer_descs([(export.address, export.nbytes, 0)], "DRAM"),
-                peer.name,
-                export.token.encode(),
-            )
-        except self._library.errors as error:
-            if not nixl.check_remote_metadata(peer.name):
-                self._note_forgotten(peer)
-                raise PeerLostError(_FORGOTTEN) from error
-            raise TransferError(
-                f"NIXL refuses a READ of {export.nbytes} bytes ({error}): "
-                "the source or the target is not in registered memory"
-            ) from error
+        peer = self._connected(nixl, read.peer)
+        read.waiting.extend(self._chunks(nixl, read, peer))
+        read.check = Pass(read.local_address, read.export.nbytes, read.finite_dtype)
         read.connection = peer
         peer.in_flight += 1
         self._reads.append(read)
-        try:
-            nixl.transfer(read.handle)
-        except self._library.errors as error:
-            # Part of it may be under way: only the handle's state tells, and poll looks at it next.
-            read.error = self._failure(error)
+        self._ask(nixl, read)
 
     def notify(self, nixl: Any, metadata: PeerMetadata, message: bytes) -> None:
         """Tell the exporter what `messages` says of notifications. Raises what `post` raises."""
@@ -141,14 +163,13 @@ class ReadTable:
             self._lose(nixl, peer)
             raise self._failure(error) from error
 
-    def poll(self, nixl: Any) -> bool:
-        """Look at every READ in flight and settle what is done; return whether one is within its deadline."""
+    def poll(self, nixl: Any) -> float:
+        """Take every READ in flight one chunk further and settle what is done; return as `Side.poll`."""
+        pace = IDLE_POLL_S
         for read in tuple(self._reads):
-            peer = read.connection
-            if peer is not None and not peer.forgotten and self._has_ended(nixl, read, peer):
-                self._settle(nixl, read, peer)
-        now = time.monotonic()
-        return any(read.deadline > now and not _is_forgotten(read) for read in self._reads)
+            if read.connection is not None and read.check is not None and not _is_forgotten(read):
+                pace = min(pace, self._advance(nixl, read, read.connection, read.check))
+        return pace
 
     def is_busy(self) -> bool:
         """Whether a READ is in flight whose end NIXL can still report."""
@@ -162,11 +183,14 @@ class ReadTable:
         agent, stays as it is until the process ends; without calls into NIXL it does nothing.
         """
         for read in self._reads:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(read.handle))
+            for chunk in read.in_flight:
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(chunk.handle))
 
     def on_closed(self) -> None:
-        """Fail the READs in flight: nothing will be known of them."""
+        """Fail the READs in flight: nothing will be known of them. Those between two chunks have settled."""
         for read in self._reads:
+            if not read.in_flight:
+                read.settled.set_result(None)
             _complete(
                 read,
                 TransferError("the NIXL agent was closed while this READ was in flight; transfers are over"),
@@ -188,9 +212,72 @@ class ReadTable:
         """Connected exporters."""
         return len(self._peers)
 
-    def _has_ended(self, nixl: Any, read: Read, peer: _Peer) -> bool:
+    def _chunks(self, nixl: Any, read: Read, peer: _Peer) -> list[_Chunk]:
+        """Make the handles of a READ, all before the first is used: NIXL looks at the ranges here."""
+        chunks: list[_Chunk] = []
+        export = read.export
         try:
-            state = nixl.check_xfer_state(read.handle)
+            for start in range(0, export.nbytes, CHUNK_BYTES):
+                nbytes = min(CHUNK_BYTES, export.nbytes - start)
+                local = nixl.get_xfer_descs([(read.local_address + start, nbytes, 0)], "DRAM")
+                remote = nixl.get_xfer_descs([(export.address + start, nbytes, 0)], "DRAM")
+                chunks.append(_Chunk(nixl.initialize_xfer("READ", local, remote, peer.name), nbytes))
+        except self._library.errors as error:
+            self._release(chunks)
+            if not nixl.check_remote_metadata(peer.name):
+                self._note_forgotten(peer)
+                raise PeerLostError(_FORGOTTEN) from error
+            raise TransferError(
+                f"NIXL refuses a READ of {export.nbytes} bytes ({error}): "
+                "the source or the target is not in registered memory"
+            ) from error
+        return chunks
+
+    def _ask(self, nixl: Any, read: Read) -> None:
+        """Ask for the chunks that wait; where NIXL copies within the call, for one, to be checked next."""
+        while read.waiting and not _is_unwanted(read):
+            chunk = read.waiting.popleft()
+            read.in_flight.append(chunk)
+            try:
+                state = nixl.transfer(chunk.handle)
+            except self._library.errors as error:
+                # Part of it may be under way: only the handle's state tells, which is looked at next.
+                read.error = self._failure(error)
+                return
+            if state == "DONE":
+                return
+
+    def _advance(self, nixl: Any, read: Read, peer: _Peer, check: Pass) -> float:
+        """Take note of what has arrived, check a chunk of it, ask for more; settle where nothing is left."""
+        arrived_before = read.arrived_bytes
+        self._note_arrived(nixl, read, peer)
+        if _is_forgotten(read):
+            return IDLE_POLL_S
+        whole = read.arrived_bytes == read.export.nbytes
+        if whole and arrived_before < read.arrived_bytes:
+            self._tell(nixl, peer, read.export.token.encode())
+        if not _is_unwanted(read):
+            check.advance(min(CHUNK_BYTES, read.arrived_bytes - check.checked))
+            self._ask(nixl, read)
+        done = _is_unwanted(read) or check.checked == read.export.nbytes
+        if done and not read.in_flight:
+            self._settle(nixl, read, peer, check)
+            return IDLE_POLL_S
+        if arrived_before < read.arrived_bytes or check.checked < read.arrived_bytes:
+            return 0.0
+        return HURRIED_POLL_S if read.deadline > time.monotonic() else IDLE_POLL_S
+
+    def _note_arrived(self, nixl: Any, read: Read, peer: _Peer) -> None:
+        """Take the chunks off that have ended, in their order: a later one's end is seen in its turn."""
+        while read.in_flight and self._has_ended(nixl, read, read.in_flight[0], peer):
+            chunk = read.in_flight.popleft()
+            self._release([chunk])
+            if read.error is None:
+                read.arrived_bytes += chunk.nbytes
+
+    def _has_ended(self, nixl: Any, read: Read, chunk: _Chunk, peer: _Peer) -> bool:
+        try:
+            state = nixl.check_xfer_state(chunk.handle)
         except self._library.not_found:
             logger.exception(
                 "NIXL forgot an encode worker with %d READs in flight; their extents stay in quarantine",
@@ -209,23 +296,40 @@ class ReadTable:
             )
         return True
 
-    def _settle(self, nixl: Any, read: Read, peer: _Peer) -> None:
-        self._reads.remove(read)
+    def _release(self, chunks: Iterable[_Chunk]) -> None:
+        for chunk in chunks:
+            try:
+                chunk.handle.release()
+            except self._library.errors:
+                logger.warning(
+                    "NIXL did not release a READ's handle; it is released with the agent", exc_info=True
+                )
+
+    def _tell(self, nixl: Any, peer: _Peer, message: bytes) -> None:
+        """Send what the exporter can do without: its lease times out."""
         try:
-            read.handle.release()
-        except self._library.errors:
-            logger.warning(
-                "NIXL did not release a READ's handle; it is released with the agent", exc_info=True
-            )
+            nixl.send_notif(peer.name, message)
+        except self._library.errors as error:
+            logger.debug("an exporter could not be told of a READ's end: %s", error)
+            peer.lost = True  # removed with its last READ; the next one starts afresh
+
+    def _settle(self, nixl: Any, read: Read, peer: _Peer, check: Pass) -> None:
+        self._reads.remove(read)
+        self._release(read.waiting)
         peer.in_flight -= 1
-        if read.error is None:
+        if read.error is not None:
+            self.failed += 1
+            peer.lost = True  # the next READ starts afresh
+        elif read.arrived_bytes == read.export.nbytes:
             self.completed += 1
             self.completed_bytes += read.export.nbytes
         else:
-            self.failed += 1
-            self._lose(nixl, peer)  # the next READ starts afresh
+            self._tell(nixl, peer, RELEASE + read.export.token.encode())
+            read.error = TransferError("a READ was cut off in the middle: its caller had left")
+        if peer.lost and peer.in_flight == 0:
+            self._remove(nixl, peer)
         read.settled.set_result(None)  # first, so that the caller finds it so
-        _complete(read, read.error)
+        _complete(read, read.error, (check.checksum, check.finite))
 
     def _note_forgotten(self, peer: _Peer) -> None:
         """Fail the READs of a peer that NIXL has removed; the next one connects to it anew."""
@@ -233,7 +337,7 @@ class ReadTable:
         if self._peers.get(peer.name) is peer:
             del self._peers[peer.name]
         for read in self._reads:
-            if read.connection is peer:
+            if read.connection is peer and read.in_flight:
                 self.failed += 1
                 _complete(read, PeerLostError(_FORGOTTEN))
 
@@ -294,13 +398,18 @@ class ReadTable:
 
 
 def _is_forgotten(read: Read) -> bool:
-    return read.connection is not None and read.connection.forgotten
+    """Whether a chunk is in flight whose end NIXL will not report."""
+    return read.connection is not None and read.connection.forgotten and bool(read.in_flight)
 
 
-def _complete(read: Read, error: MmCacheError | None) -> None:
+def _is_unwanted(read: Read) -> bool:
+    return read.is_left or read.error is not None
+
+
+def _complete(read: Read, error: MmCacheError | None, found: tuple[int, bool] = (0, False)) -> None:
     if read.outcome.done():
         return
     if error is None:
-        read.outcome.set_result(None)
+        read.outcome.set_result(found)
     else:
         read.outcome.set_exception(error)
