@@ -22,7 +22,7 @@ from benchmarks.dataset import picture
 from benchmarks.transfer_ends import ARENA_BYTES, Receiver, Sender, Times, ask
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.cache.key import EmbeddingKey
-from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
+from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager, Reservation
 from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.encode.metrics import EncodeMetrics
 from trtllm_mm_cache.encode.pipeline import EncodePipeline
@@ -37,7 +37,8 @@ from trtllm_mm_cache.tiers.base import MissingItem
 from trtllm_mm_cache.tiers.chain import TierChain
 from trtllm_mm_cache.tiers.encode_remote import EncodeTier
 from trtllm_mm_cache.tiers.receive import Receiver as ItemReceiver
-from trtllm_mm_cache.transfer import Exporter, MappedReader, Reader, TransferAgent
+from trtllm_mm_cache.transfer import Export, Exporter, MappedReader, Reader, TransferAgent
+from trtllm_mm_cache.transfer.finite import Pass
 
 FINGERPRINT = "ab" * 32
 WIDTH = 1024
@@ -150,8 +151,8 @@ class OurReceiver(Receiver):
 
 
 @asynccontextmanager
-async def our_receiver(connection: Connection, *, by_nixl: bool) -> AsyncIterator[Receiver]:
-    """Make a PD worker's cache and the tiers that fill it; `by_nixl` alone, as with `--transfer nixl`."""
+async def our_receiver(connection: Connection, way: str) -> AsyncIterator[Receiver]:
+    """Make a PD worker's cache and the tiers that fill it."""
     manager, agent = await _arena_and_agent()
     peer = _EncodeWorkerOverThere(connection)
     registry = CollectorRegistry()
@@ -159,7 +160,9 @@ async def our_receiver(connection: Connection, *, by_nixl: bool) -> AsyncIterato
     receiver = ItemReceiver(manager, manager, None, lambda *_: None, registry)
     settings = PdSettings(model_path="none", transfer_timeout_s=30)
     fingerprint = pixels_fingerprint(FINGERPRINT, settings.images)
-    reader = Reader(agent) if by_nixl else MappedReader(agent)
+    if way == "ours_unchecked":
+        look_at_nothing()
+    reader = READERS[way](agent)
     tiers = TierChain([EncodeTier(peer, reader, fingerprint, settings, registry)], receiver)
     try:
         yield OurReceiver(tiers, peer, picture(1, 32))
@@ -167,6 +170,25 @@ async def our_receiver(connection: Connection, *, by_nixl: bool) -> AsyncIterato
         await tiers.close()
         await agent.close(deadline_s=1)
         manager.close()
+
+
+class UncheckedReader(Reader):
+    """`--transfer nixl` that takes whatever comes: beside it shows what the checks cost."""
+
+    def _judge(self, reservation: Reservation, export: Export, found: int, *, finite: bool) -> None:
+        """Nothing was looked at."""
+
+
+def look_at_nothing() -> None:
+    """Have this process's READs pass by their bytes."""
+
+    def passed(self: Pass, nbytes: int, *, source: int | None = None) -> None:
+        self.checked += nbytes
+
+    Pass.advance = passed  # type: ignore[method-assign]
+
+
+READERS = {"ours": MappedReader, "ours_nixl": Reader, "ours_unchecked": UncheckedReader}
 
 
 async def _arena_and_agent() -> tuple[MultimodalEmbeddingCacheManager, TransferAgent]:

@@ -23,7 +23,7 @@ from benchmarks.transfer_ends import Memcpy, Receiver, Sender
 
 def sender_of(way: str) -> AbstractAsyncContextManager[Sender]:
     """Return the sender of a way."""
-    if way in ("ours", "ours_nixl"):
+    if way.startswith("ours"):
         from benchmarks.transfer_ours import our_sender
 
         return our_sender()
@@ -34,10 +34,10 @@ def sender_of(way: str) -> AbstractAsyncContextManager[Sender]:
 
 def receiver_of(way: str, connection: Connection) -> AbstractAsyncContextManager[Receiver]:
     """Return the receiver of a way."""
-    if way in ("ours", "ours_nixl"):
+    if way.startswith("ours"):
         from benchmarks.transfer_ours import our_receiver
 
-        return our_receiver(connection, by_nixl=way == "ours_nixl")
+        return our_receiver(connection, way)
     from benchmarks.transfer_dynamo import dynamo_receiver
 
     return dynamo_receiver(way, connection)

@@ -39,10 +39,12 @@ def test_hit_ratio_grows_with_the_capacity_up_to_that_of_no_limit(small_run: Sma
 def test_transfers_bring_embeddings_of_every_size(small_run: SmallRun, tmp_path: Path) -> None:
     """The receiver raises where bytes are missing; what is committed is a part of the whole way."""
     out = tmp_path / "transfer.json"
-    report = small_run("transfer", "--rounds", 1, "--repeats", 2, "--out", out)
+    ways = "ours,ours_tcp,ours_tcp_unchecked"
+    report = small_run("transfer", "--rounds", 1, "--repeats", 2, "--ways", ways, "--out", out)
     assert out.exists()
     for row in report["sizes"].values():
         assert row["ways"]["ours"]["committed_ms"] < row["ways"]["ours"]["whole_ms"]
+        assert len(row["goals"]) == 2
 
 
 def test_every_token_of_an_answer_is_counted(small_run: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,10 @@ class RemoteExporter:
         for line in self._process.stdout:
             self._answers.put(line)
         self._answers.put("")
+
+
+async def until_statistic(exporter: RemoteExporter, name: str, value: int) -> None:
+    """Wait until a statistic of the exporter has a value."""
+    end = time.monotonic() + 10
+    while (found := (await exporter.do("statistics"))[name]) != value:
+        assert time.monotonic() < end, f"{name} is {found} and not {value}"

@@ -16,6 +16,7 @@ from tests.transfer.remote import RemoteExporter
 from trtllm_mm_cache.cache.arena.arena import Arena
 from trtllm_mm_cache.errors import ArenaFullError, PeerLostError, TransferError, TransferTimeoutError
 from trtllm_mm_cache.transfer import Export, Reader, TransferAgent
+from trtllm_mm_cache.transfer.reads import CHUNK_BYTES
 
 NBYTES = 40 * MB  # more than half of the PD side's arena, so that two do not fit
 
@@ -169,7 +170,7 @@ async def test_a_peer_that_nixl_forgot_in_the_middle_of_a_read_is_read_from_agai
     tcp_exporter.thaw()
 
     await read(tcp_side, tcp_exporter, await tcp_exporter.export("c", 1000))
-    await until(lambda: ctypes.string_at(address + NBYTES - 4096, 4096) != bytes(4096))
+    await until(lambda: ctypes.string_at(address + CHUNK_BYTES - 4096, 4096) != bytes(4096))
     await read(tcp_side, tcp_exporter, await tcp_exporter.export("d", 1000))
     assert tcp_side.manager.statistics().quarantined_bytes == NBYTES
     assert (tcp_side.reader.in_flight, tcp_side.reader.unsettled, tcp_side.reader.peers) == (1, 1, 1)

@@ -13,7 +13,7 @@ from tests.transfer.conftest import MB, PdSide, PdSideMaker, RemoteMaker, by_map
 from tests.transfer.embedding import embedding
 from tests.transfer.remote import RemoteExporter
 from trtllm_mm_cache.errors import TransferError
-from trtllm_mm_cache.transfer import Export, MappedReader, PeerMetadata
+from trtllm_mm_cache.transfer import Export, MappedReader, PeerMetadata, finite
 
 pytestmark = by_mapping
 
@@ -106,16 +106,24 @@ async def test_the_arena_of_a_worker_that_was_restarted_is_another_one(
 
 
 async def test_a_worker_that_dies_while_it_is_read_from_harms_no_reader_and_its_memory_is_let_go(
-    side: Side, make_exporter_process: RemoteMaker
+    monkeypatch: pytest.MonkeyPatch, side: Side, make_exporter_process: RemoteMaker
 ) -> None:
     exporter = make_exporter_process()
     await exporter.start_agent()
     first, second = await exporter.export("a", NBYTES), await exporter.export("b", NBYTES)
-    reading = asyncio.create_task(side.read(exporter.peer, "a", first))
-    await asyncio.sleep(0)
-    assert side.reader.in_flight == 1
-    exporter.kill()
-    await reading
+    copy, copies = finite._memmove, 0
+
+    def killing(target: int, source: int, nbytes: int) -> int:
+        nonlocal copies
+        copies += 1
+        if copies == 2:
+            exporter.kill()
+        copied: int = copy(target, source, nbytes)
+        return copied
+
+    monkeypatch.setattr(finite, "_memmove", killing)
+    await side.read(exporter.peer, "a", first)
+    assert copies > 2
     assert exporter.peer.arena is not None
     await side.read(exporter.peer, "b", second)
     file = Path("/dev/shm", exporter.peer.arena.file)  # noqa: S108

@@ -7,7 +7,6 @@ import base64
 import dataclasses
 import random
 import secrets
-import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -16,7 +15,7 @@ import xxhash
 
 from tests.transfer.conftest import MB, TCP, PdSide, PdSideMaker, by_nixl, until
 from tests.transfer.embedding import embedding
-from tests.transfer.remote import RemoteExporter
+from tests.transfer.remote import RemoteExporter, until_statistic
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.errors import (
@@ -306,9 +305,3 @@ async def test_peers_that_come_and_go_are_forgotten(
 
 async def until_acked(exporter: RemoteExporter, count: int) -> None:
     await until_statistic(exporter, "acked", count)
-
-
-async def until_statistic(exporter: RemoteExporter, name: str, value: int) -> None:
-    end = time.monotonic() + 10
-    while (found := (await exporter.do("statistics"))[name]) != value:
-        assert time.monotonic() < end, f"{name} is {found} and not {value}"

@@ -35,7 +35,7 @@ class _Held:
 class Exporter(Collector):
     """Keeps exported embeddings in place until they were READ, released, or not READ for too long.
 
-    The READ's own notification is the ack: it carries the export's token and comes after the bytes were read.
+    The reader's notification is the ack: it carries the export's token and comes after the bytes were read.
     A PD worker that will not READ sends a notification that says so.
     After `lease_timeout_s` the lease is released without one, so that a PD worker that died costs no memory
     for ever. A READ that comes later still gets bytes, possibly another embedding's: the checksum in the

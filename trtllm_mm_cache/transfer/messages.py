@@ -20,7 +20,7 @@ MAX_METADATA_BYTES = 256 * 1024
 """Bound on NIXL metadata: one region takes 451 bytes, 2000 regions take 88 KB."""
 
 RELEASE = b"release "
-"""A notification is the token alone, from the READ itself: the ack; or this before it: no READ will come."""
+"""A notification is the token alone, the ack: all was READ; or this before it: nothing will be READ."""
 
 _AGENT_NAME = re.compile(r"[0-9A-Za-z._-]{1,128}")
 
@@ -29,7 +29,7 @@ _AGENT_NAME = re.compile(r"[0-9A-Za-z._-]{1,128}")
 class Export:
     """One embedding that lies ready in an exporter's memory.
 
-    `address` is valid in the exporting process only, for `nbytes` bytes, until the READ's notification
+    `address` is valid in the exporting process only, for `nbytes` bytes, until the reader's notification
     `token` arrives there or the exporter's lease times out. `checksum` is XXH3-64 over those bytes.
     """
 

@@ -9,11 +9,11 @@ NIXL may forget a peer by itself. Of a READ in flight it then says nothing more,
 again meanwhile (measured: "invalidated or re-registered during transfer"), though its bytes still come. Such
 a READ never settles: its extent is lost until the process ends. The peer is not: the next READ connects anew.
 
-A READ goes in chunks, one handle each. What has arrived is checked in order, here, while the rest is under
-way: over shared memory NIXL copies a chunk inside `transfer`, and it is checked while in the processor's
-cache; over TCP all chunks are asked for at once. Nothing is handed to another thread between post and
-verdict. The ack is sent when the last byte is here; of a READ that its caller has left no further chunk is
-asked for.
+A READ goes in chunks, one handle each, two in flight at a time. What has arrived is checked in order, here,
+while the next are under way: over TCP the checks wait for the wire, not the wire for them; over shared memory
+NIXL copies a chunk inside `transfer`, and it is checked while in the processor's cache. Nothing is handed to
+another thread between post and verdict. The ack is sent when the last byte is here; of a READ that its caller
+has left no further chunk is asked for.
 """
 
 from __future__ import annotations
@@ -36,8 +36,11 @@ from trtllm_mm_cache.transfer.pump import HURRIED_POLL_S, IDLE_POLL_S
 
 logger = logging.getLogger(__name__)
 
-CHUNK_BYTES = 4 * 1024**2
+CHUNK_BYTES = 8 * 1024**2
 """See docs/decisions.md: smaller ones cost more over TCP than what they hide."""
+
+IN_FLIGHT = 2
+"""Chunks asked for at once: the others would share the wire with the next to be checked, and all end late."""
 
 _FORGOTTEN = "the connection to the encode worker was lost; ask again, or another one"
 
@@ -187,10 +190,8 @@ class ReadTable:
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(chunk.handle))
 
     def on_closed(self) -> None:
-        """Fail the READs in flight: nothing will be known of them. Those between two chunks have settled."""
+        """Fail the READs in flight: nothing will be known of them."""
         for read in self._reads:
-            if not read.in_flight:
-                read.settled.set_result(None)
             _complete(
                 read,
                 TransferError("the NIXL agent was closed while this READ was in flight; transfers are over"),
@@ -235,7 +236,7 @@ class ReadTable:
 
     def _ask(self, nixl: Any, read: Read) -> None:
         """Ask for the chunks that wait; where NIXL copies within the call, for one, to be checked next."""
-        while read.waiting and not _is_unwanted(read):
+        while read.waiting and len(read.in_flight) < IN_FLIGHT and not _is_unwanted(read):
             chunk = read.waiting.popleft()
             read.in_flight.append(chunk)
             try:
