@@ -49,8 +49,8 @@ from trtllm_mm_cache.tiers.base import Loading, MissingItem, TierDropped
 from trtllm_mm_cache.tiers.chain import StoredTiers
 from trtllm_mm_cache.tiers.claims import Claim, Claims, Landing
 from trtllm_mm_cache.tiers.filling import Extent, Filling, HeldFilling
+from trtllm_mm_cache.tiers.payload import StoredEmbedding
 from trtllm_mm_cache.tiers.receive import announced_dtype
-from trtllm_mm_cache.tiers.stored import StoredEmbedding
 from trtllm_mm_cache.transfer.finite import checksum_and_finite
 
 logger = logging.getLogger(__name__)
