@@ -47,8 +47,8 @@ from trtllm_mm_cache.runtime.threads import in_thread
 from trtllm_mm_cache.settings import MB, EncodeSettings
 from trtllm_mm_cache.tiers.base import TierDropped
 from trtllm_mm_cache.tiers.chain import StoredTiers
+from trtllm_mm_cache.tiers.intake import announced_dtype
 from trtllm_mm_cache.tiers.payload import StoredEmbedding
-from trtllm_mm_cache.tiers.receive import announced_dtype
 from trtllm_mm_cache.transfer.checksum import checksum
 from trtllm_mm_cache.transfer.finite import checksum_and_finite
 
