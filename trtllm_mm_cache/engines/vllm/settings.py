@@ -23,7 +23,7 @@ FORCED: Final[Mapping[str, str]] = {
     "mm_encoder_only": "a PD worker runs the language model",
     "language_model_only": "vLLM would refuse prompts with images",
     "enable_mm_embeds": "embeddings come by handle, not in requests",
-    "limit_mm_per_prompt": "it is --max-images-per-request",
+    "limit_mm_per_prompt": "it is --max-images-per-request, and 0 leaves out a tower that would never run",
     "skip_mm_profiling": "it follows from who runs the vision tower",
     "max_logprobs": "it is 20, as in OpenAI's API",
     "logprobs_mode": "log probabilities are the model's own, whatever the engine",
