@@ -23,6 +23,7 @@ import os
 import random
 import statistics
 import tempfile
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
@@ -139,6 +140,7 @@ def summary(rounds: list[Found]) -> dict[str, Any]:
     """Return medians in milliseconds and ratios of one size."""
     numbers = {way: [found[way] for found in rounds] for way in rounds[0]}
     return {
+        "rounds": len(rounds),
         "median_ms": {way: round(statistics.median(values), 1) for way, values in numbers.items()},
         "ratios": {
             name: round(median_ratio(numbers[one], numbers[other]), 3)
@@ -147,8 +149,8 @@ def summary(rounds: list[Found]) -> dict[str, Any]:
     }
 
 
-async def first_tokens(hidden: int, sides: dict[str, int], repeats: int) -> dict[str, Any]:
-    """Measure every size, after one round that does not count."""
+async def first_tokens(hidden: int, sides: dict[str, int], repeats: int, most_s: float) -> dict[str, Any]:
+    """Measure every size, after one round that does not count; begin no round after `most_s` seconds."""
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         model = write_wide_model(Path(folder) / "model", hidden=hidden)
@@ -156,10 +158,12 @@ async def first_tokens(hidden: int, sides: dict[str, int], repeats: int) -> dict
         order = random.Random(1)
         try:
             for name, side in sides.items():
-                rounds = [
-                    await bench.round(order, side, side * 1000 + 2 * number) for number in range(repeats + 1)
-                ]
-                results[name] = summary(rounds[1:])
+                await bench.round(order, side, side * 1000)
+                rounds: list[Found] = []
+                until = time.monotonic() + most_s / len(sides)
+                while len(rounds) < repeats and (not rounds or time.monotonic() < until):
+                    rounds.append(await bench.round(order, side, side * 1000 + 2 * len(rounds) + 2))
+                results[name] = summary(rounds)
                 say(f"{name}: {results[name]}")
         finally:
             await bench.close()
@@ -172,6 +176,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=9, help="rounds of each size")
+    parser.add_argument(
+        "--most-s", type=float, default=300, help="begin no further round after these seconds"
+    )
     parser.add_argument("--sizes", nargs="+", choices=SIDES, default=[*SIDES])
     parser.add_argument("--hidden", type=int, default=HIDDEN, help="width of the model, for a small run")
     parser.add_argument("--out", type=Path, help="file for the result, besides standard output")
@@ -180,7 +187,7 @@ def main() -> None:
     os.environ["SGLANG_VLM_CACHE_SIZE_MB"] = "1024"
     torch.set_num_threads(1)
     sides = {name: SIDES[name] for name in given.sizes}
-    found = asyncio.run(first_tokens(given.hidden, sides, given.repeats))
+    found = asyncio.run(first_tokens(given.hidden, sides, given.repeats, given.most_s))
     results = {
         "columns": given.hidden * (1 + LEVELS),
         "repeats": given.repeats,
