@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,10 +67,10 @@ def item(name: str) -> MissingItem:
     return MissingItem(key, b"", ItemDescription(32, 32), Scope(), watch)
 
 
-def tier_over(storage: Storage) -> StoredTier:
-    """Return a tier that stores at once, with deadlines that a busy machine meets."""
+def tier_over(storage: Storage, *, at_use: int = 1) -> StoredTier:
+    """Return a tier that stores at this use, with deadlines that a busy machine meets."""
     seconds = Step.new(CollectorRegistry(), "tier", "One call.", "tier", "step")
-    limits = TierLimits(lookup_s=5, fetch_s=5, at_use=1)
+    limits = TierLimits(lookup_s=5, fetch_s=5, at_use=at_use)
     return StoredTier(storage, EntryRules(SEALER, FINGERPRINT), limits, seconds)
 
 
@@ -139,88 +140,105 @@ class Bench:
         self.cache.drop(wanted.key.hex)
 
 
-async def measure(  # noqa: PLR0915 - the ways, one after the other
-    bench: Bench, megabytes: int, rounds: int
-) -> dict[str, list[float]]:
-    """Return the milliseconds of each way."""
-    tensor = torch.rand(megabytes * MB // 2 // WIDTH, WIDTH).half()
-    nbytes, wanted = megabytes * MB, item(f"{megabytes} MB")
-    await bench.kept(wanted, tensor)
-    path = bench.disk_storage._path(wanted.key.hex)
-    key = bench.store._storage._key(EntryName(wanted.key.hex))  # type: ignore[attr-defined]
-    extent = bench.cache.reserve("plain", nbytes, owner="benchmark")
-    view = memoryview((ctypes.c_char * nbytes).from_address(extent.address)).cast("B")
-    plain = memoryview(tensor.view(torch.uint8).flatten().numpy()).cast("B")
+class Ways:
+    """The ways to bring one embedding of so many MB, which each tier keeps. `last` holds what one brought."""
 
-    async def from_tier(tier: StoredTier) -> None:
-        lease = await tier.fill(wanted, bench.receiver.receive)
-        last.append(found(lease))
+    def __init__(self, bench: Bench, megabytes: int) -> None:
+        self.bench = bench
+        self.nbytes, self.wanted = megabytes * MB, item(f"{megabytes} MB")
+        self.tensor = torch.rand(self.nbytes // 2 // WIDTH, WIDTH).half()
+        self.path = bench.disk_storage._path(self.wanted.key.hex)
+        self._key = bench.store._storage._key(EntryName(self.wanted.key.hex))  # type: ignore[attr-defined]
+        self._extent = bench.cache.reserve("plain", self.nbytes, owner="benchmark")
+        self._view = memoryview((ctypes.c_char * self.nbytes).from_address(self._extent.address)).cast("B")
+        self._plain = memoryview(self.tensor.view(torch.uint8).flatten().numpy()).cast("B")
+        self.last: list[Lease] = []
+        source = bench.source.reserve("source", self.nbytes, owner="benchmark")
+        source.write(self.tensor)
+        metadata = EmbeddingMetadata(checksum=checksum(source.address, self.nbytes))
+        source.commit(dtype=self.tensor.dtype, shape=tuple(self.tensor.shape), metadata=metadata).release()
 
-    async def memcpy() -> None:
-        view[:] = plain
+    def close(self) -> None:
+        """Free what they used."""
+        self._extent.abandon()
+        self.bench.source.drop("source")
 
-    async def preadv(*, hashed: bool = False) -> None:
-        descriptor = os.open(path, os.O_RDONLY)
-        check(os.preadv(descriptor, [view], HEADER_BYTES) == nbytes)
+    def by_name(self) -> dict[str, Way]:
+        """Return all of them; those that begin with `cold` find the file out of the page cache."""
+        return {
+            "memcpy": self._memcpy,
+            "preadv": self._preadv,
+            "preadv_and_hash": partial(self._preadv, hashed=True),
+            "disk": partial(self._from_tier, self.bench.disk),
+            "cold_preadv": self._preadv,
+            "cold_disk": partial(self._from_tier, self.bench.disk),
+            "raw_protocol": self._raw_protocol,
+            "store": partial(self._from_tier, self.bench.store),
+            "nixl_read": self._nixl_read,
+        }
+
+    def settle(self) -> None:
+        """Compare what was brought, and forget it."""
+        for lease in self.last:
+            check(torch.equal(lease.tensor, self.tensor))
+            lease.release()
+        self.last.clear()
+        self.bench.cache.drop(self.wanted.key.hex)
+
+    async def _memcpy(self) -> None:
+        self._view[:] = self._plain
+
+    async def _preadv(self, *, hashed: bool = False) -> None:
+        descriptor = os.open(self.path, os.O_RDONLY)
+        check(os.preadv(descriptor, [self._view], HEADER_BYTES) == self.nbytes)
         os.close(descriptor)
         if hashed:
-            SEALER.payload_seal(view)
+            SEALER.payload_seal(self._view)
 
-    async def raw_protocol() -> None:
-        bench.socket.sendall(b"*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n" % (len(key), key))
+    async def _from_tier(self, tier: StoredTier) -> None:
+        self.last.append(found(await tier.fill(self.wanted, self.bench.receiver.receive)))
+
+    async def _raw_protocol(self) -> None:
+        connection = self.bench.socket
+        connection.sendall(b"*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n" % (len(self._key), self._key))
         head = b""
         while b"\r\n" not in head:
-            head += bench.socket.recv(1)
-        wants = int(head[1:]) - HEADER_BYTES
-        check(wants == nbytes)
-        _receive(bench.socket, memoryview(bytearray(HEADER_BYTES)))
-        _receive(bench.socket, view)
-        _receive(bench.socket, memoryview(bytearray(2)))
+            head += connection.recv(1)
+        check(int(head[1:]) - HEADER_BYTES == self.nbytes)
+        _receive(connection, memoryview(bytearray(HEADER_BYTES)))
+        _receive(connection, self._view)
+        _receive(connection, memoryview(bytearray(2)))
 
-    async def read() -> None:
+    async def _nixl_read(self) -> None:
+        bench = self.bench
         export = await bench.exporter.export(found(bench.source.lease("source")))
-        reservation = bench.cache.reserve(wanted.key.hex, nbytes, owner="benchmark")
+        reservation = bench.cache.reserve(self.wanted.key.hex, self.nbytes, owner="benchmark")
         peer = bench.exporting.metadata
         await bench.reader.read_into(reservation, peer, export, deadline_s=10, finite_dtype="float16")
-        last.append(reservation.commit(dtype=tensor.dtype, shape=tuple(tensor.shape)))
+        self.last.append(reservation.commit(dtype=self.tensor.dtype, shape=tuple(self.tensor.shape)))
 
-    source = bench.source.reserve("source", nbytes, owner="benchmark")
-    source.write(tensor)
-    metadata = EmbeddingMetadata(checksum=checksum(source.address, nbytes))
-    source.commit(dtype=tensor.dtype, shape=tuple(tensor.shape), metadata=metadata).release()
-    last: list[Lease] = []
-    ways: dict[str, Way] = {
-        "memcpy": memcpy,
-        "preadv": preadv,
-        "preadv_and_hash": lambda: preadv(hashed=True),
-        "disk": lambda: from_tier(bench.disk),
-        "cold_preadv": preadv,
-        "cold_disk": lambda: from_tier(bench.disk),
-        "raw_protocol": raw_protocol,
-        "store": lambda: from_tier(bench.store),
-        "nixl_read": read,
-    }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    names, source_of_order = list(ways), random.Random(1)
+
+async def measure(bench: Bench, megabytes: int, rounds: int) -> dict[str, list[float]]:
+    """Return the milliseconds of each way, in an order drawn anew each round; the first round warms up."""
+    ways = Ways(bench, megabytes)
+    await bench.kept(ways.wanted, ways.tensor)
+    by_name = ways.by_name()
+    times: dict[str, list[float]] = {name: [] for name in by_name}
+    names, source_of_order = list(by_name), random.Random(1)
     for number in range(rounds + 1):
         source_of_order.shuffle(names)
         for name in names:
             if name.startswith("cold"):
-                _forget(path)
+                _forget(ways.path)
             elif "disk" in name or "preadv" in name:
-                path.read_bytes()
+                ways.path.read_bytes()
             began = time.perf_counter()
-            await ways[name]()
+            await by_name[name]()
             spent = (time.perf_counter() - began) * 1e3
             if number:
                 times[name].append(spent)
-            for lease in last:
-                check(torch.equal(lease.tensor, tensor))
-                lease.release()
-            last.clear()
-            bench.cache.drop(wanted.key.hex)
-    extent.abandon()
-    bench.source.drop("source")
+            ways.settle()
+    ways.close()
     return times
 
 
@@ -262,10 +280,9 @@ async def added_to_a_miss(bench: Bench) -> float:
     """Return the microseconds that a disk tier adds to a miss of an image that was never seen."""
     wanted = [item(f"new {number}") for number in range(2000)]
     with bench.committed(item("any"), torch.zeros(8, 8)) as lease:
-        tier = tier_over(DiskStorage(bench.disk_storage._folder.parent / "unused", FINGERPRINT, MB))
+        tier = tier_over(DiskStorage(bench.disk_storage._folder.parent / "unused", FINGERPRINT, MB), at_use=2)
         while not tier._storage.writes:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-        tier.offers._at_use = 2
         began = time.perf_counter()
         for each in wanted:
             check(await tier.fill(each, bench.receiver.receive) is None)

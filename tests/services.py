@@ -21,7 +21,11 @@ WITH_US = ("setpriv", "--pdeathsig", "KILL")
 CLI = (sys.executable, "-m", "trtllm_mm_cache.cli")
 STOP_TIMEOUT_S = 30
 
-"""Dynamo's own frontend, which these stacks have, cannot carry the deployment's secret."""
+
+def anonymous_bytes(pid: int) -> int:
+    """Return what a process has of memory of its own, without arenas and files; 0 of one that has ended."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * int((status.partition("RssAnon:")[2].split() or ["0"])[0])
 
 
 @dataclass
@@ -70,6 +74,11 @@ class Service:
         """The latest process."""
         assert self._popen is not None, f"{self.name} was never started"
         return self._popen
+
+    @property
+    def anonymous_bytes(self) -> int:
+        """What it has of memory now, shared memory apart; 0 when it is gone."""
+        return anonymous_bytes(self.popen.pid) if self.alive else 0
 
     @property
     def alive(self) -> bool:

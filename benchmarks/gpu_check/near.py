@@ -20,7 +20,8 @@ from trtllm_mm_cache.cache.flight import SingleFlight
 from trtllm_mm_cache.cache.key import content_digest, embedding_key
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.scope import Scope
-from trtllm_mm_cache.encode.pipeline import EncodeJob, EncodePipeline
+from trtllm_mm_cache.encode.maker import EncodeJob
+from trtllm_mm_cache.encode.pipeline import EncodePipeline
 from trtllm_mm_cache.engines.base import GenerationRequest, ItemDescription, SamplingParams
 from trtllm_mm_cache.engines.transformers import (
     TransformersEngineArgs,
@@ -175,7 +176,7 @@ async def near_stack(model: Path) -> AsyncIterator[NearStack]:
     tier = EncodeTier(workers, reader, fingerprint, pd_settings, registry)
     tiers = TierChain([tier], receiver)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    encodes = partial(getattr, pipeline.batcher, "items")
+    encodes = partial(getattr, pipeline.maker.batcher, "items")
     try:
         yield NearStack(encoder, generator, cache, reader, tiers, tokenizer, fingerprint, encodes)
     finally:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tests.chaos.load import Outcomes
+from tests.chaos.memory import Memory
 from tests.chaos.supervisor import Record
 from tests.services import Service
 
@@ -82,6 +83,7 @@ class Report:
     everything_serves: bool
     left_over: dict[str, dict[str, float]]
     endings: dict[str, str]
+    memory: Memory
     tier_faults: Counter[str] = field(default_factory=Counter)
 
     def problems(self) -> list[str]:
@@ -120,6 +122,7 @@ class Report:
             rows.append((f"{kind} worker: {fault.value}", f"{count} times; {said}"))
         rows += [(fault, f"{count} times") for fault, count in sorted(self.tier_faults.items())]
         rows += [(f"ended unasked: {who}", str(count)) for who, count in sorted(self.record.aborts.items())]
+        rows += self.memory.rows()
         rows.append(("leases, extents, exports, READs, requests left", str(self.left_over or 0)))
         agree = sum(said == IN_ORDER for said in self.endings.values())
         rows.append(("workers whose accounting was consistent at the end", f"{agree} of {len(self.endings)}"))

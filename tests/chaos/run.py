@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from tests.chaos.load import Load
+from tests.chaos.memory import Memory
 from tests.chaos.questions import make_questions
 from tests.chaos.report import Report, end, left_over
 from tests.chaos.stack import chaos_stack, wait_until_serving
@@ -56,10 +57,12 @@ def run_chaos(
         wait_until_serving(stack)
         load = Load(stack.url, questions, clients=clients, seed=seed)
         supervisor = Supervisor(stack, rng, load.probe, pause_s)
+        memory = Memory((stack.frontend, *stack.workers))
         began = time.monotonic()
         try:
             while time.monotonic() < began + seconds:
                 supervisor.step(disturb=True)
+                memory.look()
                 if tiers:
                     tiers.step()
                 time.sleep(_STEP_S)
@@ -83,6 +86,7 @@ def run_chaos(
         everything_serves=everything_serves,
         left_over=left,
         endings=endings,
+        memory=memory,
         tier_faults=tiers.faults if tiers else Counter(),
     )
 
@@ -92,6 +96,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31))
     parser.add_argument("--ucx-tls", help="transports that UCX may use; tcp is what runs between hosts")
+    parser.add_argument("--pause-s", type=float, default=2.0, help="mean time between two faults")
     parser.add_argument("--tiers", action="store_true", help="with a disk and a store, disturbed too")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -101,6 +106,7 @@ def main() -> None:
         folder,
         seconds=arguments.seconds,
         seed=arguments.seed,
+        pause_s=arguments.pause_s,
         ucx_tls=arguments.ucx_tls,
         with_tiers=arguments.tiers,
     )

@@ -6,16 +6,16 @@ import io
 import json
 import urllib.error
 import urllib.request
-from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from tests.e2e.conftest import Oracle
-from tests.e2e.stack import Process, Stack, data_url, image_part, new_image, png, wait_until
+from tests.e2e.stack import Stack, data_url, image_part, new_image, png, wait_until
 from tests.media import images
 from tests.media.images import saved
+from tests.services import anonymous_bytes
 
 QUESTION = "What is this?"
 
@@ -166,12 +166,6 @@ BROKEN_FILE_BYTES = 11 * 1024**2
 MOST_GROWTH_BYTES = 64 * 1024**2
 
 
-def anonymous_bytes(process: Process) -> int:
-    """What a process has of memory of its own: the arena, which is shared, does not count."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
-
-
 def test_sixty_broken_images_leave_both_workers_as_large_as_before(stack: Stack) -> None:
     body = png(new_image(56, 56))
     broken = body[: len(body) // 2] + bytes(BROKEN_FILE_BYTES)
@@ -183,11 +177,11 @@ def test_sixty_broken_images_leave_both_workers_as_large_as_before(stack: Stack)
 
     send(10)
     workers = [*stack.workers("PD"), *stack.workers("encode")]
-    before = [anonymous_bytes(worker) for worker in workers]
+    before = [anonymous_bytes(worker.pid) for worker in workers]
     send(60)
     wait_until(
         lambda: all(
-            anonymous_bytes(worker) - size < MOST_GROWTH_BYTES
+            anonymous_bytes(worker.pid) - size < MOST_GROWTH_BYTES
             for worker, size in zip(workers, before, strict=True)
         ),
         10,

@@ -77,7 +77,7 @@ async def test_hostile_images_spoil_no_other_of_their_micro_batch(
         assert not isinstance(alone, MmCacheError)
         torch.testing.assert_close(bench.embedding(ready), alone.tensor, rtol=1e-4, atol=1e-5)
     assert len(bench.manager.keys()) == len(honest), "nothing hostile is kept"
-    assert bench.pipeline.batcher.items == len(honest)
+    assert bench.pipeline.maker.batcher.items == len(honest)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

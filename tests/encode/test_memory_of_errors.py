@@ -21,7 +21,7 @@ from tests.media.images import noise, png, png_chunk, saved
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.cache.scope import Scope
 from trtllm_mm_cache.encode.batcher import MicroBatcher
-from trtllm_mm_cache.encode.pipeline import EncodeJob
+from trtllm_mm_cache.encode.maker import EncodeJob
 from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem
 from trtllm_mm_cache.engines.transformers import TransformersVisionEncoder
 from trtllm_mm_cache.errors import EncodeFailedError, EncodeOverloadedError, MmCacheError
@@ -148,7 +148,7 @@ async def test_a_call_without_a_caller_keeps_no_bytes_while_the_tower_runs(
         context = Caller()
         call = asyncio.create_task(answers(number, context))
         async with asyncio.timeout(30):
-            while bench.pipeline.batcher.queued == 0 and not bench.encoder.reached.is_set():
+            while bench.pipeline.maker.batcher.queued == 0 and not bench.encoder.reached.is_set():
                 await asyncio.sleep(0.001)
         if how == "stopped":
             context.stop()
@@ -159,7 +159,7 @@ async def test_a_call_without_a_caller_keeps_no_bytes_while_the_tower_runs(
         bench.encoder.reached.clear()
         del call, context
     await nothing_kept(traced, before, FILE_BYTES)
-    assert bench.pipeline.batcher.queued == 0
+    assert bench.pipeline.maker.batcher.queued == 0
 
 
 async def test_a_call_in_the_tower_holds_no_file(bench: Bench, traced: Callable[[], int]) -> None:

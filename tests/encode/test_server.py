@@ -42,14 +42,14 @@ async def test_what_one_salt_stored_is_no_second_level_for_another(bench: Bench)
     asked = [await bench.call(media, salt=salt) for salt in ("a", "a", "b", None, "b")]
     assert [ready.origin for ready in asked] == ["encoded", "cached", "encoded", "encoded", "cached"]
     assert len({ready.key for ready in asked}) == len({ready.address for ready in asked}) == 3
-    assert bench.pipeline.batcher.items == 3
+    assert bench.pipeline.maker.batcher.items == 3
 
 
 async def test_salts_join_no_flight_of_each_other(bench: Bench) -> None:
     media = png(new_image(32, 32))
     asked = await asyncio.gather(*(bench.call(media, salt=salt) for salt in ("a", "b", "a", "b")))
     assert [ready.origin for ready in asked] == ["encoded", "encoded", "joined", "joined"]
-    assert bench.pipeline.batcher.items == 2
+    assert bench.pipeline.maker.batcher.items == 2
 
 
 DROPS = ("its key", "its salt", "its image", "everything", "another key", "another salt", "another image")
@@ -194,16 +194,18 @@ async def test_images_are_prepared_when_there_is_room_and_wait_as_files_until_th
         bench.encoder.open.clear()
         calls = [asyncio.create_task(bench.call(files[0]))]
         assert await asyncio.to_thread(bench.encoder.reached.wait, 30)
-        one = pipeline.room.nbytes
+        one = pipeline.maker.room.nbytes
         assert one > 0
         assert pipeline.queue.nbytes == 0, "its file is not held any more"
         calls += [asyncio.create_task(bench.call(file)) for file in files[1:]]
         async with asyncio.timeout(30):
             while pipeline.queue.items < len(files):
                 await asyncio.sleep(0)
-        await asyncio.get_running_loop().run_in_executor(pipeline._threads, lambda: None)  # what it had to do
-        assert (pipeline.room.nbytes, pipeline.queue.nbytes) == (one, sum(map(len, files[1:])))
+        await asyncio.get_running_loop().run_in_executor(
+            pipeline.maker.threads, lambda: None
+        )  # what it had to do
+        assert (pipeline.maker.room.nbytes, pipeline.queue.nbytes) == (one, sum(map(len, files[1:])))
         bench.encoder.open.set()
         await asyncio.gather(*calls)
-        assert (pipeline.room.nbytes, pipeline.queue.nbytes) == (0, 0)
-        assert (pipeline.batcher.items, pipeline.batcher.batches) == (len(files), len(files))
+        assert (pipeline.maker.room.nbytes, pipeline.queue.nbytes) == (0, 0)
+        assert (pipeline.maker.batcher.items, pipeline.maker.batcher.batches) == (len(files), len(files))

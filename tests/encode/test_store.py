@@ -13,7 +13,8 @@ from tests.e2e.stack import new_image, png
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.cache.scope import Scope
-from trtllm_mm_cache.encode.pipeline import EncodeJob, EncodePipeline
+from trtllm_mm_cache.encode.maker import EncodeJob
+from trtllm_mm_cache.encode.pipeline import EncodePipeline
 from trtllm_mm_cache.engines.base import EncodedItem, EncodeItem
 from trtllm_mm_cache.errors import MmCacheError
 from trtllm_mm_cache.settings import EncodeSettings

@@ -13,12 +13,12 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from PIL import Image
 
 from tests.e2e.stack import new_image, png
+from tests.services import anonymous_bytes
 
 _TIMEOUT_S = 120.0
 _PAUSE_S = 0.2
@@ -126,11 +126,6 @@ class PeakMemory:
         while not self._stop.wait(0.02):
             for pid in self.peak:
                 self.peak[pid] = max(self.peak[pid], anonymous_bytes(pid))
-
-
-def anonymous_bytes(pid: int) -> int:
-    """Return a process's anonymous memory."""
-    return 1024 * int(Path(f"/proc/{pid}/status").read_text().partition("RssAnon:")[2].split()[0])
 
 
 def _noise(side: int) -> bytes:

@@ -58,6 +58,9 @@ def clocked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Deployme
     clock = Clock(folder)
     with deployed(folder, **clock.variables()) as running:
         yield running, clock
+    for service in running.services:  # killed processes leave what libfaketime has made for each
+        for name in ("faketime_shm", "sem.faketime_sem"):
+            Path("/dev/shm", f"{name}_{service.popen.pid}").unlink(missing_ok=True)  # noqa: S108
 
 
 @pytest.mark.parametrize("step_s", [3600, -3600], ids=["forward", "back"])

@@ -113,18 +113,13 @@ def run_soak(folder: Path, *, seconds: float, seed: int, clients: int = 4) -> So
 
 def _look(services: Sequence[Service], memory: dict[tuple[str, str], list[float]]) -> None:
     for service in services:
-        found = {"anonymous": _anonymous(service.popen.pid)}
+        found = {"anonymous": float(service.anonymous_bytes)}
         if service.system_port:
             name = "trtllm_mm_cache_memory_bytes"
             kinds = ("heap_used", "heap_free")
             found |= {kind: service.process.metric(name, kind=kind) for kind in kinds}
         for kind, nbytes in found.items():
             memory.setdefault((service.name, kind), []).append(nbytes)
-
-
-def _anonymous(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return 1024.0 * int(status.partition("RssAnon:")[2].split()[0])
 
 
 def _print(seconds: float, requests: int, memory: dict[tuple[str, str], list[float]]) -> None:

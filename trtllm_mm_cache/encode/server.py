@@ -13,8 +13,9 @@ from opentelemetry.trace import SpanKind
 
 from trtllm_mm_cache.cache.manager import Lease
 from trtllm_mm_cache.encode.calls import RunningCalls
+from trtllm_mm_cache.encode.maker import EncodeJob
 from trtllm_mm_cache.encode.metrics import EncodeMetrics
-from trtllm_mm_cache.encode.pipeline import EncodeJob, EncodePipeline, Origin
+from trtllm_mm_cache.encode.pipeline import EncodePipeline, Origin
 from trtllm_mm_cache.errors import MmCacheError, ProtocolMismatchError
 from trtllm_mm_cache.observability.logs import loggable_cause
 from trtllm_mm_cache.observability.traces import remote_parent, span

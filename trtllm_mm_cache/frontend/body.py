@@ -36,6 +36,7 @@ _STRING: Final = re.compile(rb'"(?:[^"\\]|\\.?)*+(?:"|\Z)', re.DOTALL)
 
 _COPIES: Final = 3  # the body, the bytes decoded from it, the message to the PD worker
 _SMALL_BYTES: Final = 64 * 1024
+_SMALL_SHARE: Final = 1 / 4
 _CUT_FROM_BYTES: Final = 4096
 _OPENING: Final = b'"data:'
 _GRACE_S: Final = 10.0
@@ -46,9 +47,9 @@ _MIN_BYTES_A_SECOND: Final = MB / 4
 class BodyMemory:
     """The memory that bodies take together: at most `request_memory_mb`. For use from one event loop.
 
-    Large bodies come in turn, so that many smaller ones cannot keep one waiting. Small ones never wait: text
-    and short conversations are served while large images are on their way. `held_bytes` are taken now, by
-    `waiting` none yet.
+    A quarter of it is for small bodies, which never wait: text and short conversations are served while large
+    images are on their way, and refused when small ones alone have taken it. Large bodies come in turn, so
+    that many smaller ones cannot keep one waiting. `waiting` have none yet.
     """
 
     def __init__(self, settings: FrontendSettings) -> None:
@@ -56,20 +57,27 @@ class BodyMemory:
         self._max_wait_s = settings.max_waiting_s
         self._first = asyncio.Lock()
         self._freed = asyncio.Condition()
-        self._large = 0
-        self.held_bytes = self.waiting = self.refused = 0
+        self._held = {True: 0, False: 0}  # bytes, by whether the body is large
+        self.waiting = self.refused = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """What the bodies under way are counted at."""
+        return sum(self._held.values())
 
     @asynccontextmanager
     async def hold(self, body_bytes: int) -> AsyncIterator[BodyShare]:
         """Wait for the memory of a body of so many bytes, and hold it until the block ends or gives it back.
 
-        Raises `OverloadedError` when its turn does not come in time.
+        Raises `OverloadedError` when its turn does not come in time, or too many small ones are under way.
         """
         nbytes, large = _COPIES * body_bytes, body_bytes > _SMALL_BYTES
         if large:
             await self._turn(nbytes)
-        self.held_bytes += nbytes
-        self._large += large
+        elif self._held[False] + nbytes > self._max_bytes * _SMALL_SHARE:
+            self.refused += 1
+            raise OverloadedError("too many requests are under way; retry in a moment")
+        self._held[large] += nbytes
         share = BodyShare(self, nbytes, large=large)
         try:
             yield share
@@ -80,9 +88,8 @@ class BodyMemory:
         self.waiting += 1
         try:
             async with asyncio.timeout(self._max_wait_s), self._first, self._freed:
-                await self._freed.wait_for(
-                    lambda: self._large == 0 or self.held_bytes + nbytes <= self._max_bytes
-                )
+                most = self._max_bytes * (1 - _SMALL_SHARE)
+                await self._freed.wait_for(lambda: not self._held[True] or self._held[True] + nbytes <= most)
         except TimeoutError:
             self.refused += 1
             raise OverloadedError(
@@ -91,9 +98,8 @@ class BodyMemory:
         finally:
             self.waiting -= 1
 
-    def _release(self, nbytes: int, large: int) -> None:
-        self.held_bytes -= nbytes
-        self._large -= large
+    def _release(self, nbytes: int, *, large: bool) -> None:
+        self._held[large] -= nbytes
         if self.waiting:
             asyncio.get_running_loop().create_task(self._notify())
 
@@ -107,13 +113,13 @@ class BodyShare:
 
     def __init__(self, memory: BodyMemory, nbytes: int, *, large: bool) -> None:
         self._memory = memory
-        self._held = (nbytes, large)
+        self._nbytes, self._large = nbytes, large
 
     def release(self) -> None:
         """Release it: a worker has the request now. Idempotent."""
-        held, self._held = self._held, (0, False)
-        if held[0]:
-            self._memory._release(*held)
+        nbytes, self._nbytes = self._nbytes, 0
+        if nbytes:
+            self._memory._release(nbytes, large=self._large)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ class FrontendOptions(RuntimeSettings):
         1024,
         ge=1,
         description="Memory in MB that the bodies under way may take together. A body counts three times: as "
-        "received, decoded, and on its way to a PD worker. Large ones wait for their turn, then get 503.",
+        "received, decoded, and on its way to a PD worker. Large ones wait for their turn, then get 503; a "
+        "quarter is for small ones (64 KiB at most), which never wait.",
     )
     max_waiting_s: Seconds = constant(10, "A large body's turn: what clients wait for before they retry.")
     body_timeout_s: Seconds = constant(60, "To receive a body once it is its turn: 128 MB at 17 Mbit/s.")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.cache.key import EmbeddingKey
@@ -62,6 +62,37 @@ class MissingItem:
         """Whether its embedding may be stored, as things are now."""
         return self.scope.retain and not self.dropped
 
+
+class Wanted(Protocol):
+    """What a tier needs to know of an item: of a PD worker's and of an encode worker's."""
+
+    @property
+    def key(self) -> EmbeddingKey:
+        """The embedding's key."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """What the item is."""
+        ...
+
+    @property
+    def content(self) -> bytes | None:
+        """The digest of its media, where it is known."""
+        ...
+
+    @property
+    def scope(self) -> Scope:
+        """Whose it is."""
+        ...
+
+    @property
+    def retained(self) -> bool:
+        """Whether its embedding may be stored, as things are now."""
+        ...
+
+
+WantedItem = TypeVar("WantedItem", bound=Wanted)
 
 Loading = Callable[[MissingItem], AbstractContextManager[Admitted]]
 """Counts what an item holds until its embedding is there, and lets drops wait for that."""

@@ -5,19 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
 
 from trtllm_mm_cache.cache.flight import SingleFlight
 from trtllm_mm_cache.cache.manager import Lease
 from trtllm_mm_cache.cache.scope import Selection
 from trtllm_mm_cache.errors import EncodeUnavailableError, MmCacheError
-from trtllm_mm_cache.tiers.base import Loading, MissingItem, Tier, TierDropped
+from trtllm_mm_cache.tiers.base import Loading, MissingItem, Tier, TierDropped, Wanted, WantedItem
+from trtllm_mm_cache.tiers.payload import StoredEmbedding
 from trtllm_mm_cache.tiers.receive import Receiver
-from trtllm_mm_cache.tiers.stored import StoredEmbedding, StoredTier, Wanted
+from trtllm_mm_cache.tiers.stored import StoredTier
 
 logger = logging.getLogger(__name__)
-
-Item = TypeVar("Item", bound=Wanted)
 
 
 class StoredTiers:
@@ -27,7 +25,7 @@ class StoredTiers:
         self._tiers = tuple(tiers)
 
     async def load(
-        self, item: Item, receive: Callable[[Item, StoredEmbedding], Awaitable[Lease]]
+        self, item: WantedItem, receive: Callable[[WantedItem, StoredEmbedding], Awaitable[Lease]]
     ) -> Lease | None:
         """Return a lease on the embedding of `item` from the first tier that has it, or None.
 

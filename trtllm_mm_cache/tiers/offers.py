@@ -20,6 +20,7 @@ from trtllm_mm_cache.cache.manager import Lease
 from trtllm_mm_cache.cache.scope import Selection
 from trtllm_mm_cache.errors import MmCacheError
 from trtllm_mm_cache.tiers.format import EntryName
+from trtllm_mm_cache.tiers.limits import TierLimits
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ OUTCOMES: Final[tuple[Outcome, ...]] = (
 the storage failed; the queue was full; a drop concerned it."""
 
 _TOUCH_S = 60.0
+_TIDY_S = 60.0
 _MOST_KEYS = 65_536
 _MOST_WAITING = 64
 _CLOSE_S = 2.0
@@ -47,27 +49,30 @@ class Offer:
     dropped: bool = False
 
 
-class Offers:
-    """The offers of one tier, stored by one thread, which calls `tidy` every `tidy_s` seconds. Thread-safe.
+@dataclass(frozen=True)
+class Sink:
+    """Where offers go. `put` stores one and says how that ended, `undo` removes what it stored; both block.
 
-    `put` stores an offer, blocking, and says how it ended; `undo` removes what it stored. `max_bytes` bounds
-    what waits, but for one offer of any size. `outcomes` counts since the start, `errors` what `tidy` raised.
+    `tidy` is called now and then.
+    """
+
+    put: Callable[[Offer], Outcome]
+    undo: Callable[[EntryName], None]
+    tidy: Callable[[], None]
+
+
+class Offers:
+    """The offers of one tier, stored in `sink` by one thread, which tidies up every minute. Thread-safe.
+
+    `limits.waiting_bytes` bounds what waits, but for one offer of any size. `outcomes` counts since the
+    start, `errors` what tidying up raised.
     """
 
     def __init__(
-        self,
-        name: str,
-        put: Callable[[Offer], Outcome],
-        undo: Callable[[EntryName], None],
-        tidy: Callable[[], None],
-        *,
-        at_use: int,
-        max_bytes: int,
-        tidy_s: float = 60.0,
-        clock: Callable[[], float] = time.monotonic,
+        self, name: str, sink: Sink, limits: TierLimits, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._put, self._undo, self._tidy = put, undo, tidy
-        self._at_use, self._max_bytes, self._tidy_s = at_use, max_bytes, tidy_s
+        self._sink = sink
+        self._limits = limits
         self._clock = clock
         self._changed = threading.Condition()
         self._uses: OrderedDict[str, int] = OrderedDict()
@@ -93,7 +98,9 @@ class Offers:
             if self._closed or not self._is_due(name.key) or name.key in self._waiting:
                 return
             offers = self._offers()
-            if len(offers) >= _MOST_WAITING or (offers and self._nbytes() + lease.nbytes > self._max_bytes):
+            if len(offers) >= _MOST_WAITING or (
+                offers and self._nbytes() + lease.nbytes > self._limits.waiting_bytes
+            ):
                 self.outcomes["full"] += 1
                 return
             self._remember(self._held, name.key, self._clock())
@@ -143,7 +150,7 @@ class Offers:
         if touched is not None:
             return self._clock() - touched >= _TOUCH_S
         uses = self._uses.pop(key, 0) + 1
-        if uses >= self._at_use:
+        if uses >= self._limits.at_use:
             return True
         self._remember(self._uses, key, uses)
         return False
@@ -166,7 +173,7 @@ class Offers:
         while True:
             if (now := self._clock()) >= due:
                 self._tidied()
-                due = now + self._tidy_s
+                due = now + _TIDY_S
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closed, max(0.0, due - self._clock()))
                 if self._closed:
@@ -182,7 +189,7 @@ class Offers:
         outcome: Outcome = "dropped"
         try:
             if not offer.dropped:
-                outcome = self._put(offer)
+                outcome = self._sink.put(offer)
         except MmCacheError as error:
             outcome = "failed"
             logger.warning(
@@ -203,7 +210,7 @@ class Offers:
                 self._finished(offer, outcome)
                 return
         try:
-            self._undo(offer.name)
+            self._sink.undo(offer.name)
             outcome = "dropped"
         except MmCacheError as error:
             outcome = "failed"
@@ -220,7 +227,7 @@ class Offers:
 
     def _tidied(self) -> None:
         try:
-            self._tidy()
+            self._sink.tidy()
         except MmCacheError as error:
             self.errors += 1
             logger.warning("tier %s: %s", self._name, error.message)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -45,12 +45,11 @@ from trtllm_mm_cache.observability.metrics import Step, counter
 from trtllm_mm_cache.runtime.admission import Admitted
 from trtllm_mm_cache.runtime.threads import in_thread
 from trtllm_mm_cache.settings import PdSettings
-from trtllm_mm_cache.tiers.base import Loading, MissingItem, TierDropped
+from trtllm_mm_cache.tiers.base import Found, Loading, MissingItem, TierDropped
 from trtllm_mm_cache.tiers.chain import StoredTiers
 from trtllm_mm_cache.tiers.claims import Claim, Claims, Landing
 from trtllm_mm_cache.tiers.filling import Extent, Filling, HeldFilling
-from trtllm_mm_cache.tiers.receive import announced_dtype
-from trtllm_mm_cache.tiers.stored import StoredEmbedding
+from trtllm_mm_cache.tiers.intake import Intake
 from trtllm_mm_cache.transfer.finite import checksum_and_finite
 
 logger = logging.getLogger(__name__)
@@ -77,7 +76,7 @@ class OwnTower(Collector):
     ) -> None:
         self._stored = stored or StoredTiers()
         self._cache = cache
-        self._what_if = what_if
+        self._intake = Intake(generator.check_embedding, what_if, registry)
         self._generator = generator
         self._limits = settings.images
         self._wait_s = settings.encode_timeout_s
@@ -85,8 +84,6 @@ class OwnTower(Collector):
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="own-tower")
         self._turns = asyncio.Semaphore(_PREPARED_AT_A_TIME)
         self._preparing = Step.new(registry, "preprocess", "Decoding and preprocessing one image.")
-        self._reserve_step = Step.new(registry, "reserve", "Before step 6: making room in the arena.")
-        self._commit_step = Step.new(registry, "commit", "Step 7: checks until the entry is visible.")
         self._checks: set[asyncio.Task[None]] = set()
         self.claims = Claims()
         self.uncached = self.refused = 0
@@ -213,11 +210,8 @@ class OwnTower(Collector):
         mark = self._marks.open()
         try:
             if mark is not None:
-                # In a thread: making room may move other entries, which copies megabytes.
-                with self._reserve_step.time():
-                    reservation = await in_thread(
-                        self._reserve(item, prepared.shape.nbytes), undo=Reservation.abandon
-                    )
+                with self._intake.reserve_step.time():
+                    reservation = await self._make_room(item, prepared.shape.nbytes)
                 return Extent(reservation, mark, claim)
         except BaseException as error:
             if mark is not None:
@@ -227,30 +221,12 @@ class OwnTower(Collector):
         claim.leave("alone")
         return None
 
-    async def _receive(self, item: MissingItem, found: StoredEmbedding) -> Lease:
+    async def _receive(self, item: MissingItem, found: Found) -> Lease:
         """Take what a tier has found into the arena. What finds no room there is encoded."""
-        try:
-            dtype = announced_dtype(found)
-            self._generator.check_embedding(item.description, found.shape, dtype, found.metadata)
-            with self._reserve_step.time():
-                reservation = await in_thread(self._reserve(item, found.nbytes), undo=Reservation.abandon)
-        except BaseException:
-            found.release()
-            raise
-        await found.read_into(reservation, finite=True)
-        try:
-            lease = reservation.commit(
-                dtype=dtype, shape=found.shape, metadata=found.metadata, retain=item.retained
-            )
-        except MmCacheError:
-            reservation.abandon()
-            raise
-        if item.retained and self._what_if is not None:
-            self._what_if.loaded(item.key.hex, found.nbytes)
-        return lease
+        return await self._intake.take(item, found, self._make_room)
 
-    def _reserve(self, item: MissingItem, nbytes: int) -> Callable[[], Reservation]:
-        return partial(
+    async def _make_room(self, item: MissingItem, nbytes: int) -> Reservation:
+        reserve = partial(
             self._cache.reserve,
             item.key.hex,
             nbytes,
@@ -258,6 +234,8 @@ class OwnTower(Collector):
             tag=item.scope.tag,
             content=item.content,
         )
+        # In a thread: making room may move other entries, which copies megabytes.
+        return await in_thread(reserve, undo=Reservation.abandon)
 
     def _filling(
         self, item: MissingItem, prepared: PreparedItem, extent: Extent | None, undertaking: ExitStack
@@ -274,7 +252,7 @@ class OwnTower(Collector):
     async def _check(self, filling: Filling) -> None:
         """Make an entry of what the engine has filled, if it is what the engine says."""
         try:
-            with self._commit_step.time():
+            with self._intake.commit_step.time():
                 lease = await self._commit(filling)
         except MmCacheError as error:
             self.refused += 1
@@ -298,13 +276,5 @@ class OwnTower(Collector):
             raise ChecksumMismatchError("its bytes are not those that the engine's tower has made")
         if not finite:
             raise EmbeddingMismatchError("it holds NaN or infinity")
-        # On the event loop, so that no drop comes between this look at the item and the commit.
-        lease = extent.reservation.commit(
-            dtype=shape.dtype,
-            shape=(shape.rows, shape.width),
-            metadata=replace(filling.prepared.metadata, checksum=checksum),
-            retain=item.retained,
-        )
-        if item.retained and self._what_if is not None:
-            self._what_if.loaded(item.key.hex, shape.nbytes)
-        return lease
+        metadata = replace(filling.prepared.metadata, checksum=checksum)
+        return self._intake.commit(item, extent.reservation, shape.dtype, (shape.rows, shape.width), metadata)

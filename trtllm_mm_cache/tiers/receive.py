@@ -1,50 +1,37 @@
-"""Steps 6 and 7 for one missing embedding: what a tier has ready is read and committed.
-
-    6 fill         the tier writes straight into a reserved extent
-    7 commit       only after checksum, size, shape, dtype, rows and values agree
-
-What was found and will not be read is released at once, so that it does not stay leased where it lies.
-"""
+"""Where a disaggregated PD worker puts what its tiers have found: the cache, else the transit arena."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 
-import torch
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager, Reservation
 from trtllm_mm_cache.cache.what_if import WhatIf
-from trtllm_mm_cache.engines.base import ItemDescription
 from trtllm_mm_cache.errors import (
     ArenaFullError,
-    EmbeddingMismatchError,
     EntryTooLargeError,
     InvalidRequestError,
-    MmCacheError,
 )
-from trtllm_mm_cache.observability.metrics import Step, counter
+from trtllm_mm_cache.observability.metrics import counter
 from trtllm_mm_cache.runtime.threads import in_thread
 from trtllm_mm_cache.settings import MB
 from trtllm_mm_cache.tiers.base import Found, MissingItem
+from trtllm_mm_cache.tiers.intake import CheckEmbedding, Intake
 
 _UNCACHED = "resolver (uncached)"
-
-CheckEmbedding = Callable[[ItemDescription, tuple[int, int], torch.dtype, EmbeddingMetadata], None]
-"""`Generator.check_embedding`: raises `EmbeddingMismatchError` for what cannot be the item's embedding."""
 
 
 class Receiver(Collector):
     """Receives embeddings for one PD worker. For use from one event loop.
 
-    `transit` is a manager that retains nothing; it takes what `cache` has no room for, and is the
-    same object as `cache` where the capacity is 0. `what_if` is told what enters the cache.
-    `uncached` counts embeddings that were served without entering the cache.
+    `transit` is a manager that retains nothing; it takes what `cache` has no room for, and is the same
+    object as `cache` where the capacity is 0. `what_if` is told what enters the cache. `uncached` counts
+    embeddings that were served without entering the cache.
     """
 
     def __init__(
@@ -57,46 +44,21 @@ class Receiver(Collector):
     ) -> None:
         self._cache = cache
         self._transit = transit
-        self._what_if = what_if
-        self._check = check
-        self._reserve_step = Step.new(registry, "reserve", "Before step 6: making room in the arena.")
-        self._transfer_step = Step.new(
-            registry, "transfer", "Step 6: NIXL READ, or read from a tier, and checks."
-        )
-        self._commit_step = Step.new(registry, "commit", "Step 7: checks until the entry is visible.")
+        self._intake = Intake(check, what_if, registry)
         self.uncached = 0
         registry.register(self)
 
     async def receive(self, item: MissingItem, found: Found) -> Lease:
         """Return a lease on the embedding of `item` that a tier has `found`; see `tiers.base.Receive`."""
-        try:
-            dtype = announced_dtype(found)
-            item.needs[item.key.hex] = found.nbytes
-            self._check(item.description, found.shape, dtype, found.metadata)
-            with self._reserve_step.time():
-                reservation = self._reserve_at_once(item, found.nbytes)
-                if reservation is None:
-                    # In a thread: making room may move other entries, which copies megabytes.
-                    reservation = await in_thread(
-                        partial(self._reserve, item, found.nbytes), undo=Reservation.abandon
-                    )
-        except BaseException:
-            found.release()
-            raise
+        return await self._intake.take(item, found, self._make_room)
+
+    async def _make_room(self, item: MissingItem, nbytes: int) -> Reservation:
+        reservation = self._reserve_at_once(item, nbytes)
+        if reservation is None:
+            # In a thread: making room may move other entries, which copies megabytes.
+            reservation = await in_thread(partial(self._reserve, item, nbytes), undo=Reservation.abandon)
         self.uncached += reservation.owner == _UNCACHED
-        with self._transfer_step.time():
-            await found.read_into(reservation, finite=True)
-        try:
-            with self._commit_step.time():
-                lease = reservation.commit(
-                    dtype=dtype, shape=found.shape, metadata=found.metadata, retain=not item.dropped
-                )
-        except MmCacheError:
-            reservation.abandon()
-            raise
-        if item.retained and self._what_if is not None:
-            self._what_if.loaded(item.key.hex, found.nbytes)
-        return lease
+        return reservation
 
     def check_can_fit(self, needs: Mapping[str, int], *, retained: bool) -> None:
         """Raise `InvalidRequestError` when embeddings of these sizes cannot lie here together, ever.
@@ -148,20 +110,3 @@ class Receiver(Collector):
             if self._transit is self._cache:
                 raise
         return self._transit.reserve(item.key.hex, nbytes, owner=_UNCACHED)
-
-
-def announced_dtype(found: Found) -> torch.dtype:
-    """Return the dtype that is announced, if the size is what it makes of the shape.
-
-    Looked at again at the commit; here, before room is made for what may be a wrong size. Raises
-    `EmbeddingMismatchError`.
-    """
-    dtype = getattr(torch, found.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise EmbeddingMismatchError("an embedding of an unknown dtype was announced")
-    rows, width = found.shape
-    if rows * width * dtype.itemsize != found.nbytes:
-        raise EmbeddingMismatchError(
-            f"{found.nbytes} bytes were announced for {rows} rows of {width} {found.dtype}"
-        )
-    return dtype

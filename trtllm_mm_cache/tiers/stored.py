@@ -11,71 +11,32 @@ Any failure is a miss here, within the deadline; three in a row, and the tier is
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import hmac
-import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Protocol, TypeVar
 
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from trtllm_mm_cache.cache.key import EmbeddingKey
-from trtllm_mm_cache.cache.manager import Lease, Reservation
-from trtllm_mm_cache.cache.scope import Scope, Selection
+from trtllm_mm_cache.cache.manager import Lease
+from trtllm_mm_cache.cache.scope import Selection
 from trtllm_mm_cache.errors import EmbeddingMismatchError, InvalidEmbeddingError, MmCacheError
 from trtllm_mm_cache.observability.metrics import Step
-from trtllm_mm_cache.tiers.base import TierDropped
+from trtllm_mm_cache.tiers.base import TierDropped, Wanted, WantedItem
 from trtllm_mm_cache.tiers.breaker import CircuitBreakers
-from trtllm_mm_cache.tiers.format import HEADER_BYTES, EntryName, Header, RefusedEntryError, Sealer
+from trtllm_mm_cache.tiers.format import EntryName, RefusedEntryError
 from trtllm_mm_cache.tiers.limits import TierLimits
 from trtllm_mm_cache.tiers.metrics import Lookup, TierCounts, tier_metrics
-from trtllm_mm_cache.tiers.offers import Offer, Offers, Outcome
+from trtllm_mm_cache.tiers.offers import Offer, Offers, Outcome, Sink
+from trtllm_mm_cache.tiers.payload import PayloadReader, StoredEmbedding, memory_at
 from trtllm_mm_cache.tiers.rules import EntryRules
 from trtllm_mm_cache.tiers.slots import NoSlotError, Slots
 from trtllm_mm_cache.tiers.storage import OpenEntry, Storage, StorageError
-from trtllm_mm_cache.transfer.finite import PIECE_BYTES, is_finite
-
-logger = logging.getLogger(__name__)
 
 _ONLY = 0  # the breaker's one instance
-
-
-class Wanted(Protocol):
-    """What a tier needs to know of an item: of a PD worker's and of an encode worker's."""
-
-    @property
-    def key(self) -> EmbeddingKey:
-        """The embedding's key."""
-        ...
-
-    @property
-    def kind(self) -> str:
-        """What the item is."""
-        ...
-
-    @property
-    def content(self) -> bytes | None:
-        """The digest of its media, where it is known."""
-        ...
-
-    @property
-    def scope(self) -> Scope:
-        """Whose it is."""
-        ...
-
-    @property
-    def retained(self) -> bool:
-        """Whether its embedding may be stored, as things are now."""
-        ...
-
-
-Item = TypeVar("Item", bound=Wanted)
 
 
 class StoredTier(Collector):
@@ -107,15 +68,9 @@ class StoredTier(Collector):
             describe=lambda _: f"tier {self.name}",
         )
         self.slots = Slots(self.name, limits.threads, turn_s=limits.turn_s)
-        self.offers = Offers(
-            self.name,
-            self._put,
-            storage.remove,
-            lambda: storage.tidy(rules.judge),
-            at_use=limits.at_use,
-            max_bytes=limits.waiting_bytes,
-            clock=clock,
-        )
+        self._reader = PayloadReader(self.name, self.slots, limits, rules.sealer, self._reading)
+        sink = Sink(self._put, storage.remove, lambda: storage.tidy(rules.judge))
+        self.offers = Offers(self.name, sink, limits, clock)
         self.counts = TierCounts()
 
     @property
@@ -126,7 +81,7 @@ class StoredTier(Collector):
     # -- reading -------------------------------------------------------------------------------------
 
     async def fill(
-        self, item: Item, receive: Callable[[Item, StoredEmbedding], Awaitable[Lease]]
+        self, item: WantedItem, receive: Callable[[WantedItem, StoredEmbedding], Awaitable[Lease]]
     ) -> Lease | None:
         """See `Tier.fill`. A refused entry is removed, so that the next offer stores the key anew."""
         name = EntryName(item.key.hex, item.scope.tag)
@@ -174,45 +129,12 @@ class StoredTier(Collector):
         except BaseException:
             opened.close()
             raise
-        return StoredEmbedding(self, opened, header)
+        return StoredEmbedding(self._reader, opened, header)
 
-    async def read(
-        self, opened: OpenEntry, header: Header, reservation: Reservation, *, finite: bool
-    ) -> None:
-        """Fill `reservation` with the payload of an entry, which is closed then: see `Found.read_into`."""
-        if reservation.nbytes != header.nbytes:
-            opened.close()
-            reservation.abandon()
-            raise EmbeddingMismatchError(
-                f"{reservation.nbytes} bytes were reserved for an entry of {header.nbytes}"
-            )
-        left = False
-
-        def leave() -> None:
-            nonlocal left
-            left = True
-            reservation.quarantine()
-            logger.warning(
-                "tier %s: a read of %d bytes goes on: its extent is in quarantine", self.name, header.nbytes
-            )
-
-        def late(_: Future[None]) -> None:
-            opened.close()
-            reservation.settle()
-
-        try:
-            work = partial(
-                _read_checked, opened, header, reservation.address, self._rules.sealer, finite=finite
-            )
-            seconds = self._limits.fetch_s + header.nbytes / self._limits.bytes_per_s
-            with self.breaker.calling(_ONLY), self._steps["read"].time():
-                await self.slots.run(work, deadline_s=seconds, leave=leave, late=late)
-        except BaseException:
-            if not left:
-                opened.close()
-                reservation.abandon()
-            raise
-        opened.close()
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        with self.breaker.calling(_ONLY), self._steps["read"].time():
+            yield
 
     async def _refuse(self, name: EntryName, error: MmCacheError) -> None:
         self.counts.refused[error.reason if isinstance(error, RefusedEntryError) else error.code] += 1
@@ -237,7 +159,7 @@ class StoredTier(Collector):
             return "present"
         if not self._storage.writes:
             return "elsewhere"
-        payload = _memory(offer.lease.address, offer.lease.nbytes)
+        payload = memory_at(offer.lease.address, offer.lease.nbytes)
         with self._steps["store"].time():
             header = self._rules.sealed(offer.name, offer.kind, offer.content, offer.lease, payload)
             if header is None:
@@ -284,48 +206,6 @@ class StoredTier(Collector):
         yield from tier_metrics(
             self.name, self.counts, self.offers, self._storage.contents(), self.slots.stuck, passed_over
         )
-
-
-class StoredEmbedding:
-    """`Found`: an entry of a tier whose header is authentic."""
-
-    def __init__(self, tier: StoredTier, opened: OpenEntry, header: Header) -> None:
-        self.nbytes = header.nbytes
-        self.dtype = header.dtype
-        self.shape = header.shape
-        self.metadata = header.metadata
-        self.content = header.content
-        self._tier = tier
-        self._opened = opened
-        self._header = header
-
-    async def read_into(self, reservation: Reservation, *, finite: bool) -> None:
-        """See `Found.read_into`."""
-        await self._tier.read(self._opened, self._header, reservation, finite=finite)
-
-    def release(self) -> None:
-        """See `Found.release`."""
-        self._opened.close()
-
-
-def _read_checked(opened: OpenEntry, header: Header, address: int, sealer: Sealer, *, finite: bool) -> None:
-    """Read and check piece by piece: every byte comes from memory once."""
-    memory = _memory(address, header.nbytes)
-    hasher, all_finite = sealer.payload_hasher(), True
-    for start in range(0, header.nbytes, PIECE_BYTES):
-        piece = memory[start : start + PIECE_BYTES]
-        if opened.read(piece, HEADER_BYTES + start) != len(piece):
-            raise RefusedEntryError("an entry ended before its last byte", reason="truncated")
-        hasher.update(piece)
-        all_finite = all_finite and (not finite or is_finite(piece, header.dtype))
-    if not hmac.compare_digest(hasher.digest(), header.payload_seal):
-        raise RefusedEntryError("the bytes of an entry are not those that were sealed", reason="damaged")
-    if not all_finite:
-        raise InvalidEmbeddingError("the embedding holds NaN or infinite values")
-
-
-def _memory(address: int, nbytes: int) -> memoryview:
-    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
 
 
 def _close_late(outcome: Future[OpenEntry | None]) -> None:
