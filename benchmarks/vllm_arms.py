@@ -1,15 +1,21 @@
-"""One arm of `vllm.py`, in a process of its own: an engine, images that are new to it, and the same again."""
+"""One arm of `vllm.py`, in a process of its own: an engine, images that are new to it, and the same again.
+
+Of every answer it is counted how many images were encoded for it: a hit that ran the vision tower, or an
+image that vLLM alone did not encode again, ends the run with an error.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.vllm_model import SIDE
+from benchmarks.vllm_watch import count_images, images_encoded
 from tests.engines.contract import chat_case
 from trtllm_mm_cache.cache.key import content_digest, embedding_key
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
@@ -29,26 +37,33 @@ FOLDER_VARIABLE = "DYNAMO_CONNECTOR_FOLDER"
 """Where the arm `dynamo` finds ai-dynamo."""
 
 CAPACITY = 1 << 30
-CONCURRENT = 8
+IN_FLIGHT = 4
+"""Requests that are under way together where requests a second are measured; four of 35 MB fill the cache."""
+
 QUESTION = ["", "What is it?"]
 ENGINE = {
     "dtype": "bfloat16",
     "enforce_eager": True,
     "max_model_len": 4096,
     "max_num_batched_tokens": 4096,
-    "max_num_seqs": CONCURRENT,
+    "max_num_seqs": IN_FLIGHT,
     "enable_prefix_caching": False,
 }
 """No prefix cache, and vLLM's encoder cache is emptied before each hit: else these would answer hits."""
 
 
 class Arm(Protocol):
-    """Answers one token about an image's file. `llm` is vLLM."""
+    """Answers one token about an image's file. `llm` is vLLM, `caches` whether an image is encoded once."""
 
     llm: Any
+    caches: bool
 
-    async def ask(self, media: bytes) -> None:
-        """Return when the first token is there."""
+    async def ask(self, media: bytes) -> float:
+        """Return when the first token was there, by `time.perf_counter`, once the request has ended."""
+        ...
+
+    async def encoded(self) -> int:
+        """Return how many images were encoded."""
         ...
 
 
@@ -69,6 +84,7 @@ class Theirs:
         from vllm.config import ECTransferConfig
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        self.caches = connector is not None
         chosen = None if connector is None else ECTransferConfig(ec_role="ec_both", **connector)
         self.llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
@@ -77,11 +93,16 @@ class Theirs:
         )
         self._prompt = chat_case(model, [Image.new("RGB", (64, 64))], QUESTION).request.token_ids
 
-    async def ask(self, media: bytes) -> None:
+    async def encoded(self) -> int:
+        """See `Arm.encoded`."""
+        (images,) = await self.llm.collective_rpc(images_encoded)
+        return int(images)
+
+    async def ask(self, media: bytes) -> float:
         """See `Arm.ask`. The image is named by its content, as our key does."""
         image = await asyncio.to_thread(decode_image, media, ImageLimits())
         name = content_digest(media).hex()
-        await self.run(
+        return await self.run(
             {
                 "prompt_token_ids": list(self._prompt),
                 "multi_modal_data": {"image": [image]},
@@ -89,36 +110,39 @@ class Theirs:
             }
         )
 
-    async def text(self, tokens: int) -> None:
-        """Ask with a text of so many tokens."""
-        ids = np.random.default_rng(tokens).integers(10, 200, tokens)
-        await self.run({"prompt_token_ids": [int(each) for each in ids]})
+    async def text(self, rows: int) -> float:
+        """Ask with a text of as many tokens as the question about an image of so many rows has."""
+        ids = np.random.default_rng(rows).integers(10, 200, len(self._prompt) - 1 + rows)
+        return await self.run({"prompt_token_ids": [int(each) for each in ids]})
 
-    async def run(self, prompt: Any) -> None:
-        """Return when the first token is there."""
+    async def run(self, prompt: Any) -> float:
+        """See `Arm.ask`."""
         from vllm import SamplingParams as VllmSamplingParams
 
-        sampling = VllmSamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+        sampling, first = VllmSamplingParams(max_tokens=1, temperature=0, ignore_eos=True), 0.0
         async for _ in self.llm.generate(prompt, sampling, uuid.uuid4().hex):
-            pass
+            first = first or time.perf_counter()
+        return first
 
 
 class Ours:
     """Our generator over vLLM; where a lease comes from, its subclasses say."""
 
+    caches = True
+
     def __init__(self, model: Path, generator: VllmGenerator) -> None:
-        self._model = model
         self.generator = generator
         self.llm = generator._llm
-        self.cache = MultimodalEmbeddingCacheManager(CAPACITY)
         request = chat_case(model, [Image.new("RGB", (64, 64))], QUESTION).request
-
         self.request = replace(request, sampling=SamplingParams(max_tokens=1, ignore_eos=True))
 
-    async def _answer(self, held: Any, first_token: Callable[[], None]) -> None:
+    async def _answer(self, held: Any, first_token: Callable[[], None]) -> float:
+        first = 0.0
         async for _ in self.generator.generate(self.request, [held]):
+            first = first or time.perf_counter()
             first_token()
         held.release()
+        return first
 
 
 class Aggregated(Ours):
@@ -129,19 +153,24 @@ class Aggregated(Ours):
 
         generator = VllmOwnTowerGenerator(model, VllmEngineArgs.model_validate(ENGINE), kept=True)
         super().__init__(model, generator)
-        self.bench = TowerBench(CAPACITY, generator)
+        self._tower = generator
+        self._bench = TowerBench(CAPACITY, generator)  # type: ignore[arg-type]
 
-    async def ask(self, media: bytes) -> None:
+    async def encoded(self) -> int:
+        """See `Arm.encoded`."""
+        return self._tower.encodes
+
+    async def ask(self, media: bytes) -> float:
         """See `Arm.ask`."""
         probe_image(media, ImageLimits())
-        item = self.bench.item(media)
-        held = self.bench.cache.lease(item.key.hex)
+        item = self._bench.item(media)
+        held = self._bench.cache.lease(item.key.hex)
         if held is not None:
-            await self._answer(held, lambda: None)
-            return
-        missing, _ = await self.bench.tower.find(item, self.bench.loading)
-        await self._answer(missing, missing.first_token)  # type: ignore[union-attr]
-        await self.bench.settled()
+            return await self._answer(held, lambda: None)
+        missing, _ = await self._bench.tower.find(item, self._bench.loading)
+        first = await self._answer(missing, missing.first_token)  # type: ignore[union-attr]
+        await self._bench.settled()
+        return first
 
 
 class Disaggregated(Ours):
@@ -152,21 +181,28 @@ class Disaggregated(Ours):
 
         args = VllmEngineArgs.model_validate(ENGINE | {"encoder_dtype": "bfloat16"})
         super().__init__(model, VllmGenerator(model, args))
+        self._cache = MultimodalEmbeddingCacheManager(CAPACITY)
         tower = TransformersEngineArgs(device="cpu", dtype="bfloat16", embedding_dtype="bfloat16")
         self._encoder = TransformersVisionEncoder(model, tower)
+        self._encoded = 0
 
-    async def ask(self, media: bytes) -> None:
+    async def encoded(self) -> int:
+        """See `Arm.encoded`."""
+        return self._encoded
+
+    async def ask(self, media: bytes) -> float:
         """See `Arm.ask`."""
         probe_image(media, ImageLimits())
         key = embedding_key(content_digest(media), fingerprint=self.generator.fingerprint).hex
-        lease = self.cache.lease(key) or await asyncio.to_thread(self._encode, key, media)
-        await self._answer(lease, lambda: None)
+        lease = self._cache.lease(key) or await asyncio.to_thread(self._encode, key, media)
+        return await self._answer(lease, lambda: None)
 
     def _encode(self, key: str, media: bytes) -> Lease:
+        self._encoded += 1
         prepared = self._encoder.preprocess(EncodeItem(decode_image(media, ImageLimits())))
         (made,) = self._encoder.encode([prepared])
         tensor = made.tensor  # type: ignore[union-attr]
-        reservation = self.cache.reserve(key, tensor.nbytes, owner="benchmark")
+        reservation = self._cache.reserve(key, tensor.nbytes, owner="benchmark")
         reservation.write(tensor)
         return reservation.commit(
             dtype=tensor.dtype,
@@ -175,33 +211,79 @@ class Disaggregated(Ours):
         )
 
 
-async def timed(work: Awaitable[None]) -> float:
-    """Return the milliseconds that it took."""
+async def milliseconds(ask: Callable[[], Awaitable[float]]) -> float:
+    """Return how long it took to the first token."""
     began = time.perf_counter()
-    await work
-    return (time.perf_counter() - began) * 1e3
+    return (await ask() - began) * 1e3
 
 
-async def measure(arm: Any, name: str, plan: dict[str, Any], first_seed: int) -> dict[str, Any]:
-    """Return milliseconds to the first token and requests a second, by size."""
-    found: dict[str, Any] = {}
-    await arm.ask(noise(first_seed, 96, 96))
+async def per_second(asks: Sequence[Callable[[], Awaitable[float]]]) -> float:
+    """Return the requests a second of some that are under way together, to the end of the last."""
+    began = time.perf_counter()
+    await asyncio.gather(*(ask() for ask in asks))
+    return len(asks) / (time.perf_counter() - began)
+
+
+class Measurement:
+    """Asks one arm about images, each new to it and then once more, with vLLM's own caches empty."""
+
+    def __init__(self, arm: Any, seed: int) -> None:
+        self._arm = arm
+        self._seed = seed
+
+    async def images(self, width: int, height: int, repeats: int) -> dict[str, list[float]]:
+        """Return milliseconds to the first token and requests a second, of misses and hits."""
+        found: dict[str, list[float]] = {"miss": [], "hit": []}
+        for _ in range(repeats):
+            media = self._new(width, height)
+            for kind in ("miss", "hit"):
+                async with self._checked(kind, 1):
+                    found[kind].append(await milliseconds(partial(self._arm.ask, media)))
+        together = [partial(self._arm.ask, self._new(width, height)) for _ in range(IN_FLIGHT)]
+        for kind, rate in (("miss", "misses_per_s"), ("hit", "hits_per_s")):
+            async with self._checked(kind, IN_FLIGHT):
+                found[rate] = [await per_second(together)]
+        return found
+
+    async def texts(self, rows: int, repeats: int) -> dict[str, list[float]]:
+        """Return the same of a text, which there is no cache for: it is called a hit."""
+        ask = partial(self._arm.text, rows)
+        hits = [await milliseconds(ask) for _ in range(repeats)]
+        return {"hit": hits, "hits_per_s": [await per_second([ask] * IN_FLIGHT)]}
+
+    async def warmed(self) -> None:
+        """Have everything loaded that the first request of an engine loads."""
+        for _ in range(2):
+            await self._arm.ask(self._new(224, 224))
+
+    def _new(self, width: int, height: int) -> bytes:
+        self._seed += 1
+        return noise(self._seed, width, height)
+
+    @contextlib.asynccontextmanager
+    async def _checked(self, kind: str, images: int) -> AsyncIterator[None]:
+        """Look that what is asked inside encodes as many images as it must; empty vLLM's cache afterwards."""
+        before = await self._arm.encoded()
+        yield
+        encoded, due = await self._arm.encoded() - before, images
+        if kind == "hit" and self._arm.caches:
+            due = 0
+        if encoded != due:
+            raise SystemExit(f"{encoded} images were encoded for a {kind} of {images}, not {due}")
+        await self._arm.llm.reset_encoder_cache()
+
+
+async def measure(arm: Any, name: str, plan: dict[str, Any]) -> dict[str, Any]:
+    """Return what was measured, by size."""
+    await arm.llm.collective_rpc(count_images)
+    measurement, found = Measurement(arm, plan["seed"]), {}
+    await measurement.warmed()
+    await arm.llm.reset_encoder_cache()
     for size, (width, height) in plan["sizes"].items():
         if name == "text":
-            tokens = (width // 32) * (height // 32) + 20
-            found[size] = {"hit": [await timed(arm.text(tokens)) for _ in range(plan["repeats"] + 1)][1:]}
-            continue
-        miss, hit = [], []
-        media = [noise(first_seed + 1 + index, width, height) for index in range(plan["repeats"])]
-        for each in media:
-            miss.append(await timed(arm.ask(each)))
-            await arm.llm.reset_encoder_cache()
-            hit.append(await timed(arm.ask(each)))
-            await arm.llm.reset_encoder_cache()
-        seconds = await timed(asyncio.wait([asyncio.create_task(arm.ask(each)) for each in media * 2])) / 1e3  # type: ignore[arg-type]
-        found[size] = {"miss": miss, "hit": hit, "hits_per_s": [2 * len(media) / seconds]}
-        await arm.llm.reset_encoder_cache()
-        first_seed += 1000
+            found[size] = await measurement.texts((width // SIDE) * (height // SIDE), plan["repeats"])
+        else:
+            found[size] = await measurement.images(width, height, plan["repeats"])
     return found
 
 
@@ -235,7 +317,7 @@ def main() -> None:
     plan = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     arm = make(plan["arm"], Path(plan["model"]), plan)
-    found = asyncio.run(measure(arm, plan["arm"], plan, plan["seed"]))
+    found = asyncio.run(measure(arm, plan["arm"], plan))
     arm.llm.shutdown()
     print(json.dumps(found), flush=True)
 

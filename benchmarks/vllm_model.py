@@ -13,6 +13,9 @@ from tools.tiny_models import ARCHITECTURES, write_model
 
 HIDDEN = 2560
 LEVELS = 3
+SIDE = 32
+"""An image has a row for each square of so many pixels."""
+
 MOST_PIXELS = 2048 * 2048
 
 

@@ -159,6 +159,7 @@ def test_processor_kwargs_are_found_where_the_frontend_puts_them(changes: dict[s
         ({"output_options": {"logprobs": 21}}, "logprobs"),
         ({"output_options": {"logprobs": True}}, "logprobs"),
         ({"output_options": {"prompt_logprobs": 1}}, "prompt_logprobs"),
+        ({"routing": {"lora_name": "adapter"}}, "lora_name"),
         ({"stop_conditions": {"max_tokens": 0}}, "max_tokens"),
         ({"stop_conditions": {"max_tokens": "9"}}, "max_tokens"),
         ({"stop_conditions": {"max_tokens": 2**70}}, "max_tokens"),

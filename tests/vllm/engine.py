@@ -106,22 +106,32 @@ class Engine:
         await self.generator._llm.reset_prefix_cache()
 
 
-def start(model_dir: Path, folder: Path, **settings: Any) -> Engine:
-    """Start both halves of a model, the embedding in vLLM's dtype. Blocking."""
+def start_generator(model_dir: Path, folder: Path, *, tower: bool, **settings: Any) -> VllmGenerator:
+    """Start vLLM under watch, as it is served or with a `tower` of its own besides. Blocking."""
     os.environ["WATCHED_FOLDER"] = str(folder)
-    args = VllmEngineArgs.model_validate(SMALL | settings)
     given = support.engine_arguments
 
     def watched(*arguments: Any) -> dict[str, Any]:
         made = given(*arguments)
+        if tower:
+            made.pop("limit_mm_per_prompt", None)
         connector = made["ec_transfer_config"]
         connector.ec_connector, connector.ec_connector_module_path = "WatchedConnector", "tests.vllm.watched"
-        return made
+        return made | {"worker_extension_cls": "tests.vllm.watched.WatchedExtension"}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(support, "engine_arguments", watched)
-        generator = VllmGenerator(model_dir, args)
-    tower = TransformersEngineArgs(device="cpu", embedding_dtype=args.resolved_dtype(model_dir))
+        return VllmGenerator(model_dir, VllmEngineArgs.model_validate(SMALL | settings))
+
+
+def start(model_dir: Path, folder: Path, **settings: Any) -> Engine:
+    """Start both halves of a model, the embedding in vLLM's dtype. Blocking.
+
+    vLLM has its tower, for `from_pixels`; `test_without_tower.py` has it as it is served.
+    """
+    generator = start_generator(model_dir, folder, tower=True, **settings)
+    dtype = VllmEngineArgs.model_validate(SMALL | settings).resolved_dtype(model_dir)
+    tower = TransformersEngineArgs(device="cpu", embedding_dtype=dtype)
     # A half type has steps of 1/64 at the log probabilities of unlikely tokens.
-    rounding = 1e-3 if args.resolved_dtype(model_dir) == "float32" else 0.1
+    rounding = 1e-3 if dtype == "float32" else 0.1
     return Engine(model_dir, generator, TransformersVisionEncoder(model_dir, tower), folder, rounding)

@@ -24,6 +24,8 @@ ENTRY_BYTES = 6 * 128 * 4
 """Of a card, in the demo model: 6 rows of 128 float32."""
 
 HELD_CARDS = 8
+STORED = "trtllm_mm_cache_tier_offers_total"
+FOUND = "trtllm_mm_cache_tier_lookups_total"
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +193,32 @@ def test_nothing_outlives_the_script(tmp_path: Path) -> None:
             each.kill()
         stack.launcher.wait()
         assert not alive
+
+
+def test_after_a_restart_the_disk_answers_and_the_tower_does_not_run(tmp_path: Path) -> None:
+    """Evicted to disk by the real engine, read back by another one: its own tower encodes nothing."""
+    options = (
+        "--multimodal-embedding-cache-capacity-gb",
+        f"{2 * ENTRY_BYTES / 1024**3:.15f}",
+        "--multimodal-embedding-cache-disk-path",
+        str(tmp_path / "disk"),
+        "--multimodal-embedding-cache-store-at-use",
+        "1",
+    )
+    with launched(tmp_path / "first", *options, script="agg_multimodal.sh", ready_timeout_s=READY_S) as stack:
+        deck = known(stack, 6, 10)
+        wait_until(lambda: pd(stack).metric(STORED, outcome="stored") == 6, 60, "not all was stored")
+        assert pd(stack).metric("trtllm_mm_cache_encodes_total") == 6
+        assert pd(stack).metric("dynamo_component_embedding_cache_evictions_total") >= 4
+        before = pd(stack).metric(FOUND, tier="disk", outcome="hit")
+        assert [answer(stack, card) for card in deck] == [card.truth for card in deck]
+        assert pd(stack).metric("trtllm_mm_cache_encodes_total") == 6, "what was evicted lies on disk"
+        assert pd(stack).metric(FOUND, tier="disk", outcome="hit") > before
+    with launched(
+        tmp_path / "second", *options, script="agg_multimodal.sh", ready_timeout_s=READY_S
+    ) as stack:
+        assert [answer(stack, card) for card in deck] == [card.truth for card in deck]
+        assert pd(stack).metric("trtllm_mm_cache_encodes_total") == 0
+        assert pd(stack).metric(FOUND, tier="disk", outcome="hit") == len(deck)
+        known(stack, 1, 11)
+        assert pd(stack).metric("trtllm_mm_cache_encodes_total") == 1, "control: what the disk lacks"

@@ -29,14 +29,17 @@ QUICK = ("qwen3_vl",)
 
 
 def model_params() -> list[object]:
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in TINY]
+    models = ("demo", *TINY)
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in models]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session", params=model_params())
 async def own(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Aggregated]:
-    model_dir = await asyncio.to_thread(make_model, request.param, tmp_path_factory.mktemp(request.param))
+    model_dir = DEMO
+    if request.param != "demo":
+        model_dir = await asyncio.to_thread(make_model, request.param, tmp_path_factory.mktemp(request.param))
     aggregated = await started(model_dir, CAPACITY)
     yield aggregated
     await end(aggregated)
@@ -95,8 +98,10 @@ async def test_an_entry_has_the_towers_bytes_and_every_column(own: Aggregated) -
     with lease:
         assert lease.nbytes == theirs.tensor.nbytes
         assert lease.shape == tuple(theirs.tensor.shape)
-        assert (lease.tensor - theirs.tensor).abs().max() < 0.01, "another image processor, another rounding"
-        assert (lease.tensor - other.tensor).abs().max() > 0.1, "control: another image"
+        rounding = (lease.tensor - theirs.tensor).abs().max()
+        print(f"{own.model_dir.name}: towers differ by {rounding:.2g} of {lease.tensor.abs().max():.2g}")
+        another = (lease.tensor - other.tensor).abs().max()
+        assert rounding < another / 10, "another image processor, another rounding; control: another image"
         assert lease.metadata.placeholder == theirs.metadata.placeholder
         assert lease.metadata.grid_thw == theirs.metadata.grid_thw
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from trtllm_mm_cache.engines.vllm.connector import ArenaConnector
+from trtllm_mm_cache.engines.vllm.connector import ArenaConnector, WorkerExtension
 
 FOLDER = Path(os.environ.get("WATCHED_FOLDER", "."))
 MOST_SECONDS = 60
@@ -43,3 +43,13 @@ class WatchedConnector(ArenaConnector):
         partial = FOLDER / f"{mm_hash}.partial"
         torch.save(encoder_cache[mm_hash].detach().clone(), partial)
         partial.rename(FOLDER / f"{mm_hash}.pt")
+
+
+class WatchedExtension(WorkerExtension):
+    """What tests ask vLLM's workers besides."""
+
+    model_runner: Any
+
+    def weights(self) -> int:
+        """Return the bytes of the model's weights."""
+        return sum(each.nbytes for each in self.model_runner.get_model().parameters())

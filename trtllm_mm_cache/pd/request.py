@@ -67,6 +67,8 @@ def parse_request(payload: Any, request_id: str, *, max_images: int) -> PdReques
         field = ".".join(str(part) for part in problem["loc"])[:80] or "request"
         raise InvalidRequestError(f"{field}: {problem['msg']}") from None
     payload.pop("multi_modal_data", None)
+    if (request.routing or {}).get("lora_name") is not None:
+        raise InvalidRequestError("lora_name: adapters are not served")
     references = _references(request.multi_modal_data or {}, max_images)
     extra = request.extra_args or {}
     prompt_text = extra.get("formatted_prompt")

@@ -31,6 +31,12 @@ LAST_RELEASE = "0.33"
 SERVED: Final = ("idefics3", "internvl", "llava", "llava_next", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 """Architectures (`model_type`) whose answers were compared with vLLM's own, from pixels."""
 
+_WITH_ITS_TOWER: Final = frozenset({"qwen3_vl"})
+"""Architectures whose vision tower vLLM must load though it never runs.
+
+vLLM's `Qwen3VLForConditionalGeneration` takes a tower that is missing for a model without deepstack, and
+would give the language model the first third of each row alone (0.32, read)."""
+
 _REASONS: Final[Mapping[str, str]] = {
     "gemma3": "its answers from embeddings were not compared with vLLM's own",
     "llava_onevision": "vLLM tiles its images otherwise than transformers does",
@@ -47,6 +53,9 @@ _DEFAULTS: Final[Mapping[str, str]] = {
     # A model's code and weights are local: nothing is asked for over the network.
     "HF_HUB_OFFLINE": "1",
 }
+
+
+WITHOUT_TOWER: Final[Mapping[str, Any]] = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
 
 
 def check_architecture(model_type: str) -> None:
@@ -143,6 +152,8 @@ def engine_arguments(model_path: Path, args: VllmEngineArgs, tower: Tower) -> di
     import torch
 
     return args.given() | {
+        # No images but those that the connector brings: vLLM then loads no tower (`_mark_tower_model`).
+        **({} if tower.own or model_type_of(model_path) in _WITH_ITS_TOWER else WITHOUT_TOWER),
         "model": str(model_path),
         "dtype": args.resolved_dtype(model_path),
         "ec_transfer_config": tower.connector(),
