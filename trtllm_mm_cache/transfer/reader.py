@@ -24,7 +24,8 @@ from trtllm_mm_cache.errors import (
 from trtllm_mm_cache.observability.metrics import counter, gauge, samples
 from trtllm_mm_cache.transfer.agent import TransferAgent
 from trtllm_mm_cache.transfer.messages import RELEASE, Export, PeerMetadata
-from trtllm_mm_cache.transfer.reads import Read, ReadTable
+from trtllm_mm_cache.transfer.read import Read
+from trtllm_mm_cache.transfer.reads import ReadTable
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The READs in flight and the peers they read from. Lives on the agent thread.
+"""The READs in flight. Lives on the agent thread.
 
 When memory is free again was measured with NIXL 1.5 and a frozen peer, over TCP: neither
 `release_xfer_handle` nor `remove_remote_agent` stops a READ; after either one the bytes still came when the
@@ -21,18 +21,16 @@ from __future__ import annotations
 import ctypes
 import logging
 import time
-import weakref
-from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future
-from functools import partial
 from typing import Any
 
-from trtllm_mm_cache.errors import MmCacheError, PeerLostError, TransferError, TransferTimeoutError
+from trtllm_mm_cache.errors import PeerLostError, TransferError, TransferTimeoutError
 from trtllm_mm_cache.transfer.environment import NixlLibrary
 from trtllm_mm_cache.transfer.finite import Pass
-from trtllm_mm_cache.transfer.messages import RELEASE, Export, PeerMetadata
+from trtllm_mm_cache.transfer.messages import RELEASE, PeerMetadata
+from trtllm_mm_cache.transfer.peers import Peer, Peers
 from trtllm_mm_cache.transfer.pump import HURRIED_POLL_S, IDLE_POLL_S
+from trtllm_mm_cache.transfer.read import Chunk, Read
 
 logger = logging.getLogger(__name__)
 
@@ -45,96 +43,15 @@ IN_FLIGHT = 2
 _FORGOTTEN = "the connection to the encode worker was lost; ask again, or another one"
 
 
-class _Chunk:
-    """A part of a READ, `nbytes` long, with a NIXL handle of its own."""
-
-    def __init__(self, handle: Any, nbytes: int) -> None:
-        self.handle = handle
-        self.nbytes = nbytes
-
-
-class Read:
-    """One READ of `export` from `peer` to registered memory at `local_address`.
-
-    `outcome` is what to tell the caller: checksum of the bytes that arrived and whether their values, of
-    `finite_dtype`, are finite; or the error. Cancelling it works, and says so by its result, until NIXL has
-    the READ; then the READ never begins, and what to do instead is `leave`. `deadline`, on
-    `time.monotonic()`, is when a READ that is still queued fails, and from when on one in flight is overdue;
-    it never ends one in flight.
-
-    `settled` gets its result, always None, when no byte can arrive at `local_address` any more. After the
-    agent's end, or when NIXL has forgotten the peer, it may never get it.
-    """
-
-    def __init__(
-        self,
-        peer: PeerMetadata,
-        export: Export,
-        local_address: int,
-        *,
-        deadline: float,
-        finite_dtype: str | None = None,
-    ) -> None:
-        self.peer = peer
-        self.export = export
-        self.local_address = local_address
-        self.finite_dtype = finite_dtype
-        self.deadline = deadline
-        self.outcome: Future[tuple[int, bool]] = Future()
-        self.settled: Future[None] = Future()
-        self.waiting: deque[_Chunk] = deque()  # not asked for yet
-        self.in_flight: deque[_Chunk] = deque()
-        self.arrived_bytes = 0
-        self.check: Pass | None = None
-        self.connection: _Peer | None = None
-        self.error: MmCacheError | None = None
-        self.is_left = False
-        # Weak, because a future keeps its callbacks: the two would keep each other, and with them the error
-        # and all that its traceback leads to, until the garbage collector runs.
-        self.outcome.add_done_callback(partial(_settle_unless_posted, weakref.ref(self)))
-
-    @property
-    def posted(self) -> bool:
-        """Whether NIXL has, or had, the READ."""
-        return self.connection is not None
-
-    def leave(self) -> None:
-        """Say that nobody waits for the outcome: what is in flight settles, the rest is not asked for."""
-        self.is_left = True
-
-
-def _settle_unless_posted(reference: weakref.ref[Read], outcome: Future[tuple[int, bool]]) -> None:
-    read = reference()
-    if read is not None and not read.posted:
-        read.settled.set_result(None)
-
-
-class _Peer:
-    """One connection to an exporter.
-
-    `lost`: a READ failed; it is removed as soon as none is in flight. `forgotten`: NIXL has removed it, and
-    will not report the end of its READs.
-    """
-
-    def __init__(self, metadata: PeerMetadata) -> None:
-        self.name = metadata.agent_name
-        self.digest = metadata.digest
-        self.in_flight = 0
-        self.lost = False
-        self.forgotten = False
-
-
 class ReadTable:
-    """READs in flight and connected peers of one NIXL agent.
+    """READs in flight of one NIXL agent, from at most `max_peers` peers.
 
-    All methods belong to the agent thread; the properties are thread-safe. A peer that comes when there are
-    `max_peers` displaces the idle one that was read from longest ago.
+    All methods belong to the agent thread; the properties are thread-safe.
     """
 
     def __init__(self, library: NixlLibrary, max_peers: int) -> None:
         self._library = library
-        self._max_peers = max_peers
-        self._peers: dict[str, _Peer] = {}  # least recently used first
+        self._peers = Peers(library, max_peers)
         self._reads: list[Read] = []
         self.completed = 0
         self.completed_bytes = 0
@@ -163,20 +80,20 @@ class ReadTable:
         try:
             nixl.send_notif(peer.name, message)
         except self._library.errors as error:
-            self._lose(nixl, peer)
-            raise self._failure(error) from error
+            self._peers.lose(nixl, peer)
+            raise self._peers.failure(error) from error
 
     def poll(self, nixl: Any) -> float:
         """Take every READ in flight one chunk further and settle what is done; return as `Side.poll`."""
         pace = IDLE_POLL_S
         for read in tuple(self._reads):
-            if read.connection is not None and read.check is not None and not _is_forgotten(read):
+            if read.connection is not None and read.check is not None and not read.is_forgotten:
                 pace = min(pace, self._advance(nixl, read, read.connection, read.check))
         return pace
 
     def is_busy(self) -> bool:
         """Whether a READ is in flight whose end NIXL can still report."""
-        return any(not _is_forgotten(read) for read in self._reads)
+        return any(not read.is_forgotten for read in self._reads)
 
     def on_closing(self) -> None:
         """Keep the agent from being destroyed while a READ is in flight, also at the interpreter's end.
@@ -192,8 +109,7 @@ class ReadTable:
     def on_closed(self) -> None:
         """Fail the READs in flight: nothing will be known of them."""
         for read in self._reads:
-            _complete(
-                read,
+            read.complete(
                 TransferError("the NIXL agent was closed while this READ was in flight; transfers are over"),
             )
 
@@ -206,23 +122,23 @@ class ReadTable:
     def unsettled(self) -> int:
         """READs in flight that are past their deadline, or of which NIXL will report no end."""
         now = time.monotonic()
-        return sum(read.deadline <= now or _is_forgotten(read) for read in tuple(self._reads))
+        return sum(read.deadline <= now or read.is_forgotten for read in tuple(self._reads))
 
     @property
     def peers(self) -> int:
         """Connected exporters."""
         return len(self._peers)
 
-    def _chunks(self, nixl: Any, read: Read, peer: _Peer) -> list[_Chunk]:
+    def _chunks(self, nixl: Any, read: Read, peer: Peer) -> list[Chunk]:
         """Make the handles of a READ, all before the first is used: NIXL looks at the ranges here."""
-        chunks: list[_Chunk] = []
+        chunks: list[Chunk] = []
         export = read.export
         try:
             for start in range(0, export.nbytes, CHUNK_BYTES):
                 nbytes = min(CHUNK_BYTES, export.nbytes - start)
                 local = nixl.get_xfer_descs([(read.local_address + start, nbytes, 0)], "DRAM")
                 remote = nixl.get_xfer_descs([(export.address + start, nbytes, 0)], "DRAM")
-                chunks.append(_Chunk(nixl.initialize_xfer("READ", local, remote, peer.name), nbytes))
+                chunks.append(Chunk(nixl.initialize_xfer("READ", local, remote, peer.name), nbytes))
         except self._library.errors as error:
             self._release(chunks)
             if not nixl.check_remote_metadata(peer.name):
@@ -236,31 +152,33 @@ class ReadTable:
 
     def _ask(self, nixl: Any, read: Read) -> None:
         """Ask for the chunks that wait; where NIXL copies within the call, for one, to be checked next."""
-        while read.waiting and len(read.in_flight) < IN_FLIGHT and not _is_unwanted(read):
+        while read.waiting and len(read.in_flight) < IN_FLIGHT and not read.is_unwanted:
             chunk = read.waiting.popleft()
             read.in_flight.append(chunk)
             try:
                 state = nixl.transfer(chunk.handle)
             except self._library.errors as error:
                 # Part of it may be under way: only the handle's state tells, which is looked at next.
-                read.error = self._failure(error)
+                read.error = self._peers.failure(error)
                 return
             if state == "DONE":
                 return
 
-    def _advance(self, nixl: Any, read: Read, peer: _Peer, check: Pass) -> float:
+    def _advance(self, nixl: Any, read: Read, peer: Peer, check: Pass) -> float:
         """Take note of what has arrived, check a chunk of it, ask for more; settle where nothing is left."""
         arrived_before = read.arrived_bytes
         self._note_arrived(nixl, read, peer)
-        if _is_forgotten(read):
+        if read.is_forgotten:
             return IDLE_POLL_S
+        if peer.forgotten:
+            read.error = read.error or PeerLostError(_FORGOTTEN)  # nothing of it is in flight
         whole = read.arrived_bytes == read.export.nbytes
         if whole and arrived_before < read.arrived_bytes:
-            self._tell(nixl, peer, read.export.token.encode())
-        if not _is_unwanted(read):
+            self._peers.tell(nixl, peer, read.export.token.encode())
+        if not read.is_unwanted:
             check.advance(min(CHUNK_BYTES, read.arrived_bytes - check.checked))
             self._ask(nixl, read)
-        done = _is_unwanted(read) or check.checked == read.export.nbytes
+        done = read.is_unwanted or check.checked == read.export.nbytes
         if done and not read.in_flight:
             self._settle(nixl, read, peer, check)
             return IDLE_POLL_S
@@ -268,7 +186,7 @@ class ReadTable:
             return 0.0
         return HURRIED_POLL_S if read.deadline > time.monotonic() else IDLE_POLL_S
 
-    def _note_arrived(self, nixl: Any, read: Read, peer: _Peer) -> None:
+    def _note_arrived(self, nixl: Any, read: Read, peer: Peer) -> None:
         """Take the chunks off that have ended, in their order: a later one's end is seen in its turn."""
         while read.in_flight and self._has_ended(nixl, read, read.in_flight[0], peer):
             chunk = read.in_flight.popleft()
@@ -276,7 +194,7 @@ class ReadTable:
             if read.error is None:
                 read.arrived_bytes += chunk.nbytes
 
-    def _has_ended(self, nixl: Any, read: Read, chunk: _Chunk, peer: _Peer) -> bool:
+    def _has_ended(self, nixl: Any, read: Read, chunk: Chunk, peer: Peer) -> bool:
         try:
             state = nixl.check_xfer_state(chunk.handle)
         except self._library.not_found:
@@ -287,7 +205,7 @@ class ReadTable:
             self._note_forgotten(peer)
             return False
         except self._library.errors as error:
-            read.error = read.error or self._failure(error)
+            read.error = read.error or self._peers.failure(error)
             return True
         if state == "PROC":
             return False
@@ -297,7 +215,7 @@ class ReadTable:
             )
         return True
 
-    def _release(self, chunks: Iterable[_Chunk]) -> None:
+    def _release(self, chunks: Iterable[Chunk]) -> None:
         for chunk in chunks:
             try:
                 chunk.handle.release()
@@ -306,15 +224,7 @@ class ReadTable:
                     "NIXL did not release a READ's handle; it is released with the agent", exc_info=True
                 )
 
-    def _tell(self, nixl: Any, peer: _Peer, message: bytes) -> None:
-        """Send what the exporter can do without: its lease times out."""
-        try:
-            nixl.send_notif(peer.name, message)
-        except self._library.errors as error:
-            logger.debug("an exporter could not be told of a READ's end: %s", error)
-            peer.lost = True  # removed with its last READ; the next one starts afresh
-
-    def _settle(self, nixl: Any, read: Read, peer: _Peer, check: Pass) -> None:
+    def _settle(self, nixl: Any, read: Read, peer: Peer, check: Pass) -> None:
         self._reads.remove(read)
         self._release(read.waiting)
         peer.in_flight -= 1
@@ -325,92 +235,25 @@ class ReadTable:
             self.completed += 1
             self.completed_bytes += read.export.nbytes
         else:
-            self._tell(nixl, peer, RELEASE + read.export.token.encode())
+            self._peers.tell(nixl, peer, RELEASE + read.export.token.encode())
             read.error = TransferError("a READ was cut off in the middle: its caller had left")
-        if peer.lost and peer.in_flight == 0:
-            self._remove(nixl, peer)
+        if peer.lost and peer.in_flight == 0 and not peer.forgotten:
+            self._peers.remove(nixl, peer)
         read.settled.set_result(None)  # first, so that the caller finds it so
-        _complete(read, read.error, (check.checksum, check.finite))
+        read.complete(read.error, (check.checksum, check.finite))
 
-    def _note_forgotten(self, peer: _Peer) -> None:
+    def _note_forgotten(self, peer: Peer) -> None:
         """Fail the READs of a peer that NIXL has removed; the next one connects to it anew."""
-        peer.lost = peer.forgotten = True
-        if self._peers.get(peer.name) is peer:
-            del self._peers[peer.name]
+        self._peers.forget(peer)
         for read in self._reads:
             if read.connection is peer and read.in_flight:
                 self.failed += 1
-                _complete(read, PeerLostError(_FORGOTTEN))
+                read.complete(PeerLostError(_FORGOTTEN))
 
-    def _failure(self, error: Exception) -> MmCacheError:
-        if isinstance(error, self._library.disconnected):
-            return PeerLostError("the encode worker that exported the embedding is gone; ask another one")
-        return TransferError(f"the READ of an embedding failed ({error}); ask for it again")
-
-    def _connected(self, nixl: Any, metadata: PeerMetadata) -> _Peer:
-        peer = self._peers.pop(metadata.agent_name, None)
-        if peer is None:
-            self._make_room(nixl)
-            peer = self._connect(nixl, metadata)
-        self._peers[peer.name] = peer  # now the most recently used
-        if peer.digest != metadata.digest:
-            raise TransferError("a peer's NIXL metadata changed under the same agent name; it must not")
-        if peer.lost:
-            raise PeerLostError("the connection to the encode worker was lost; ask another one")
+    def _connected(self, nixl: Any, metadata: PeerMetadata) -> Peer:
+        peer = self._peers.connected(nixl, metadata)
         now = time.monotonic()
         if any(read.connection is peer and read.deadline <= now for read in self._reads):
             # Each further READ would only tie up another extent.
             raise TransferTimeoutError("an earlier READ from this encode worker is overdue; ask another one")
         return peer
-
-    def _connect(self, nixl: Any, metadata: PeerMetadata) -> _Peer:
-        try:
-            added = nixl.add_remote_agent(metadata.metadata)
-        except self._library.errors as error:
-            raise PeerLostError(
-                f"the exporting encode worker cannot be reached ({error}); ask another one"
-            ) from error
-        name = added.decode() if isinstance(added, bytes) else added
-        if name != metadata.agent_name:
-            if name not in self._peers:
-                nixl.remove_remote_agent(name)
-            raise TransferError("the peer's NIXL metadata belongs to another agent than it says")
-        return _Peer(metadata)
-
-    def _make_room(self, nixl: Any) -> None:
-        if len(self._peers) < self._max_peers:
-            return
-        idle = next((peer for peer in self._peers.values() if peer.in_flight == 0), None)
-        if idle is not None:
-            self._remove(nixl, idle)
-
-    def _lose(self, nixl: Any, peer: _Peer) -> None:
-        """Give no more READs to a connection that has failed; remove it with its last one."""
-        peer.lost = True
-        if peer.in_flight == 0:
-            self._remove(nixl, peer)
-
-    def _remove(self, nixl: Any, peer: _Peer) -> None:
-        self._peers.pop(peer.name, None)
-        try:
-            nixl.remove_remote_agent(peer.name)
-        except self._library.errors:
-            logger.warning("NIXL did not remove a peer", exc_info=True)
-
-
-def _is_forgotten(read: Read) -> bool:
-    """Whether a chunk is in flight whose end NIXL will not report."""
-    return read.connection is not None and read.connection.forgotten and bool(read.in_flight)
-
-
-def _is_unwanted(read: Read) -> bool:
-    return read.is_left or read.error is not None
-
-
-def _complete(read: Read, error: MmCacheError | None, found: tuple[int, bool] = (0, False)) -> None:
-    if read.outcome.done():
-        return
-    if error is None:
-        read.outcome.set_result(found)
-    else:
-        read.outcome.set_exception(error)
