@@ -8,7 +8,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: test test-parts lint check docs demo format clean
 .PHONY: bench-cache bench-transfer gpu-check bench-serving bench-burst soak soak-serving fuzz faults chaos redteam
-.PHONY: test-vllm test-vllm-part bench-vllm test-sglang test-sglang-part
+.PHONY: test-vllm test-vllm-part bench-vllm test-sglang test-sglang-part bench-sglang
 
 test: lint check
 
@@ -44,10 +44,12 @@ test-vllm: $(STAMP_VLLM)
 test-vllm-part: $(STAMP_VLLM)
 	PATH="$(abspath $(VENV_VLLM)/bin):$$PATH" pytest $(PYTEST_ARGS) tests/vllm
 
-# The same for SGLang: on the CPU it runs with a stand-in for its GPU kernels.
+# The same for SGLang: on the CPU it runs with a stand-in for its GPU kernels. With SGLANG_TEST_ENCODE_PYTHON, the Python
+# of an environment with the extra transformers, the whole suite runs encode workers there too.
 VENV_SGLANG ?= .venv-sglang
 STAMP_SGLANG := $(VENV_SGLANG)/.installed
-$(STAMP_SGLANG): pyproject.toml constraints/cpu.txt constraints/sglang-cpu.txt launch/setup_venv.sh tools/repair_torchvision.py
+$(STAMP_SGLANG): pyproject.toml constraints/cpu.txt constraints/sglang-cpu.txt launch/setup_venv.sh tools/repair_torchvision.py \
+    $(wildcard tools/sglang_stand_in/*.py)
 	launch/setup_venv.sh $(VENV_SGLANG) sglang --dev
 	touch $@
 test-sglang: $(STAMP_SGLANG)
@@ -93,6 +95,10 @@ bench-burst: $(STAMP)
 # vLLM alone, with its own connector, with Dynamo's, and ours in both modes; text of equal length beside them.
 bench-vllm: $(STAMP_VLLM) .venv-dynamo
 	PATH="$(abspath $(VENV_VLLM)/bin):$$PATH" python -m benchmarks.vllm --peer .venv-dynamo $(BENCH_ARGS)
+
+# SGLang alone and ours over it, and an embedding's way to its scheduler: eight minutes.
+bench-sglang: $(STAMP_SGLANG)
+	PATH="$(abspath $(VENV_SGLANG)/bin):$$PATH" python -m benchmarks.sglang $(BENCH_ARGS)
 
 # Threads that do everything to one cache, SOAK_SECONDS for each eviction policy; reports memory.
 SOAK_SECONDS ?= 600

@@ -112,14 +112,8 @@ def _hash_seconds(lease: Lease) -> float:
     return time.perf_counter() - began
 
 
-def main() -> None:
-    """Parse the command line and print the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--repeats", type=int, default=21, help="hand-overs of each way and size")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+def hand_over_all(repeats: int) -> dict[str, Any]:
+    """Measure every size between this process and one of its own."""
     context = get_context("spawn")
     ours, theirs = context.Pipe()
     other = context.Process(target=take, args=(theirs,), daemon=True)
@@ -129,13 +123,24 @@ def main() -> None:
     sizes = {}
     try:
         for name, nbytes in SIZES.items():
-            sizes[name] = measure(ours, nbytes, arguments.repeats)
+            sizes[name] = measure(ours, nbytes, repeats)
             say(f"{name:>6}: {sizes[name]}")
     finally:
         with contextlib.suppress(OSError):
             ours.send_bytes(b"")
         other.join(10)
-    finish("sglang_handoff", {"repeats": arguments.repeats, "sizes": sizes})
+    return sizes
+
+
+def main() -> None:
+    """Parse the command line and print the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=21, help="hand-overs of each way and size")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    finish("sglang_handoff", {"repeats": arguments.repeats, "sizes": hand_over_all(arguments.repeats)})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${1:?usage: launch/setup_venv.sh FOLDER [EXTRA]... [--dev]}
 shift
-extras=() dev=() constraints=() beside=() sglang=false
+extras=() dev=() constraints=() beside=() quiet=() sglang=false
 for argument in "$@"; do
     if [[ $argument == --dev ]]; then dev=(--group "$root/pyproject.toml:dev"); else extras+=("$argument"); fi
 done
@@ -62,9 +62,10 @@ if $sglang; then
     echo "  SGLang, without what it asks for, which is for CUDA ..."
     "${pip[@]}" install --quiet "${constraints[@]}" torch
     "${pip[@]}" install --quiet --no-deps -r "$root/constraints/sglang-cpu.txt" sglang==0.5.23 torchvision==0.28.0 triton
+    quiet=(--no-warn-conflicts) # pip would list as missing all that was left out
 fi
 # One line for each package as it comes, so that minutes of downloading do not look like a hang.
-if ! "${pip[@]}" install --progress-bar off "${constraints[@]}" --editable "$target" "${beside[@]}" "${dev[@]}" |
+if ! "${pip[@]}" install --progress-bar off "${quiet[@]}" "${constraints[@]}" --editable "$target" "${beside[@]}" "${dev[@]}" |
     awk '/^Collecting /{print "  " $2; fflush()} /^Installing collected/{print "  installing ..."; fflush()}'; then
     if ((${#beside[@]})); then
         echo "error: if it was torch 2.13.0+cpu that pip did not find: it is in PyTorch's index of CPU wheels, not in" \

@@ -144,7 +144,8 @@ def launched(
     finally:
         if launcher.poll() is None:
             launcher.send_signal(signal.SIGTERM)
-            launcher.wait(STOP_TIMEOUT_S)
+            # What takes longer to start takes longer to stop: a worker may be in the middle of an import.
+            launcher.wait(max(STOP_TIMEOUT_S, ready_timeout_s / 4))
 
 
 def arenas_of(pids: Iterable[int]) -> set[str]:

@@ -30,6 +30,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.is_relative_to(os.path.dirname(__file__)):
             item.add_marker(pytest.mark.asyncio(loop_scope="session"), append=False)
             item.add_marker(pytest.mark.filterwarnings("ignore"))
+            # The first test of a module may start an engine: half a minute, on a busy machine ten times that.
+            item.add_marker(pytest.mark.timeout(900))
             callspec = getattr(item, "callspec", None)
             if callspec is not None and callspec.params.get("engine", "demo") != "demo":
                 item.add_marker(pytest.mark.long)

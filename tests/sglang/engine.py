@@ -15,22 +15,25 @@ from PIL import Image
 
 from tests.engines.answers import Answer, collect
 from tests.engines.conftest import stored
-from tests.engines.contract import Case
+from tests.engines.contract import Case, reference_inputs, reference_model
+from tests.sglang.models import LANGUAGE_PART
 from trtllm_mm_cache.cache.key import content_digest, embedding_key
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.engines.base import (
     EncodedItem,
     EncodeItem,
     GenerationRequest,
+    PlaceLogprobs,
     SamplingParams,
+    TokenLogprob,
 )
 from trtllm_mm_cache.engines.sglang import SglangEngineArgs, SglangGenerator
 from trtllm_mm_cache.engines.sglang.outputs import delta_of
 from trtllm_mm_cache.engines.sglang.processes import RunningEngine
 from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, TransformersVisionEncoder
 
-START_DEADLINE_S = 280
-DEADLINE_S = 90
+START_DEADLINE_S = 560
+DEADLINE_S = 180
 GREEDY = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=20)
 SMALL = {
     "dtype": "float32",
@@ -64,9 +67,10 @@ class Engine:
         assert self.generator._engine is not None
         return self.generator._engine
 
-    def encode(self, image: Image.Image) -> EncodedItem:
-        """Encode one image by transformers' tower."""
-        (result,) = self.encoder.encode([self.encoder.preprocess(EncodeItem(image))])
+    def encode(self, image: Image.Image, beside: int = 1) -> EncodedItem:
+        """Encode one image by transformers' tower, for a prompt with `beside` images."""
+        item = EncodeItem(image, variant=self.generator.variant(beside))
+        (result,) = self.encoder.encode([self.encoder.preprocess(item)])
         assert isinstance(result, EncodedItem), result
         return result
 
@@ -91,7 +95,12 @@ class Engine:
         return answer
 
     async def from_pixels(self, case: Case, new_tokens: int = 8) -> Answer:
-        """Return what SGLang answers by itself, from pixels, by its own processor and its own tower."""
+        """Return what SGLang answers by itself, from pixels, by its own processor and its own tower.
+
+        Of a model that it has no tower for, what transformers answers.
+        """
+        if self.model_dir.name in LANGUAGE_PART:
+            return await asyncio.to_thread(reference_answer, case, new_tokens)
         await self.forget()
         sampling = {"max_new_tokens": new_tokens, "temperature": 0.0, "ignore_eos": True}
         arguments = {
@@ -115,8 +124,31 @@ class Engine:
         return answer
 
     async def forget(self) -> None:
-        """Empty SGLang's own prefix cache."""
-        assert (await self.running.manager.flush_cache()).success
+        """Empty SGLang's own prefix cache, once it runs nothing: a request's end is told a little before."""
+        assert (await self.running.manager.flush_cache(timeout_s=DEADLINE_S)).success
+
+
+def reference_answer(case: Case, new_tokens: int) -> Answer:
+    """Return what `generate(pixel_values)` of transformers answers, greedily and past any end."""
+    inputs = reference_inputs(case)
+    output = reference_model(case.model_dir).generate(
+        **inputs,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=-1,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    prompt_tokens = inputs["input_ids"].shape[1]
+    tokens = tuple(output.sequences[0, prompt_tokens:].tolist())
+    places = []
+    for token, logits in zip(tokens, output.logits, strict=True):
+        logprobs = logits[0].log_softmax(-1)
+        values, ids = logprobs.topk(20)
+        likeliest = tuple(map(TokenLogprob, ids.tolist(), values.tolist()))
+        places.append(PlaceLogprobs(TokenLogprob(token, logprobs[token].item()), likeliest))
+    return Answer(tokens, tuple(places), "length", prompt_tokens)
 
 
 def start(model_dir: Path, **settings: Any) -> Engine:

@@ -11,7 +11,10 @@ ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "models" / "shapes-qwen2-vl"
 CARD = ROOT / "models" / "card.png"
 
-TINY = ("qwen2_5_vl", "qwen3_vl")
+LANGUAGE_PART = ("llava", "llava_next", "llava_onevision", "internvl", "idefics3")
+"""Architectures of which SGLang runs the language model alone."""
+
+TINY = ("qwen2_5_vl", "qwen3_vl", *LANGUAGE_PART)
 """The architectures that SGLang serves here, beside the demo model's."""
 
 

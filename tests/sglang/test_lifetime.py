@@ -132,12 +132,19 @@ async def test_a_burst_of_both_images_is_answered_without_a_mistake(engine: Engi
         lease.release()
 
 
+async def test_there_is_no_file_of_loads_that_a_kill_would_leave(engine: Engine) -> None:
+    assert not os.path.exists(engine.running.manager.load_snapshot_reader.path)  # noqa: ASYNC240
+
+
+@pytest.mark.long
 async def test_the_schedulers_death_is_an_error_with_a_name(
     engine: Engine, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """For the worker and for each request under way; nothing hangs and nothing stays leased."""
+    """For the worker and for each request under way; nothing hangs, stays leased, or is left of its files."""
     del engine
     mine = await started("demo", tmp_path_factory)
+    files = mine.running.socket_files
+    assert any(file.is_socket() for file in files)
     try:
         lease = mine.lease(mine.encode(cards()[0]))
         failed = asyncio.create_task(mine.generator.failed())
@@ -160,3 +167,4 @@ async def test_the_schedulers_death_is_an_error_with_a_name(
         mine.encoder.close()
         await mine.generator.close()
         mine.cache.close()
+    assert [file for file in files if file.exists()] == []

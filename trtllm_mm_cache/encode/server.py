@@ -92,9 +92,10 @@ class EncodeServer:
     def _check_fingerprint(self, request: EncodeRequest) -> None:
         if request.fingerprint != self._pipeline.fingerprint:
             raise ProtocolMismatchError(
-                "the PD worker and the encode worker run different models, engines, stored dtypes or "
-                "backgrounds; start both with the same --model-path, --engine, embedding dtype and "
-                "--transparent-background"
+                "the PD worker and the encode worker run different models, engines, releases of "
+                "transformers, stored dtypes or backgrounds; start both with the same --model-path, "
+                "--engine, embedding dtype and --transparent-background; where they have environments of "
+                "their own, encoder_transformers in pd.yaml is the encode worker's release"
             )
 
     async def _export(self, lease: Lease, origin: Origin) -> EncodeReady:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trtllm_mm_cache.engines.engine_args import EngineArgs
 from trtllm_mm_cache.engines.fingerprint import transformers_fingerprint
@@ -19,7 +20,12 @@ TOWER_FIELDS: Final = frozenset({"dtype", "encoder_dtype", "encoder_image_proces
 
 
 class ForeignTowerArgs(EngineArgs):
-    """Whose embeddings an engine takes. All of its keys are part of the fingerprint."""
+    """Whose embeddings an engine takes. All of its keys are part of the fingerprint.
+
+    The engine's own keys are a subclass's. `forced` are those that are not an operator's, with the reason.
+    """
+
+    forced: ClassVar[Mapping[str, str]] = {}
 
     dtype: DtypeName | None = Field(
         None,
@@ -38,6 +44,18 @@ class ForeignTowerArgs(EngineArgs):
         None,
         description="Release of transformers in the encode worker's environment. Default: the one here.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_forced(cls, values: Any) -> Any:
+        for name in values if isinstance(values, dict) else ():
+            if name in cls.forced:
+                raise ValueError(f"'{name}' cannot be set: {cls.forced[name]}")
+        return values
+
+    def given(self) -> dict[str, Any]:
+        """Return the arguments to pass to the engine: those that were given, without those that are ours."""
+        return self.model_dump(exclude_unset=True, exclude_none=True, exclude=set(TOWER_FIELDS))
 
     def resolved_dtype(self, model_path: Path) -> str:
         """Return the name of the dtype to compute in and to store embeddings in.

@@ -42,6 +42,12 @@ class Architecture:
     request_kwargs: tuple[str, ...] = ()
     multi_image_variant: bool = False
 
+    def variant(self, image_count: int) -> str:
+        """Return "single" or "multi" where a lone image is encoded differently, else ""."""
+        if not self.multi_image_variant or image_count == 0:
+            return ""
+        return SINGLE_IMAGE if image_count == 1 else MULTI_IMAGE
+
 
 SINGLE_IMAGE = "single"
 MULTI_IMAGE = "multi"

@@ -18,6 +18,7 @@ from trtllm_mm_cache.engines.huggingface.expanded import PromptPlacer
 from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
 from trtllm_mm_cache.engines.huggingface.model_files import load_processor, read_config
 from trtllm_mm_cache.engines.huggingface.prompt import PromptExpander
+from trtllm_mm_cache.engines.leaving import EndingRequests, prepared_in_thread
 from trtllm_mm_cache.engines.sglang.answers import Answers, Output, engine_lost
 from trtllm_mm_cache.engines.sglang.outputs import delta_of
 from trtllm_mm_cache.engines.sglang.prepare import PreparedRequest, RequestPreparer
@@ -27,8 +28,6 @@ from trtllm_mm_cache.engines.sglang.support import check_architecture
 from trtllm_mm_cache.errors import GenerationError, InvalidRequestError, MmCacheError
 
 logger = logging.getLogger(__name__)
-
-_ABORT_WAIT_S = 10.0
 
 
 class SglangGenerator:
@@ -44,9 +43,10 @@ class SglangGenerator:
         self._fingerprint = args.fingerprint(model_path)
         layout = FeatureLayout.of(config, architecture, getattr(torch, args.resolved_dtype(model_path)))
         expander = PromptExpander(load_processor(model_path, config), config)
+        self._architecture = architecture
         self._check = EmbeddingCheck(architecture, layout, expander)
-        self._ending: set[asyncio.Task[None]] = set()
-        engine = RunningEngine(model_path, args)
+        self._ending = EndingRequests()
+        engine = RunningEngine(model_path, config.model_type, args)
         loaded = engine.manager.model_config
         place = PromptPlacer(architecture, layout, expander, engine.context, loaded.vocab_size)
         self._prepare = RequestPreparer(place, engine.inputs, args.enable_deterministic_inference)
@@ -58,9 +58,8 @@ class SglangGenerator:
         return self._fingerprint
 
     def variant(self, image_count: int) -> str:
-        """Return "": no architecture that is served here encodes an image otherwise beside others."""
-        del image_count
-        return ""
+        """See `Architecture.variant`."""
+        return self._architecture.variant(image_count)
 
     def check_embedding(
         self, item: ItemDescription, shape: tuple[int, int], dtype: torch.dtype, metadata: EmbeddingMetadata
@@ -78,7 +77,7 @@ class SglangGenerator:
         runs keeps its leases in the background. Raises `GenerationError` when the engine fails on the
         request, `EngineLostError` when its processes have ended.
         """
-        prepared = await self._prepared(request, leases)
+        prepared = await prepared_in_thread(lambda: self._prepare(request, leases), PreparedRequest.release)
         if self._engine is None:
             prepared.release()
             raise engine_lost()
@@ -104,24 +103,7 @@ class SglangGenerator:
         if engine is not None:
             await engine.stop()
             await asyncio.to_thread(engine.close)
-        for ending in tuple(self._ending):
-            ending.cancel()
-        await asyncio.gather(*self._ending, return_exceptions=True)
-
-    async def _prepared(
-        self, request: GenerationRequest, leases: Sequence[LeasedEmbedding]
-    ) -> PreparedRequest:
-        preparing = asyncio.get_running_loop().run_in_executor(None, self._prepare, request, leases)
-        try:
-            return await asyncio.shield(preparing)
-        except asyncio.CancelledError:
-            # The thread cannot be stopped; what it makes has no taker any more.
-            preparing.add_done_callback(_release_unused)
-            raise
-        finally:
-            # An error's traceback leads to this frame, and the future to the error: a circle would keep the
-            # views that the frames above hold, and with them the cache's entries.
-            del preparing
+        await self._ending.close()
 
     async def _end(self, answers: Answers, prepared: PreparedRequest) -> None:
         """Release what the handles point into, once no scheduler reads it any more."""
@@ -129,15 +111,7 @@ class SglangGenerator:
             prepared.release()
             return
         answers.abort()
-        ending = asyncio.create_task(_release_at_the_end(answers, prepared), name="aborted request")
-        self._ending.add(ending)
-        ending.add_done_callback(self._ending.discard)
-        _, running = await asyncio.wait({ending}, timeout=_ABORT_WAIT_S)
-        if running:
-            logger.warning(
-                "an aborted request has not ended within %g s; its embeddings stay leased until it does",
-                _ABORT_WAIT_S,
-            )
+        await self._ending.end(_release_at_the_end(answers, prepared))
 
 
 async def _refused_by_name(answers: Answers) -> AsyncGenerator[tuple[int, Output], None]:
@@ -160,8 +134,3 @@ async def _release_at_the_end(answers: Answers, prepared: PreparedRequest) -> No
         await answers.wait()
     finally:
         prepared.release()
-
-
-def _release_unused(preparing: asyncio.Future[PreparedRequest]) -> None:
-    if not preparing.cancelled() and preparing.exception() is None:
-        preparing.result().release()

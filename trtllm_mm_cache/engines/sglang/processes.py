@@ -7,7 +7,10 @@ whole process tree when a scheduler ends, and at its shutdown every child of thi
   the schedulers together with the thread that started them;
 - its watchdog is stopped. `RunningEngine.lost` waits for the processes instead;
 - a scheduler that fails sends this process SIGQUIT, which is ignored: the scheduler's end is seen anyway;
-- at the end the processes that it started are killed, and no others.
+- at the end the processes that it started are killed, and no others;
+- its file of the scheduler's load in /dev/shm, which nobody here reads and SGLang never removes, goes as soon
+  as the scheduler has it open, so a killed worker leaves none. Its sockets' files in the temporary folder go
+  at the end: connections may still be made while it runs.
 """
 
 from __future__ import annotations
@@ -27,7 +30,13 @@ import psutil
 
 from trtllm_mm_cache.engines.sglang.engine_input import EngineInputs
 from trtllm_mm_cache.engines.sglang.settings import SglangEngineArgs
-from trtllm_mm_cache.engines.sglang.support import device_of, engine_arguments, import_sglang
+from trtllm_mm_cache.engines.sglang.support import (
+    LANGUAGE_PART,
+    device_of,
+    engine_arguments,
+    import_sglang,
+    run_language_part_alone,
+)
 from trtllm_mm_cache.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
@@ -39,9 +48,11 @@ _END_S = 10.0
 class RunningEngine:
     """A started engine. `manager` is SGLang's `TokenizerManager`, for use from one event loop."""
 
-    def __init__(self, model_path: Path, args: SglangEngineArgs) -> None:
+    def __init__(self, model_path: Path, model_type: str, args: SglangEngineArgs) -> None:
         """Start it. Blocking: half a minute and more. Raises `ConfigurationError` when SGLang refuses."""
         module = import_sglang(device_of(args))
+        if model_type in LANGUAGE_PART:
+            run_language_part_alone()
         _ignore_sigquit()
         before = set(_children())
         self._starter = ThreadPoolExecutor(1, "sglang-start")
@@ -94,6 +105,12 @@ class RunningEngine:
         for lost in tuple(self.when_lost):
             lost()
 
+    @property
+    def socket_files(self) -> list[Path]:
+        """By which SGLang's processes find each other."""
+        names = [name for name in vars(self._engine.port_args).values() if isinstance(name, str)]
+        return [Path(name.removeprefix("ipc://")) for name in names if name.startswith("ipc://")]
+
     async def stop(self) -> None:
         """Take no more answers. From the event loop; before `close`."""
         if self._watching is not None:
@@ -104,6 +121,8 @@ class RunningEngine:
         """Kill SGLang's processes and free its threads. Blocking, at most ten seconds."""
         _kill(self._processes)
         self._engine.send_to_rpc.context.destroy(linger=0)
+        for file in self.socket_files:
+            file.unlink(missing_ok=True)
         self.inputs.shutdown()
         self._starter.shutdown(wait=False)
 
@@ -122,6 +141,7 @@ def _start(module: Any, arguments: dict[str, Any]) -> Any:
     engine = Engine(**arguments)
     atexit.unregister(engine.shutdown)
     engine.tokenizer_manager._subprocess_watchdog.stop()
+    Path(engine.tokenizer_manager.load_snapshot_reader.path).unlink(missing_ok=True)
     return engine
 
 

@@ -7,11 +7,11 @@ not a key: `FORCED` says why. A key that is not listed is refused before SGLang 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, Literal
+from typing import ClassVar, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from trtllm_mm_cache.engines.foreign_tower import TOWER_FIELDS, ForeignTowerArgs
+from trtllm_mm_cache.engines.foreign_tower import ForeignTowerArgs
 
 FORCED: Final[Mapping[str, str]] = {
     "model_path": "it is --model-path",
@@ -48,6 +48,8 @@ FORCED: Final[Mapping[str, str]] = {
 
 class SglangEngineArgs(ForeignTowerArgs):
     """How SGLang loads and runs the model, and whose embeddings it takes."""
+
+    forced: ClassVar = FORCED
 
     device: Literal["cuda", "cpu"] | None = Field(
         None,
@@ -104,15 +106,3 @@ class SglangEngineArgs(ForeignTowerArgs):
     watchdog_timeout: float | None = Field(
         None, gt=0, description="Seconds after which a step that has not ended ends the engine."
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _nothing_forced(cls, values: Any) -> Any:
-        for name in values if isinstance(values, dict) else ():
-            if name in FORCED:
-                raise ValueError(f"'{name}' cannot be set: {FORCED[name]}")
-        return values
-
-    def given(self) -> dict[str, Any]:
-        """Return the arguments to pass to SGLang: those that were given, without those that are ours."""
-        return self.model_dump(exclude_unset=True, exclude_none=True, exclude=set(TOWER_FIELDS))

@@ -22,19 +22,19 @@ logger = logging.getLogger(__name__)
 RELEASE = "0.5.23"
 """The release that this engine was written against and run on: what it relies on is no public interface."""
 
-SERVED: Final = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
-"""Architectures (`model_type`) whose answers were compared with SGLang's own, from pixels."""
+OWN: Final = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+"""Architectures (`model_type`) of SGLang's own whose answers were compared with its own, from pixels."""
 
-_NOT_ITS_OWN = "SGLang has no such model of its own"
+LANGUAGE_PART: Final = ("idefics3", "internvl", "llava", "llava_next", "llava_onevision")
+"""Architectures that SGLang has no class for, so that it runs their language models alone (`external`)."""
+
+SERVED: Final = tuple(sorted(OWN + LANGUAGE_PART))
+
 _REASONS: Final[Mapping[str, str]] = {
-    "gemma3": "its answers from embeddings were not compared with SGLang's own",
-    "idefics3": _NOT_ITS_OWN,
-    "internvl": "SGLang takes InternVL as its authors store it, not as transformers does",
-    "llava": "SGLang does not load it with a CLIP tower",
-    "llava_next": _NOT_ITS_OWN,
-    "llava_onevision": _NOT_ITS_OWN,
-    "smolvlm": _NOT_ITS_OWN,
+    "gemma3": "the tokens of an image see each other, which SGLang computes with its Triton attention alone",
+    "smolvlm": "its tower does not run in the transformers that SGLang wants, so it was not compared",
 }
+_EXTERNAL = "trtllm_mm_cache.engines.sglang.external"
 
 _ENVIRONMENT: Final[Mapping[str, str]] = {
     # How a request reaches the scheduler: msgpack would know no tensor that is handed over by its place.
@@ -111,6 +111,15 @@ def import_sglang(device: str | None = None) -> Any:
             RELEASE,
         )
     return engine
+
+
+def run_language_part_alone() -> None:
+    """Have SGLang know the models of `external`, in this process and those that it starts."""
+    os.environ["SGLANG_EXTERNAL_MODEL_PACKAGE"] = _EXTERNAL
+    os.environ["SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE"] = _EXTERNAL
+    from sglang.srt.models.registry import ModelRegistry
+
+    ModelRegistry.register(_EXTERNAL, overwrite=True, strict=True)
 
 
 def engine_arguments(model_path: Path, args: SglangEngineArgs) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from trtllm_mm_cache.engines.base import (
     SamplingParams,
     TokenDelta,
 )
-from trtllm_mm_cache.engines.huggingface.architectures import MULTI_IMAGE, SINGLE_IMAGE
 from trtllm_mm_cache.engines.huggingface.embedding_check import EmbeddingCheck
 from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
 from trtllm_mm_cache.engines.huggingface.model_files import load_processor, read_config
@@ -100,10 +99,8 @@ class TransformersGenerator:
         return self._fingerprint
 
     def variant(self, image_count: int) -> str:
-        """Return "single" or "multi" where the architecture tiles a lone image differently, else ""."""
-        if not self._architecture.multi_image_variant or image_count == 0:
-            return ""
-        return SINGLE_IMAGE if image_count == 1 else MULTI_IMAGE
+        """See `Architecture.variant`."""
+        return self._architecture.variant(image_count)
 
     def check_embedding(
         self, item: ItemDescription, shape: tuple[int, int], dtype: torch.dtype, metadata: EmbeddingMetadata

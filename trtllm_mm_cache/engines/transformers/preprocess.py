@@ -15,7 +15,6 @@ from trtllm_mm_cache.engines.base import EmbeddingShape, EncodeItem
 from trtllm_mm_cache.engines.checks import fit_for_client
 from trtllm_mm_cache.engines.huggingface.architectures import (
     MULTI_IMAGE,
-    SINGLE_IMAGE,
     Architecture,
     architecture_of,
 )
@@ -122,9 +121,9 @@ def embedding_shape(
     config = load_config(model_path)
     architecture = architecture_of(_ENCODED_AS.get(config.model_type, config.model_type))
     preprocess = ImagePreprocessor(load_processor(model_path, config), config, architecture)
-    variant = ""
-    if architecture.multi_image_variant:
-        variant = SINGLE_IMAGE if images_in_prompt == 1 else MULTI_IMAGE
-    processed = preprocess(EncodeItem(Image.new("RGB", size, "grey"), processor_kwargs, variant))
+    item = EncodeItem(
+        Image.new("RGB", size, "grey"), processor_kwargs, architecture.variant(images_in_prompt)
+    )
+    processed = preprocess(item)
     layout = FeatureLayout.of(config, architecture, torch_dtype(dtype))
     return EmbeddingShape(processed.rows, layout.hidden * (1 + layout.levels), layout.dtype)

@@ -23,6 +23,7 @@ from trtllm_mm_cache.engines.base import (
 )
 from trtllm_mm_cache.engines.checks import fit_for_client, grid_of
 from trtllm_mm_cache.engines.fingerprint import model_fingerprint
+from trtllm_mm_cache.engines.leaving import EndingRequests, prepared_in_thread
 from trtllm_mm_cache.engines.trtllm.handles import PositionBufferPool
 from trtllm_mm_cache.engines.trtllm.layout import ModelLayout, embedding_dtype_name
 from trtllm_mm_cache.engines.trtllm.logprobs import places_of
@@ -40,7 +41,6 @@ from trtllm_mm_cache.errors import ConfigurationError, GenerationError, InvalidR
 
 logger = logging.getLogger(__name__)
 
-_ABORT_WAIT_S = 10.0
 
 _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "cancelled": "cancelled"}
 
@@ -61,7 +61,7 @@ class TrtllmGenerator:
         self._refusals = (ValueError, NotImplementedError, RequestError)
         self._failures = (RuntimeError, ValueError, AssertionError, RequestError)
         self._buffers = PositionBufferPool()
-        self._ending: set[asyncio.Task[None]] = set()
+        self._ending = EndingRequests()
         self._llm: Any = start_engine(tensorrt_llm.LLM, model_path, args.given())
         with shut_down_on_failure(self._llm):
             config = self._checked_processor().config
@@ -126,7 +126,7 @@ class TrtllmGenerator:
         end, at most 10 seconds; what then still runs keeps its leases in the background.
         Raises `GenerationError` when the engine fails.
         """
-        prepared = await self._prepared(request, leases)
+        prepared = await prepared_in_thread(lambda: self._prepare(request, leases), self._release)
         result: Any = None
         sent, likeliest = 0, request.sampling.logprobs
         try:
@@ -154,29 +154,8 @@ class TrtllmGenerator:
         llm, self._llm = self._llm, None
         if llm is not None:
             await asyncio.to_thread(llm.shutdown)
-        for ending in tuple(self._ending):
-            ending.cancel()
-        await asyncio.gather(*self._ending, return_exceptions=True)
+        await self._ending.close()
         self._buffers.close()
-
-    async def _prepared(
-        self, request: GenerationRequest, leases: Sequence[LeasedEmbedding]
-    ) -> PreparedRequest:
-        preparing = asyncio.get_running_loop().run_in_executor(None, self._prepare, request, leases)
-        try:
-            return await asyncio.shield(preparing)
-        except asyncio.CancelledError:
-            # The thread cannot be stopped; what it makes has no taker any more.
-            preparing.add_done_callback(self._release_unused)
-            raise
-        finally:
-            # An error's traceback leads to this frame, and the future to the error: a circle would keep the
-            # views that the frames above hold, and with them the cache's entries.
-            del preparing
-
-    def _release_unused(self, preparing: asyncio.Future[PreparedRequest]) -> None:
-        if not preparing.cancelled() and preparing.exception() is None:
-            self._release(preparing.result())
 
     def _submit(self, prepared: PreparedRequest) -> Any:
         """Hand the request to the engine; from the event loop, where its result finds the loop it wakes.
@@ -206,15 +185,7 @@ class TrtllmGenerator:
             self._release(prepared)
             return
         result.abort()
-        ending = asyncio.create_task(self._drain(result, prepared), name="aborted request")
-        self._ending.add(ending)
-        ending.add_done_callback(self._ending.discard)
-        _, running = await asyncio.wait({ending}, timeout=_ABORT_WAIT_S)
-        if running:
-            logger.warning(
-                "an aborted request has not ended within %g s; its embeddings stay leased until it does",
-                _ABORT_WAIT_S,
-            )
+        await self._ending.end(self._drain(result, prepared))
 
     async def _drain(self, result: Any, prepared: PreparedRequest) -> None:
         try:

@@ -21,6 +21,7 @@ from trtllm_mm_cache.engines.huggingface.embedding_check import EmbeddingCheck
 from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
 from trtllm_mm_cache.engines.huggingface.model_files import load_processor, read_config
 from trtllm_mm_cache.engines.huggingface.prompt import PromptExpander
+from trtllm_mm_cache.engines.leaving import EndingRequests, prepared_in_thread
 from trtllm_mm_cache.engines.vllm.outputs import deltas_of, ended_by_stop_string
 from trtllm_mm_cache.engines.vllm.prepare import EngineLimits, PreparedRequest, RequestPreparer
 from trtllm_mm_cache.engines.vllm.settings import VllmEngineArgs
@@ -30,7 +31,6 @@ from trtllm_mm_cache.errors import EngineLostError, GenerationError, InvalidRequ
 logger = logging.getLogger(__name__)
 
 ENCODE_WORKERS = Tower()
-_ABORT_WAIT_S = 10.0
 _LOOK_S = 0.25
 
 
@@ -49,7 +49,7 @@ class VllmGenerator:
         layout = FeatureLayout.of(config, architecture, getattr(torch, dtype))
         expander = PromptExpander(load_processor(model_path, config), config)
         self._check = EmbeddingCheck(architecture, layout, expander)
-        self._ending: set[asyncio.Task[None]] = set()
+        self._ending = EndingRequests()
         self._epoch = 0
         self._llm: Any = start_engine(model_path, args, tower)
         loaded = self._llm.vllm_config
@@ -86,7 +86,8 @@ class VllmGenerator:
         runs keeps its leases in the background. Raises `GenerationError` when the engine fails on the
         request, `EngineLostError` when its processes have ended.
         """
-        prepared = await self._prepared(request, leases)
+        epoch = self._epoch
+        prepared = await prepared_in_thread(lambda: self._prepare(request, leases, epoch), _release)
         # vLLM aborts by this name, and a client may send one twice.
         name = f"{request.request_id}-{uuid.uuid4().hex}"
         finished = ended_here = False
@@ -116,26 +117,7 @@ class VllmGenerator:
         llm, self._llm = self._llm, None
         if llm is not None:
             await asyncio.to_thread(llm.shutdown)
-        for ending in tuple(self._ending):
-            ending.cancel()
-        await asyncio.gather(*self._ending, return_exceptions=True)
-
-    async def _prepared(
-        self, request: GenerationRequest, leases: Sequence[LeasedEmbedding]
-    ) -> PreparedRequest:
-        preparing = asyncio.get_running_loop().run_in_executor(
-            None, self._prepare, request, leases, self._epoch
-        )
-        try:
-            return await asyncio.shield(preparing)
-        except asyncio.CancelledError:
-            # The thread cannot be stopped; what it makes has no taker any more.
-            preparing.add_done_callback(_release_unused)
-            raise
-        finally:
-            # An error's traceback leads to this frame, and the future to the error: a circle would keep the
-            # views that the frames above hold, and with them the cache's entries.
-            del preparing
+        await self._ending.close()
 
     async def _outputs(self, name: str, prepared: PreparedRequest) -> AsyncGenerator[Any, None]:
         from vllm.exceptions import VLLMClientError
@@ -162,15 +144,7 @@ class VllmGenerator:
         if (finished and prepared.settled) or self._llm is None:
             _release(prepared)
             return
-        ending = asyncio.create_task(self._abort(name, prepared), name="aborted request")
-        self._ending.add(ending)
-        ending.add_done_callback(self._ending.discard)
-        _, running = await asyncio.wait({ending}, timeout=_ABORT_WAIT_S)
-        if running:
-            logger.warning(
-                "an aborted request has not ended within %g s; its embeddings stay leased until it does",
-                _ABORT_WAIT_S,
-            )
+        await self._ending.end(self._abort(name, prepared))
 
     async def _abort(self, name: str, prepared: PreparedRequest) -> None:
         """Abort a request, and release its leases when the steps that run have ended.
@@ -211,8 +185,3 @@ def _lost() -> EngineLostError:
 def _release(prepared: PreparedRequest) -> None:
     for lease in prepared.leases:
         lease.release()
-
-
-def _release_unused(preparing: asyncio.Future[PreparedRequest]) -> None:
-    if not preparing.cancelled() and preparing.exception() is None:
-        _release(preparing.result())

@@ -7,11 +7,11 @@ not a key: `FORCED` says why. A key that is not listed is refused before vLLM is
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from trtllm_mm_cache.engines.foreign_tower import TOWER_FIELDS, ForeignTowerArgs
+from trtllm_mm_cache.engines.foreign_tower import ForeignTowerArgs
 
 FORCED: Final[Mapping[str, str]] = {
     "model": "it is --model-path",
@@ -37,6 +37,8 @@ FORCED: Final[Mapping[str, str]] = {
 
 class VllmEngineArgs(ForeignTowerArgs):
     """How vLLM loads and runs the model, and whose embeddings it takes."""
+
+    forced: ClassVar = FORCED
 
     tensor_parallel_size: int = Field(1, ge=1, description="Workers that share each layer.")
     pipeline_parallel_size: int = Field(1, ge=1, description="Workers in a pipeline of layers.")
@@ -75,15 +77,3 @@ class VllmEngineArgs(ForeignTowerArgs):
     seed: int = Field(0, description="Seed of what requests without one draw.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
     load_format: str | None = Field(None, description="How the weights are stored.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _nothing_forced(cls, values: Any) -> Any:
-        for name in values if isinstance(values, dict) else ():
-            if name in FORCED:
-                raise ValueError(f"'{name}' cannot be set: {FORCED[name]}")
-        return values
-
-    def given(self) -> dict[str, Any]:
-        """Return the arguments to pass to vLLM: those that were given, without those that are ours."""
-        return self.model_dump(exclude_unset=True, exclude_none=True, exclude=set(TOWER_FIELDS))
