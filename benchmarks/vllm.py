@@ -1,6 +1,6 @@
 """vLLM with and without an embedding cache: time to the first token and throughput, from an image's file on.
 
-    python -m benchmarks.vllm [--peer FOLDER] [--rounds 3] [--repeats 4] [--sizes "1 MB" ...]
+    python -m benchmarks.vllm [--peer FOLDER] [--rounds 3] [--repeats 3] [--sizes "1 MB" ...]
 
 One model (`vllm_model.py`) and the same images for all. Each round starts every arm's engine once, in an
 order drawn anew, one at a time. `vllm`: alone. `example`: its ECExampleConnector, on /dev/shm. `dynamo`:
@@ -122,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--peer", type=Path, help="folder with ai-dynamo 1.6.1; without it no arm `dynamo`")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=4, help="images of each size in a round")
+    parser.add_argument("--repeats", type=int, default=3, help="images of each size in a round")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS])
     parser.add_argument("--hidden", type=int, default=HIDDEN, help="width of the model, for a small run")

@@ -6,8 +6,10 @@ Qwen3-VL keeps it: vLLM takes a model without a tower for one without deepstack.
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import aclosing
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -15,13 +17,24 @@ from tests.engines.answers import Answer, collect
 from tests.engines.contract import chat_case, picture
 from tests.vllm.engine import DEADLINE_S, GREEDY, START_DEADLINE_S, Engine, start_generator
 from trtllm_mm_cache.cache.manager import Lease
-from trtllm_mm_cache.engines.vllm import VllmGenerator
-
-pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+from trtllm_mm_cache.engines.vllm import VllmEngineArgs, VllmGenerator
+from trtllm_mm_cache.engines.vllm.support import Tower, engine_arguments
 
 WITH_TOWER = ("qwen3_vl",)
 
 
+@pytest.mark.parametrize(
+    ("model", "own", "tower"),
+    [("llava", False, False), ("llava", True, True), ("qwen3_vl", False, True), ("qwen3_vl", True, True)],
+)
+async def test_who_loads_a_tower(tmp_path: Path, model: str, own: bool, tower: bool) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model, "dtype": "float32"}))
+    arguments = engine_arguments(tmp_path, VllmEngineArgs(), Tower(own=own))
+    assert ("limit_mm_per_prompt" not in arguments) == tower
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
 async def test_without_a_tower_answers_are_the_same_to_the_bit(engine: Engine) -> None:
     dtype = str(engine.generator._llm.vllm_config.model_config.dtype).removeprefix("torch.")
     case = chat_case(engine.model_dir, [picture(seed, 112, 112) for seed in (1, 2)])

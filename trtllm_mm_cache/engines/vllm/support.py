@@ -34,8 +34,9 @@ SERVED: Final = ("idefics3", "internvl", "llava", "llava_next", "qwen2_5_vl", "q
 _WITH_ITS_TOWER: Final = frozenset({"qwen3_vl"})
 """Architectures whose vision tower vLLM must load though it never runs.
 
-vLLM's `Qwen3VLForConditionalGeneration` takes a tower that is missing for a model without deepstack, and
-would give the language model the first third of each row alone (0.32, read)."""
+vLLM's `Qwen3VLForConditionalGeneration` takes a tower that is missing for a model without deepstack, and an
+embedding with its levels then ends EngineCore: "shape mismatch" (0.32, run).
+"""
 
 _REASONS: Final[Mapping[str, str]] = {
     "gemma3": "its answers from embeddings were not compared with vLLM's own",
