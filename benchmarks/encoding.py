@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
-from collections.abc import Awaitable
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +27,6 @@ def noise(seed: int, width: int, height: int) -> bytes:
     return file.getvalue()
 
 
-async def timed(work: Awaitable[None]) -> float:
-    """Return the milliseconds that it took."""
-    began = time.perf_counter()
-    await work
-    return (time.perf_counter() - began) * 1e3
-
-
 class CachedTower:
     """A cache before transformers' tower, in this process: of NIXL and the hop `transfer.py` tells."""
 
@@ -43,6 +34,7 @@ class CachedTower:
         args = TransformersEngineArgs(device="cpu", dtype="bfloat16", embedding_dtype="bfloat16")
         self.encoder = TransformersVisionEncoder(model, args)
         self.cache = MultimodalEmbeddingCacheManager(CAPACITY)
+        self.encoded = 0
         self._fingerprint = fingerprint
 
     def known(self, media: bytes) -> Lease | None:
@@ -52,6 +44,7 @@ class CachedTower:
 
     def lease(self, media: bytes) -> Lease:
         """Encode an image into the cache and hold it. Blocking."""
+        self.encoded += 1
         prepared = self.encoder.preprocess(EncodeItem(decode_image(media, ImageLimits())))
         (made,) = self.encoder.encode([prepared])
         if not isinstance(made, EncodedItem):

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.encoding import CachedTower, noise, timed
+from benchmarks.encoding import CachedTower, noise
 from benchmarks.measuring import finish, median_ratio, say
 from benchmarks.sglang_handoff import hand_over_all
 from benchmarks.vllm_model import HIDDEN, LEVELS, write_wide_model
@@ -74,24 +74,26 @@ class Bench:
         self._prompt = case.prompt
         self._request = replace(case.request, sampling=FIRST_TOKEN)
 
-    async def ours(self, media: bytes) -> None:
-        """Return when our generator has given the first token about an image's file."""
+    async def ours(self, media: bytes) -> int:
+        """Have our generator give the first token about an image's file; return the prompt's tokens."""
         lease = self.tower.known(media) or await asyncio.to_thread(self.tower.lease, media)
         with lease:
-            await self._generate(self._request, lease)
+            return await self._generate(self._request, lease)
 
-    async def text(self, tokens: int) -> None:
+    async def text(self, tokens: int) -> int:
         """Ask with a text of so many tokens."""
         ids = tuple(int(each) for each in np.random.default_rng(tokens).integers(10, 200, tokens))
-        await self._generate(replace(self._request, token_ids=ids, prompt_text=None))
+        return await self._generate(replace(self._request, token_ids=ids, prompt_text=None))
 
-    async def _generate(self, request: Any, *leases: Any) -> None:
+    async def _generate(self, request: Any, *leases: Any) -> int:
+        tokens = 0
         async with aclosing(self.generator.generate(request, leases)) as deltas:
-            async for _ in deltas:
-                pass
+            async for delta in deltas:
+                tokens = delta.prompt_tokens
+        return tokens
 
-    async def sglangs(self, media: bytes) -> None:
-        """Return when SGLang by itself has given the first token about an image's file."""
+    async def sglangs(self, media: bytes) -> int:
+        """Have SGLang by itself give the first token about an image's file; return the prompt's tokens."""
         engine = self.generator._engine
         if engine is None:
             raise SystemExit("the engine has ended")
@@ -104,30 +106,40 @@ class Bench:
         engine.manager.mm_processor = engine.inputs.processor
         try:
             stream: AsyncIterator[dict[str, Any]] = await engine.generate(uuid.uuid4().hex, arguments)
-            async for _ in stream:
-                pass
+            outputs = [output async for output in stream]
         finally:
             engine.manager.mm_processor = engine.inputs
+        return int(outputs[-1]["meta_info"]["prompt_tokens"])
 
-    async def round(self, order: random.Random, side: int, seed: int) -> Found:
-        """Ask in every way once; return the milliseconds."""
+    async def round(self, order: random.Random, side: int, seed: int, length: int) -> Found:
+        """Ask in every way once, each a prompt of `length` tokens; return the milliseconds."""
         found: Found = {}
 
-        async def twice(ask: Callable[[bytes], Awaitable[None]], whose: str, seed: int) -> None:
+        async def timed(way: str, ask: Awaitable[int]) -> None:
+            began = time.perf_counter()
+            tokens = await ask
+            found[way] = (time.perf_counter() - began) * 1e3
+            if tokens != length:
+                raise SystemExit(f"{way}: {tokens} prompt tokens instead of {length}")
+
+        async def twice(ask: Callable[[bytes], Awaitable[int]], whose: str, seed: int) -> None:
             media = noise(seed, side, side)
-            found[f"{whose}miss"] = await timed(ask(media))
-            found[f"{whose}hit"] = await timed(ask(media))
+            await timed(f"{whose}miss", ask(media))
+            await timed(f"{whose}hit", ask(media))
 
         async def text() -> None:
-            found["text"] = await timed(self.text((side // 32) ** 2 + 20))
+            await timed("text", self.text(length))
 
         ways = [
             lambda: twice(self.ours, "", seed),
             lambda: twice(self.sglangs, "sglang's ", seed + 1),
             text,
         ]
+        encoded = self.tower.encoded
         for way in order.sample(ways, len(ways)):
             await way()
+        if self.tower.encoded != encoded + 1:
+            raise SystemExit("the tower ran for something else than the new image")
         return found
 
     async def close(self) -> None:
@@ -158,11 +170,12 @@ async def first_tokens(hidden: int, sides: dict[str, int], repeats: int, most_s:
         order = random.Random(1)
         try:
             for name, side in sides.items():
-                await bench.round(order, side, side * 1000)
+                length = await bench.ours(noise(side, side, side))
+                await bench.round(order, side, side * 1000, length)
                 rounds: list[Found] = []
                 until = time.monotonic() + most_s / len(sides)
                 while len(rounds) < repeats and (not rounds or time.monotonic() < until):
-                    rounds.append(await bench.round(order, side, side * 1000 + 2 * len(rounds) + 2))
+                    rounds.append(await bench.round(order, side, side * 1000 + 2 * len(rounds) + 2, length))
                 results[name] = summary(rounds)
                 say(f"{name}: {results[name]}")
         finally:

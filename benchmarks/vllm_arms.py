@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import json
 import sys
 import time
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.encoding import noise
 from benchmarks.vllm_model import SIDE
 from benchmarks.vllm_watch import count_images, images_encoded
 from tests.engines.contract import chat_case
@@ -65,15 +65,6 @@ class Arm(Protocol):
     async def encoded(self) -> int:
         """Return how many images were encoded."""
         ...
-
-
-def noise(seed: int, width: int, height: int) -> bytes:
-    """Return the PNG of an image like no other."""
-    rng = np.random.default_rng(seed)
-    small = rng.integers(0, 255, (max(1, height // 16), max(1, width // 16), 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(small).resize((width, height), Image.Resampling.NEAREST).save(file, "PNG")
-    return file.getvalue()
 
 
 class Theirs:
