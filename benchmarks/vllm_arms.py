@@ -22,13 +22,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.encoding import noise
+from benchmarks.encoding import CachedTower, noise
 from benchmarks.vllm_model import SIDE
 from benchmarks.vllm_watch import count_images, images_encoded
 from tests.engines.contract import chat_case
-from trtllm_mm_cache.cache.key import content_digest, embedding_key
-from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
-from trtllm_mm_cache.engines.base import EncodeItem, SamplingParams
+from trtllm_mm_cache.cache.key import content_digest
+from trtllm_mm_cache.engines.base import SamplingParams
 from trtllm_mm_cache.engines.vllm import VllmEngineArgs, VllmGenerator, VllmOwnTowerGenerator
 from trtllm_mm_cache.media import decode_image, probe_image
 from trtllm_mm_cache.settings import ImageLimits
@@ -168,38 +167,18 @@ class Disaggregated(Ours):
     """Transformers' tower encodes, in this process: of what NIXL and the hop cost `transfer.py` tells."""
 
     def __init__(self, model: Path) -> None:
-        from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, TransformersVisionEncoder
-
         args = VllmEngineArgs.model_validate(ENGINE | {"encoder_dtype": "bfloat16"})
         super().__init__(model, VllmGenerator(model, args))
-        self._cache = MultimodalEmbeddingCacheManager(CAPACITY)
-        tower = TransformersEngineArgs(device="cpu", dtype="bfloat16", embedding_dtype="bfloat16")
-        self._encoder = TransformersVisionEncoder(model, tower)
-        self._encoded = 0
+        self._tower = CachedTower(model, self.generator.fingerprint)
 
     async def encoded(self) -> int:
         """See `Arm.encoded`."""
-        return self._encoded
+        return self._tower.encoded
 
     async def ask(self, media: bytes) -> float:
         """See `Arm.ask`."""
-        probe_image(media, ImageLimits())
-        key = embedding_key(content_digest(media), fingerprint=self.generator.fingerprint).hex
-        lease = self._cache.lease(key) or await asyncio.to_thread(self._encode, key, media)
+        lease = self._tower.known(media) or await asyncio.to_thread(self._tower.lease, media)
         return await self._answer(lease, lambda: None)
-
-    def _encode(self, key: str, media: bytes) -> Lease:
-        self._encoded += 1
-        prepared = self._encoder.preprocess(EncodeItem(decode_image(media, ImageLimits())))
-        (made,) = self._encoder.encode([prepared])
-        tensor = made.tensor  # type: ignore[union-attr]
-        reservation = self._cache.reserve(key, tensor.nbytes, owner="benchmark")
-        reservation.write(tensor)
-        return reservation.commit(
-            dtype=tensor.dtype,
-            shape=tuple(tensor.shape),
-            metadata=made.metadata,  # type: ignore[union-attr]
-        )
 
 
 async def milliseconds(ask: Callable[[], Awaitable[float]]) -> float:
