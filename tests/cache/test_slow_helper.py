@@ -81,14 +81,17 @@ def test_an_arena_is_made_although_the_helper_is_late() -> None:
     helper = helper_of(first.storage)[3]
     waking, logger = Waking(helper), logging.getLogger(region.__name__)
     logger.addHandler(waking)
+    arenas = [first]
     stop(helper)
     try:
-        second = Arena(1 << 20)
+        # A request that was given up earlier in this process has left its answer, which the next one takes.
+        while not waking.messages and len(arenas) < 20:
+            arenas.append(Arena(1 << 20))
     finally:
         os.kill(helper, signal.SIGCONT)
         logger.removeHandler(waking)
     assert "did not answer within a second" in waking.messages[0]
-    for arena in (first, second):
+    for arena in arenas:
         arena.check_integrity()
         arena.close()
 
