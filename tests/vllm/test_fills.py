@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import xxhash
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trtllm_mm_cache.cache.arena.handle import Handle
 from trtllm_mm_cache.cache.arena.marks import Mark, MarkBoard
@@ -54,6 +55,35 @@ def encodes() -> torch.Tensor:
 
 def worker_of(encodes: torch.Tensor) -> WorkerSide:
     return WorkerSide(CPU, encodes=Handle.of(encodes))
+
+
+COPIES = ("clone", "copy_", "_to_copy", "cat", "stack", "index_select")
+
+
+class Copied(TorchDispatchMode):
+    """The bytes of each operation that copies a tensor, marks' single numbers aside, while it is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes: list[int] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = operation(*args, **(kwargs or {}))
+        if operation.overloadpacket.__name__ in COPIES and made.numel() > 1:
+            self.nbytes.append(made.nbytes)
+        return made
+
+
+def test_each_way_between_arena_and_vllm_is_one_copy(place: Place, encodes: torch.Tensor) -> None:
+    worker, vllms = worker_of(encodes), dict[str, torch.Tensor]()
+    with Copied() as copied:
+        worker.save(StepCopies(fills={"key": place.fill}), "key", MADE)
+    assert copied.nbytes == [MADE.nbytes]
+    with Copied() as copied:
+        worker.load(StepCopies([("key", place.fill.target)]), vllms)
+    assert copied.nbytes == [MADE.nbytes]
+    place.reservation.view.zero_()
+    assert torch.equal(vllms["key"], MADE), "vLLM's own memory, which nothing in the arena changes"
 
 
 def test_a_fill_survives_its_way(place: Place) -> None:
