@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from trtllm_mm_cache.cache.arena.handle import Handle
-from trtllm_mm_cache.engines.vllm.connector import FailedLoads, SchedulerSide, StepCopies, WorkerSide
 from trtllm_mm_cache.engines.vllm.handles import handle_of, load_entry
+from trtllm_mm_cache.engines.vllm.scheduler_side import SchedulerSide
+from trtllm_mm_cache.engines.vllm.step_copies import FailedLoads, StepCopies
+from trtllm_mm_cache.engines.vllm.worker_side import WorkerSide
 
 
 def handle(offset: int) -> Handle:
@@ -20,8 +22,8 @@ def test_a_handle_survives_its_way() -> None:
 def test_a_load_takes_the_requests_own_handle() -> None:
     """An entry may have been evicted and made anew: each request leases another extent of the same key."""
     side = SchedulerSide()
-    side.note("first", {"key": load_entry(handle(0))})
-    side.note("second", {"key": load_entry(handle(64))})
+    side.note("first", {"key": load_entry(handle(0))}, {})
+    side.note("second", {"key": load_entry(handle(64))}, {})
     side.schedule("second", "key")
     side.schedule("first", "key")
     assert side.take_step().loads == [("key", handle(64)), ("key", handle(0))]
@@ -30,8 +32,8 @@ def test_a_load_takes_the_requests_own_handle() -> None:
 
 def test_handles_go_with_their_requests() -> None:
     side = SchedulerSide()
-    side.note("first", {"key": load_entry(handle(0))})
-    side.note("second", {"key": load_entry(handle(64)), "other": load_entry(handle(128))})
+    side.note("first", {"key": load_entry(handle(0))}, {})
+    side.note("second", {"key": load_entry(handle(64)), "other": load_entry(handle(128))}, {})
     side.end("first")
     assert side.has("key")
     side.end("second")
@@ -44,13 +46,13 @@ def test_handles_go_with_their_requests() -> None:
 
 def test_a_failed_load_fails_all_that_use_it_now_and_later() -> None:
     side = SchedulerSide()
-    side.note("first", {"key": load_entry(handle(0))})
-    side.note("other", {"another": load_entry(handle(64))})
+    side.note("first", {"key": load_entry(handle(0))}, {})
+    side.note("other", {"another": load_entry(handle(64))}, {})
     failed = FailedLoads(frozenset({"key"})).aggregate(FailedLoads(frozenset({"key"})))
     side.fail(failed.identifiers)
     assert side.take_unavailable() == {"first"}
     assert side.take_unavailable() == set()
-    side.note("late", {"key": load_entry(handle(0))})
+    side.note("late", {"key": load_entry(handle(0))}, {})
     assert side.take_unavailable() == {"late"}
 
 

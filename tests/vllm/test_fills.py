@@ -17,8 +17,11 @@ from trtllm_mm_cache.cache.arena.marks import Mark, MarkBoard
 from trtllm_mm_cache.cache.arena.region import create_shared_storage
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager, Reservation
 from trtllm_mm_cache.engines.own_tower import Fill
-from trtllm_mm_cache.engines.vllm.connector import ArenaConnector, SchedulerSide, StepCopies, WorkerSide
+from trtllm_mm_cache.engines.vllm.connector import ArenaConnector
 from trtllm_mm_cache.engines.vllm.handles import fill_entry, fill_of
+from trtllm_mm_cache.engines.vllm.scheduler_side import SchedulerSide
+from trtllm_mm_cache.engines.vllm.step_copies import StepCopies
+from trtllm_mm_cache.engines.vllm.worker_side import WorkerSide
 
 CPU = torch.device("cpu")
 MADE = torch.arange(24, dtype=torch.float32).view(3, 8)
@@ -157,20 +160,65 @@ def test_a_fill_is_used_once(place: Place) -> None:
     """Preempted, a request's image is encoded again: by then the extent may be an entry or reserved anew."""
     side = SchedulerSide()
     params = {"key": fill_entry(place.fill)}
-    side.note("request", params)
+    side.note("request", params, {})
     assert not side.has("key"), "it must be encoded, not loaded"
     side.schedule("request", "key")
     assert side.take_step().fills == {"key": place.fill}
-    side.note("request", params)
+    side.note("request", params, {})
     side.schedule("request", "key")
     assert side.take_step().fills == {}
 
 
 def test_a_fill_ends_with_its_request_and_is_its_own(place: Place) -> None:
     side = SchedulerSide()
-    side.note("gone", {"key": fill_entry(place.fill)})
+    side.note("gone", {"key": fill_entry(place.fill)}, {})
     side.end("gone")
-    side.note("other", {"another": fill_entry(place.fill)})
+    side.note("other", {"another": fill_entry(place.fill)}, {})
     side.schedule("gone", "key")
     side.schedule("stranger", "another")
     assert side.take_step().fills == {}
+
+
+def test_what_the_encoder_cache_has_is_taken_in_the_step_that_reaches_it(place: Place) -> None:
+    side = SchedulerSide()
+    side.note("request", {"key": fill_entry(place.fill)}, {"key": 10})
+    side.compute("request", 10)
+    assert side.take_step() == StepCopies()
+    assert side.filling == ("request",)
+    side.compute("request", 11)
+    assert side.take_step().kept == {"key": place.fill}
+    side.compute("request", 12)
+    assert side.take_step() == StepCopies(), "a fill is used up"
+    assert side.filling == ()
+
+
+def test_what_the_tower_makes_in_a_step_is_not_taken_from_the_cache_too(place: Place) -> None:
+    side = SchedulerSide()
+    side.note("request", {"key": fill_entry(place.fill)}, {"key": 0})
+    side.schedule("request", "key")
+    side.compute("request", 30)
+    assert side.take_step() == StepCopies(fills={"key": place.fill})
+
+
+def test_what_the_encoder_cache_has_lies_in_the_extent_and_is_no_encode(
+    place: Place, encodes: torch.Tensor
+) -> None:
+    worker, step = worker_of(encodes), StepCopies(kept={"key": place.fill})
+    worker.keep(step, {"another": MADE})
+    assert place.mark.checksum() is None, "its tokens were in the prefix cache"
+    WorkerSide(CPU).keep(step, {"key": MADE})
+    assert place.mark.checksum() is None, "another rank does so"
+    worker.keep(step, {"key": MADE})
+    assert torch.equal(place.bytes().view(torch.float32).view(3, 8), MADE)
+    assert place.mark.checksum() == xxhash.xxh3_64_intdigest(MADE.numpy().tobytes())
+    assert encodes.tolist() == [0]
+
+
+def test_zeros_that_stand_for_a_failed_load_are_never_kept(place: Place, encodes: torch.Tensor) -> None:
+    worker, vllms = worker_of(encodes), dict[str, torch.Tensor]()
+    worker.load(
+        StepCopies([("key", Handle(b"manager", b"/torch_1_2_3", 4096, 0, MADE.dtype, (3, 8)))]), vllms
+    )
+    assert torch.equal(vllms["key"], torch.zeros(3, 8))
+    worker.keep(StepCopies(kept={"key": place.fill}), vllms)
+    assert place.mark.checksum() is None

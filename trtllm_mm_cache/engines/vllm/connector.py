@@ -2,11 +2,12 @@
 
 vLLM makes one instance in EngineCore (the scheduler's side, which decides) and one in each worker (which
 copies), and passes what the first decides for a step to the others: `StepCopies`. What a worker could not do
-comes back as `FailedLoads`. Both sides are classes of their own below; `ArenaConnector` only hands calls on.
+comes back as `FailedLoads`. `SchedulerSide` and `WorkerSide` do it; `ArenaConnector` only hands calls on.
 
 An embedding that a request brings is loaded into vLLM's encoder cache. One that the vision tower makes here
-is copied out into the extent that a request reserved for it (a fill), in the step in which it is made and at
-most once: after that, or when the request has ended, nothing here can write to the extent any more.
+is copied out into the extent that a request reserved for it (a fill), in the step in which it is made; one
+that vLLM's encoder cache still has from an earlier request, in the step that reads it. At most once: after
+that, or when the request has ended, nothing here can write to the extent any more.
 
 An exception here ends EngineCore and every request with it, so nothing below may raise for a request's sake:
 what a request names is checked in the PD worker before it is sent (`prepare.py`).
@@ -16,183 +17,21 @@ Interfaces as read and run in vLLM 0.32 (`distributed/ec_transfer/ec_connector/b
 
 from __future__ import annotations
 
-import ctypes
-import logging
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import xxhash
 from vllm.distributed.ec_transfer import get_ec_transfer
-from vllm.distributed.ec_transfer.ec_connector.base import (
-    ECConnectorBase,
-    ECConnectorMetadata,
-    ECConnectorRole,
-    ECConnectorWorkerMetadata,
-)
+from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorBase, ECConnectorRole
 
-from trtllm_mm_cache.cache.arena.handle import Handle, OpenArenas
-from trtllm_mm_cache.cache.arena.marks import write_mark
-from trtllm_mm_cache.engines.own_tower import Fill
-from trtllm_mm_cache.engines.vllm.copies import copies_for
 from trtllm_mm_cache.engines.vllm.cpu_generators import make_generators_rewind
-from trtllm_mm_cache.engines.vllm.handles import LOAD, fill_of, handle_from, handle_of
+from trtllm_mm_cache.engines.vllm.handles import handle_from
 from trtllm_mm_cache.engines.vllm.parent import end_with_parent
-
-logger = logging.getLogger(__name__)
-
+from trtllm_mm_cache.engines.vllm.scheduler_side import SchedulerSide
+from trtllm_mm_cache.engines.vllm.step_copies import FailedLoads, StepCopies
+from trtllm_mm_cache.engines.vllm.worker_side import WorkerSide
 
 ENCODES = "encodes"
 """Key of the connector's configuration: where the workers count what the tower encodes, as a plain handle."""
-
-
-@dataclass
-class StepCopies(ECConnectorMetadata):  # type: ignore[misc]
-    """What the workers load before a step and copy out within it, by identifier."""
-
-    loads: list[tuple[str, Handle]] = field(default_factory=list)
-    fills: dict[str, Fill] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class FailedLoads(ECConnectorWorkerMetadata):  # type: ignore[misc]
-    """Identifiers of embeddings that a worker could not load."""
-
-    identifiers: frozenset[str]
-
-    def aggregate(self, other: FailedLoads) -> FailedLoads:
-        """Return the failures of both: one rank's is everybody's."""
-        return FailedLoads(self.identifiers | other.identifiers)
-
-
-class SchedulerSide:
-    """Decides in EngineCore what is copied. Every handle is one of a request that has not ended."""
-
-    def __init__(self) -> None:
-        self._handles: defaultdict[str, dict[str, Handle]] = defaultdict(dict)
-        self._fills: dict[tuple[str, str], Fill] = {}
-        self._requests: dict[str, tuple[str, ...]] = {}
-        self._step = StepCopies()
-        self._failed: set[str] = set()
-        self._unavailable: set[str] = set()
-
-    def note(self, request_id: str, params: dict[str, Any]) -> None:
-        """Take the handles that came with a request; again for a request that is known costs nothing."""
-        if request_id in self._requests:
-            return
-        self._requests[request_id] = tuple(params)
-        for identifier, entry in params.items():
-            if entry[0] == LOAD:
-                self._handles[identifier][request_id] = handle_of(entry)
-            else:
-                self._fills[request_id, identifier] = fill_of(entry)
-            if identifier in self._failed:
-                self._unavailable.add(request_id)
-
-    def has(self, identifier: str) -> bool:
-        """Whether a live request brought the handle of an embedding."""
-        return identifier in self._handles
-
-    def schedule(self, request_id: str, identifier: str) -> None:
-        """Have the workers load an embedding before the next step, or copy it out once it is made.
-
-        From the request's own handle: its extent is leased until this request has ended, others' need not be.
-        A fill is used up: a request that is preempted has its image encoded again, and the extent may by then
-        be an entry that others read, or be reserved anew.
-        """
-        fill = self._fills.pop((request_id, identifier), None)
-        if fill is not None:
-            self._step.fills[identifier] = fill
-        handles = self._handles.get(identifier)
-        if handles:
-            handle = handles.get(request_id) or next(iter(handles.values()))
-            self._step.loads.append((identifier, handle))
-
-    def take_step(self) -> StepCopies:
-        """Return what is to be copied before and in the next step."""
-        step, self._step = self._step, StepCopies()
-        return step
-
-    def fail(self, identifiers: Iterable[str]) -> None:
-        """Fail the requests that use embeddings which a worker could not load.
-
-        vLLM keeps the zeros that stand for such an embedding under its identifier; the PD worker gives later
-        requests another identifier, and those that are under way with this one fail.
-        """
-        self._failed.update(identifiers)
-        for request_id, wanted in self._requests.items():
-            if not self._failed.isdisjoint(wanted):
-                self._unavailable.add(request_id)
-
-    def take_unavailable(self) -> set[str]:
-        """Return the requests to fail."""
-        unavailable, self._unavailable = self._unavailable, set()
-        return unavailable
-
-    def end(self, request_id: str) -> None:
-        """Forget a request that has ended."""
-        for identifier in self._requests.pop(request_id, ()):
-            self._fills.pop((request_id, identifier), None)
-            handles = self._handles.get(identifier)
-            if handles is not None:
-                handles.pop(request_id, None)
-                if not handles:
-                    del self._handles[identifier]
-
-
-class WorkerSide:
-    """Copies in a worker what the scheduler's side decided. Each arena is mapped once."""
-
-    def __init__(self, device: torch.device, *, encodes: Handle | None = None) -> None:
-        """`encodes` is where this worker counts what is encoded; None where it does not, nor fills."""
-        self._copies = copies_for(device)
-        self._arenas = OpenArenas()
-        self._encodes = None if encodes is None else self._arenas.tensor(encodes)
-        self._failed: set[str] = set()
-
-    def load(self, step: StepCopies, encoder_cache: dict[str, torch.Tensor]) -> None:
-        """Copy embeddings into vLLM's encoder cache. Never raises: zeros stand for what cannot be copied."""
-        for identifier, handle in step.loads:
-            if identifier in encoder_cache:
-                continue
-            try:
-                encoder_cache[identifier] = self._copies.copy(self._arenas.tensor(handle))
-            except Exception:
-                logger.exception("an embedding could not be loaded from the arena; its requests fail")
-                self._failed.add(identifier)
-                encoder_cache[identifier] = self._copies.zeros(handle.shape, handle.dtype)
-
-    def save(self, step: StepCopies, identifier: str, made: torch.Tensor) -> None:
-        """Copy out what the tower has made, if this step has a fill for it. Never raises.
-
-        Of several ranks, which all have the whole of it, one does so.
-        """
-        if self._encodes is None:
-            return
-        self._encodes += 1
-        fill = step.fills.pop(identifier, None)
-        if fill is None:
-            return
-        try:
-            target = self._arenas.tensor(fill.target)
-            if target.shape != made.shape or target.dtype != made.dtype:
-                logger.error("an embedding of another shape was made than its extent was reserved for")
-                return
-            self._copies.store(made, target)
-            write_mark(self._arenas.tensor(fill.mark), fill.nonce, _checksum(target))
-        except Exception:
-            logger.exception("an embedding could not be copied into the arena; it is not kept")
-
-    def wait(self) -> None:
-        """Block until nothing reads the arena any more."""
-        self._copies.wait()
-
-    def take_failed(self) -> FailedLoads | None:
-        """Return what could not be loaded since the last call."""
-        failed, self._failed = self._failed, set()
-        return FailedLoads(frozenset(failed)) if failed else None
 
 
 class ArenaConnector(ECConnectorBase):  # type: ignore[misc]
@@ -220,7 +59,10 @@ class ArenaConnector(ECConnectorBase):  # type: ignore[misc]
         """Note the request's handles: it is asked for each request before `has_cache_item`."""
         del num_computed_tokens
         if self.scheduler is not None and request.ec_transfer_params:
-            self.scheduler.note(request.request_id, request.ec_transfer_params)
+            # Of an image that comes twice the first place counts.
+            items = reversed(request.mm_features)
+            begins = {item.identifier: item.mm_position.offset for item in items}
+            self.scheduler.note(request.request_id, request.ec_transfer_params, begins)
         return True
 
     def has_cache_item(self, identifier: str) -> bool:
@@ -234,8 +76,14 @@ class ArenaConnector(ECConnectorBase):  # type: ignore[misc]
 
     def build_connector_meta(self, scheduler_output: Any) -> StepCopies:
         """Return what the workers are to do before and in this step."""
-        del scheduler_output
-        return self.scheduler.take_step() if self.scheduler is not None else StepCopies()
+        if self.scheduler is None:
+            return StepCopies()
+        tokens = scheduler_output.num_scheduled_tokens
+        for request_id in self.scheduler.filling:
+            if request_id in tokens:
+                until = _computed(scheduler_output, request_id) + tokens[request_id]
+                self.scheduler.compute(request_id, until)
+        return self.scheduler.take_step()
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Take what the workers could not do."""
@@ -256,10 +104,12 @@ class ArenaConnector(ECConnectorBase):  # type: ignore[misc]
     # The worker's side.
 
     def start_load_caches(self, encoder_cache: dict[str, torch.Tensor], **kwargs: Any) -> None:
-        """Load what the scheduler's side decided for this step."""
+        """Load what the scheduler's side decided for this step, and copy out what is there already."""
         del kwargs
         if self.worker is not None:
-            self.worker.load(self._get_connector_metadata(), encoder_cache)
+            step = self._get_connector_metadata()
+            self.worker.load(step, encoder_cache)
+            self.worker.keep(step, encoder_cache)
 
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **kwargs: Any) -> None:
         """Copy out what vLLM's own tower has encoded, where a request asked for it."""
@@ -282,7 +132,10 @@ class WorkerExtension:
             connector.worker.wait()
 
 
-def _checksum(tensor: torch.Tensor) -> int:
-    """Return XXH3-64 over the bytes of a contiguous tensor."""
-    memory = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
-    return xxhash.xxh3_64_intdigest(memory)
+def _computed(scheduler_output: Any, request_id: str) -> int:
+    """Return how many of a scheduled request's tokens were computed before this step."""
+    for new in scheduler_output.scheduled_new_reqs:
+        if new.req_id == request_id:
+            return int(new.num_computed_tokens)
+    running = scheduler_output.scheduled_cached_reqs
+    return int(running.num_computed_tokens[running.req_ids.index(request_id)])
