@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import torch
 from PIL import Image
 
 from tests.engines.contract import Case, chat_case, picture
@@ -106,14 +107,22 @@ async def test_an_entry_has_the_towers_bytes_and_every_column(own: Aggregated) -
         assert lease.metadata.grid_thw == theirs.metadata.grid_thw
 
 
-async def test_what_vllm_had_in_its_own_caches_is_not_kept_and_leaves_nothing(own: Aggregated) -> None:
+async def test_what_vllm_has_in_its_encoder_cache_is_kept_without_an_encode(own: Aggregated) -> None:
     case = case_of(own, 31)
     expected = await own.answer(case)
+    (lease,) = await own.find(case.images)
+    assert isinstance(lease, Lease)
+    with lease:
+        made = lease.tensor.clone()
     assert own.bench.cache.clear()
     before = own.generator.encodes
     assert (await own.answer(case)).differs(expected) < 1e-3
     assert own.generator.encodes == before
-    assert own.bench.cache.statistics().entries == 0
+    (lease,) = await own.find(case.images)
+    assert isinstance(lease, Lease)
+    with lease:
+        assert torch.equal(lease.tensor, made)
+    assert own.bench.cache.clear()
     await own.forget()
     await own.answer(case)
     assert own.generator.encodes == before + 1
