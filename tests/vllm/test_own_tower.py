@@ -158,7 +158,8 @@ async def test_more_rows_than_vllm_holds_are_refused_by_name(own: Aggregated) ->
 @pytest.mark.long
 async def test_a_preempted_request_does_not_write_its_extent_again() -> None:
     """A small KV space: requests are preempted and their images encoded again."""
-    own = await started(DEMO, 8 * 6 * 128 * 4, num_gpu_blocks_override=12, block_size=16, max_num_seqs=8)
+    small = {"num_gpu_blocks_override": 7, "block_size": 32, "max_model_len": 128}
+    own = await started(DEMO, 8 * 6 * 128 * 4, max_num_seqs=8, **small)
     card = Image.open(CARD).convert("RGB")
     views = [card, card.transpose(Image.Transpose.ROTATE_180)]
     cases = [chat_case(own.model_dir, [view], ["", "Where is the yellow cross?"]) for view in views]
