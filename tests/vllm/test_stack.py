@@ -129,6 +129,26 @@ def engine_processes(stack: Stack) -> dict[str, psutil.Process]:
     return found
 
 
+def test_an_encode_worker_that_is_killed_costs_misses_alone_until_it_is_back(stack: Stack) -> None:
+    known, unknown = cards()[0], Image.open(CARD).convert("RGB").transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    assert stack.ask(known, QUESTION) == "top right"
+    (worker,) = stack.workers("encode")
+    os.kill(worker.pid, signal.SIGKILL)
+    for _ in range(5):
+        assert stack.ask(known, QUESTION) == "top right", "a hit needs no encode worker"
+
+    def answer() -> str:
+        try:
+            return stack.ask(unknown, QUESTION)
+        except openai.APIStatusError as error:
+            assert error.status_code == 503
+            return ""
+
+    wait_until(answer, 120, "no encode worker came back")
+    assert answer() == "bottom right"
+    assert any(each.alive() and each.pid != worker.pid for each in stack.workers("encode"))
+
+
 @pytest.mark.parametrize("victim", ["EngineCore", "Worker"])
 def test_a_process_of_vllms_that_dies_ends_the_pd_worker(stack: Stack, victim: str) -> None:
     """With a named error and another status than 0, within 5 s; `serve` starts another one."""
