@@ -116,10 +116,10 @@ def transfer_time_by_size(folder: Path) -> Figure:
     axes.set_yscale("log")
     axes.set_xticks(megabytes, [f"{size:g}" for size in megabytes])
     axes.minorticks_off()
-    axes.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
+    axes.set_yticks([0.1, 1, 10, 100, 1000], ["0.1", "1", "10", "100", ""])  # room for the legend
     axes.set_xlabel("size of the embedding, MB")
     axes.set_ylabel("ms (median)")
-    axes.legend(loc="upper left", frameon=False)
+    axes.legend(loc="upper left", frameon=False, ncols=2)
     return figure
 
 
