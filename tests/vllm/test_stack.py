@@ -141,7 +141,8 @@ def test_an_encode_worker_that_is_killed_costs_misses_alone_until_it_is_back(sta
         try:
             return stack.ask(unknown, QUESTION)
         except openai.APIStatusError as error:
-            assert error.status_code == 503
+            if error.status_code != 503:
+                raise
             return ""
 
     wait_until(answer, 120, "no encode worker came back")
