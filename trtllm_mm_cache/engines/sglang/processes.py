@@ -123,6 +123,7 @@ class RunningEngine:
         self._engine.send_to_rpc.context.destroy(linger=0)
         for file in self.socket_files:
             file.unlink(missing_ok=True)
+        self._engine.loop.close()  # made in the thread that started it, and never run
         self.inputs.shutdown()
         self._starter.shutdown(wait=False)
 
