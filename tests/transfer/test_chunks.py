@@ -32,12 +32,12 @@ async def read(pd_side: PdSide, exporter: RemoteExporter, key: str, export: Expo
 
 
 def act_between_chunks(
-    pd_side: PdSide, reading: Coroutine[Any, Any, None], act: Callable[[], None], *, after: int = 1
+    pd_side: PdSide, reading: Coroutine[Any, Any, None], act: Callable[[], None]
 ) -> Coroutine[Any, Any, None]:
-    """Have the agent run `act` when the READ that `reading` begins has `after` chunks, and await it.
+    """Have the agent run `act` when the READ that `reading` begins has its first chunks, and await it.
 
-    The agent runs its commands in their order and takes each READ one chunk further after each, where NIXL
-    copies at once, which is over shared memory.
+    The agent runs its commands in their order and takes each READ further after each: by a chunk where NIXL
+    copies at once, by as many as are in flight where it does not.
     """
 
     async def run() -> None:
@@ -45,8 +45,6 @@ def act_between_chunks(
         pd_side.agent.call(lambda nixl: gate.wait(10))
         task = asyncio.create_task(reading)
         await asyncio.sleep(0)  # the task's first step has queued the READ
-        for _ in range(after - 1):
-            pd_side.agent.call(lambda nixl: None)
         acted = asyncio.wrap_future(pd_side.agent.call(lambda nixl: act()))
         gate.set()
         try:
@@ -80,7 +78,7 @@ async def test_between_two_chunks_the_agent_serves_others_and_the_exporter_holds
         held = (await exporter.do("statistics"))["held"]
         seen.append((pd_side.reader.in_flight, pd_side.reader.completed, held))
 
-    await act_between_chunks(pd_side, read(pd_side, exporter, "a", export), on_loop(look), after=3)
+    await act_between_chunks(pd_side, read(pd_side, exporter, "a", export), on_loop(look))
     assert seen == [(1, 1, 1)]
     assert pd_side.reader.completed_bytes == 1000 + NBYTES
     await until_statistic(exporter, "acked", 2)
