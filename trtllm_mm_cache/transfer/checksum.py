@@ -19,8 +19,8 @@ from trtllm_mm_cache.errors import TransferError
 
 T = TypeVar("T")
 
-# Up to this size the work is done on the event loop: copying, hashing and judging 1 MiB takes 0.07 to 0.2 ms, and
-# handing it to a thread and back as much of the loop's own time, and 0.3 ms until the result is there.
+# Up to this size the work is done on the event loop: copying, hashing and judging 1 MiB takes 0.07 to 0.2 ms.
+# To hand it to a thread and back takes as much of the loop's own time, and 0.3 ms until the result is there.
 _INLINE_BYTES = 1024 * 1024
 
 
