@@ -104,6 +104,10 @@ def ratios(rounds: Sequence[dict[str, Found]]) -> dict[str, dict[str, float]]:
             ("aggregated", "ours_beside_plain"),
             ("aggregated", "plain"),
         ),
+        "aggregated misses_per_s / the same engine past us": (
+            ("aggregated", "ours_beside_plain_per_s"),
+            ("aggregated", "plain_per_s"),
+        ),
         "aggregated misses_per_s / vllm misses_per_s": (
             ("aggregated", "misses_per_s"),
             ("vllm", "misses_per_s"),

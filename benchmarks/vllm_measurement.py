@@ -70,16 +70,17 @@ class Measurement:
         return found
 
     async def _beside(self, found: dict[str, list[float]], width: int, height: int, repeat: int) -> None:
-        """In one engine and in turns, a new image by our way and one past us: what we add to a miss."""
+        """In one engine and in turns, new images by our way and past us: what we add to a miss."""
         plain = getattr(self._arm, "plain", None)
         if plain is None:
             return
         ways = [("ours_beside_plain", self._arm), ("plain", plain)]
         for kind, way in ways[:: 1 if repeat % 2 else -1]:
+            one, *together = (partial(way.ask, self._new(width, height)) for _ in range(1 + IN_FLIGHT))
             async with self._checked(kind, 1):
-                found.setdefault(kind, []).append(
-                    await milliseconds(partial(way.ask, self._new(width, height)))
-                )
+                found.setdefault(kind, []).append(await milliseconds(one))
+            async with self._checked(kind, IN_FLIGHT):
+                found.setdefault(f"{kind}_per_s", []).append(await per_second(together))
 
     async def texts(self, rows: int, repeats: int) -> dict[str, list[float]]:
         """Return the same of a text, which there is no cache for: it is called a hit."""
