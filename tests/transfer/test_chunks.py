@@ -84,6 +84,20 @@ async def test_between_two_chunks_the_agent_serves_others_and_the_exporter_holds
     await until_statistic(exporter, "acked", 2)
 
 
+async def test_the_last_chunk_ends_where_the_embedding_ends(
+    pd_side: PdSide, exporter: RemoteExporter
+) -> None:
+    export = await connected(pd_side, exporter)
+    reservation = pd_side.reserve("a", NBYTES)
+    neighbour = pd_side.reserve("b", CHUNK_BYTES)
+    assert 0 <= neighbour.address - (reservation.address + NBYTES) < CHUNK_BYTES
+    ctypes.memset(neighbour.address, 7, CHUNK_BYTES)
+    await pd_side.reader.read_into(reservation, exporter.peer, export, deadline_s=20)
+    assert ctypes.string_at(neighbour.address, CHUNK_BYTES) == bytes([7]) * CHUNK_BYTES
+    reservation.abandon()
+    neighbour.abandon()
+
+
 async def test_an_extent_that_is_rewritten_between_two_chunks_is_no_embedding(
     pd_side: PdSide, exporter: RemoteExporter
 ) -> None:
