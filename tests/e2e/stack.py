@@ -97,6 +97,22 @@ class Stack:
         )
         return answer.choices[0].message.content or ""
 
+    def leave_an_answer(self) -> None:
+        """Ask about a new image, leave in the middle of the answer, and wait until no lease is held."""
+        (pd,) = self.workers("PD")
+        stream = self.client.chat.completions.create(
+            model=self.model,
+            messages=[message(new_image(), "What is this?")],
+            max_tokens=2000,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        next(iter(stream))
+        leased = "trtllm_mm_cache_leased_bytes"
+        assert pd.metric(leased, arena="cache") > 0
+        stream.close()
+        wait_until(lambda: pd.metric(leased, arena="cache") == 0, 10, "the lease was kept")
+
     def stop(self) -> int:
         """Stop as Ctrl-C does; return the launch script's exit status."""
         if self.launcher.poll() is None:

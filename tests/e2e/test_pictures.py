@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.e2e.cards import MAX_TOKENS, Deal, Oracle
 from tests.e2e.image_server import ImageServer
-from tests.e2e.stack import Stack, data_url, message, new_image, png, wait_until
+from tests.e2e.stack import Stack, data_url, message, new_image, png
 
 QUESTION = "What is this?"
 
@@ -149,21 +149,7 @@ def test_streaming_gives_the_same_text_in_pieces_and_the_expanded_prompt_in_usag
 
 def test_a_client_that_leaves_stops_the_computation_and_leaves_nothing(stack: Stack) -> None:
     (pd,) = stack.workers("PD")
-    stream = stack.client.chat.completions.create(
-        model=stack.model,
-        messages=[message(new_image(), QUESTION)],
-        max_tokens=2000,
-        stream=True,
-        extra_body={"ignore_eos": True},
-    )
-    next(iter(stream))
-    assert pd.metric("trtllm_mm_cache_leased_bytes", arena="cache") > 0
-    stream.close()
-    wait_until(
-        lambda: pd.metric("trtllm_mm_cache_leased_bytes", arena="cache") == 0,
-        10,
-        "the lease was not returned",
-    )
+    stack.leave_an_answer()
     assert "outcome=stopped" in pd.log.read_text()
     assert stack.ask("Still there?")
 
