@@ -10,7 +10,7 @@ whole process tree when a scheduler ends, and at its shutdown every child of thi
 - at the end the processes that it started are killed, and no others;
 - its file of the scheduler's load in /dev/shm, which nobody here reads and SGLang never removes, goes as soon
   as the scheduler has it open, so a killed worker leaves none. Its sockets' files in the temporary folder go
-  at the end: connections may still be made while it runs.
+  at the end: connections may still be made while it runs. Those of a killed worker the next one removes.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 
 import psutil
 
+from trtllm_mm_cache.engines.left_files import write_down_files
 from trtllm_mm_cache.engines.sglang.engine_input import EngineInputs
 from trtllm_mm_cache.engines.sglang.settings import SglangEngineArgs
 from trtllm_mm_cache.engines.sglang.support import (
@@ -63,6 +64,7 @@ class RunningEngine:
             _kill([process for process in _children() if process not in before])
             self._starter.shutdown(wait=False)
             raise ConfigurationError(f"SGLang could not load the model: {error}") from error
+        write_down_files()
         self.manager: Any = engine.tokenizer_manager
         self.inputs = EngineInputs(self.manager.mm_processor)
         self.manager.mm_processor = self.inputs

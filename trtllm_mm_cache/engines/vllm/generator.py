@@ -22,6 +22,7 @@ from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
 from trtllm_mm_cache.engines.huggingface.model_files import load_processor, read_config
 from trtllm_mm_cache.engines.huggingface.prompt import PromptExpander
 from trtllm_mm_cache.engines.leaving import EndingRequests, prepared_in_thread
+from trtllm_mm_cache.engines.left_files import write_down_files
 from trtllm_mm_cache.engines.vllm.outputs import deltas_of, ended_by_stop_string
 from trtllm_mm_cache.engines.vllm.prepare import EngineLimits, PreparedRequest, RequestPreparer
 from trtllm_mm_cache.engines.vllm.settings import VllmEngineArgs
@@ -52,6 +53,7 @@ class VllmGenerator:
         self._ending = EndingRequests()
         self._epoch = 0
         self._llm: Any = start_engine(model_path, args, tower)
+        write_down_files()
         loaded = self._llm.vllm_config
         limits = EngineLimits(
             context=min(loaded.model_config.max_model_len, args.max_model_len or sys.maxsize),
