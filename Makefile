@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: test test-parts lint check docs demo format clean
+.PHONY: test test-parts lint check docs demo format clean environment environment-vllm environment-sglang
 .PHONY: bench-cache bench-transfer gpu-check bench-serving bench-burst soak soak-serving fuzz faults chaos redteam
 .PHONY: test-vllm test-vllm-part bench-vllm test-sglang test-sglang-part bench-sglang
 
@@ -15,6 +15,7 @@ test: lint check
 $(STAMP): pyproject.toml constraints/cpu.txt launch/setup_venv.sh
 	launch/setup_venv.sh $(VENV) transformers mpi store --dev
 	touch $@
+environment: $(STAMP)
 
 lint: $(STAMP)
 	ruff check .
@@ -39,6 +40,7 @@ STAMP_VLLM := $(VENV_VLLM)/.installed
 $(STAMP_VLLM): pyproject.toml constraints/cpu.txt launch/setup_venv.sh tools/repair_torchvision.py
 	launch/setup_venv.sh $(VENV_VLLM) vllm --dev
 	touch $@
+environment-vllm: $(STAMP_VLLM)
 test-vllm: $(STAMP_VLLM)
 	PATH="$(abspath $(VENV_VLLM)/bin):$$PATH" pytest -m "long or not long" $(PYTEST_ARGS) tests/vllm
 test-vllm-part: $(STAMP_VLLM)
@@ -52,6 +54,7 @@ $(STAMP_SGLANG): pyproject.toml constraints/cpu.txt constraints/sglang-cpu.txt l
     $(wildcard tools/sglang_stand_in/*.py)
 	launch/setup_venv.sh $(VENV_SGLANG) sglang --dev
 	touch $@
+environment-sglang: $(STAMP_SGLANG)
 test-sglang: $(STAMP_SGLANG)
 	PATH="$(abspath $(VENV_SGLANG)/bin):$$PATH" pytest -m "long or not long" $(PYTEST_ARGS) tests/sglang
 test-sglang-part: $(STAMP_SGLANG)

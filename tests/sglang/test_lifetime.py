@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from tests.engines.contract import Case, chat_case
+from tests.engines.with_tower import GREEDY
 from tests.sglang.conftest import started
-from tests.sglang.engine import DEADLINE_S, GREEDY, Engine
+from tests.sglang.engine import DEADLINE_S, Engine
 from tests.sglang.models import CARD
 from trtllm_mm_cache.engines.base import SamplingParams
 from trtllm_mm_cache.errors import EngineLostError

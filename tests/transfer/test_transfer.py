@@ -213,8 +213,8 @@ async def test_many_reads_at_once_from_several_tasks(pd_side: PdSide, exporter: 
         for index in range(8):
             group.create_task(worker(exports[index::8]))
     assert pd_side.reader.completed == 200
-    assert pd_side.reader.peers == 1
     await until_acked(exporter, 200)
+    assert pd_side.reader.peers == 1
     pd_side.assert_nothing_leaked()
 
 

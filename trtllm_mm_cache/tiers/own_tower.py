@@ -43,8 +43,8 @@ from trtllm_mm_cache.errors import (
 from trtllm_mm_cache.media import decode_image
 from trtllm_mm_cache.observability.metrics import Step, counter
 from trtllm_mm_cache.runtime.admission import Admitted
-from trtllm_mm_cache.runtime.threads import in_thread
 from trtllm_mm_cache.settings import PdSettings
+from trtllm_mm_cache.threads import in_thread
 from trtllm_mm_cache.tiers.base import Found, Loading, MissingItem, TierDropped
 from trtllm_mm_cache.tiers.chain import StoredTiers
 from trtllm_mm_cache.tiers.claims import Claim, Claims, Landing

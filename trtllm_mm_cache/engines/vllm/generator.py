@@ -21,13 +21,14 @@ from trtllm_mm_cache.engines.huggingface.embedding_check import EmbeddingCheck
 from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
 from trtllm_mm_cache.engines.huggingface.model_files import load_processor, read_config
 from trtllm_mm_cache.engines.huggingface.prompt import PromptExpander
-from trtllm_mm_cache.engines.leaving import EndingRequests, prepared_in_thread
+from trtllm_mm_cache.engines.leaving import EndingRequests
 from trtllm_mm_cache.engines.left_files import write_down_files
 from trtllm_mm_cache.engines.vllm.outputs import deltas_of, ended_by_stop_string
 from trtllm_mm_cache.engines.vllm.prepare import EngineLimits, PreparedRequest, RequestPreparer
 from trtllm_mm_cache.engines.vllm.settings import VllmEngineArgs
 from trtllm_mm_cache.engines.vllm.support import Tower, check_architecture, model_type_of, start_engine
 from trtllm_mm_cache.errors import EngineLostError, GenerationError, InvalidRequestError
+from trtllm_mm_cache.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class VllmGenerator:
         request, `EngineLostError` when its processes have ended.
         """
         epoch = self._epoch
-        prepared = await prepared_in_thread(lambda: self._prepare(request, leases, epoch), _release)
+        prepared = await in_thread(lambda: self._prepare(request, leases, epoch), undo=_release)
         # vLLM aborts by this name, and a client may send one twice.
         name = f"{request.request_id}-{uuid.uuid4().hex}"
         finished = ended_here = False
