@@ -12,15 +12,17 @@ import pytest
 
 from trtllm_mm_cache.cache.arena import leftovers
 from trtllm_mm_cache.cache.arena.leftovers import SHARED_MEMORY_ROOT, remove_leftovers
+from trtllm_mm_cache.engines.left_files import remove_files
 
 # Apart from the registers of every other test's processes, which start and end at the same time.
 PREFIX = f"trtllm_mm_cache_test_{os.getpid()}."
 
 WORKER = f"""
 import multiprocessing, socket, sys, tempfile, time
+from pathlib import Path
 from multiprocessing.shared_memory import SharedMemory
 from trtllm_mm_cache.cache.arena import leftovers
-from trtllm_mm_cache.engines.left_files import write_down_files
+from trtllm_mm_cache.engines.left_files import files_made, write_down
 
 def listening():
     made = socket.socket(socket.AF_UNIX)
@@ -38,12 +40,15 @@ def run_engine(pipe):
 
 if __name__ == "__main__":
     leftovers._PREFIX = {PREFIX!r}
+    before_engine = listening()
+    before = files_made()
     ours, theirs = multiprocessing.Pipe()
     multiprocessing.get_context("spawn").Process(target=run_engine, args=(theirs,), daemon=True).start()
     made = listening()
     files = [*ours.recv(), made.getsockname()]
+    assert files_made() - before == set(map(Path, files)), files_made()
     if sys.argv[1] == "written down":
-        write_down_files()
+        write_down(files_made() - before)
     print(*files, flush=True)
     time.sleep(600)
 """
@@ -81,6 +86,6 @@ def test_the_next_start_removes_sockets_and_shared_memory_that_a_killed_worker_w
         "the memory is sparse: one page was written to"
     )
     assert [file.exists() for file in files] == 3 * [not written_down]
-    for file in files:
-        file.unlink(missing_ok=True)
+    remove_files(files)
+    assert [file.exists() for file in files] == [False, False, False]
     assert not list(SHARED_MEMORY_ROOT.glob(f"{PREFIX}*"))

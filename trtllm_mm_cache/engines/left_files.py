@@ -1,4 +1,4 @@
-"""Files that an engine's processes would leave if all were killed at once: written down for the next start.
+"""Files that an engine's processes leave: removed at its end, and written down lest all are killed.
 
 Engines make sockets in the temporary folder, and shared memory by `multiprocessing.shared_memory`: vLLM for
 its broadcasts, 160 MiB for one, sparse. Python's resource tracker unlinks that memory when the last process
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 _MAPPED = re.compile(rf"{SHARED_MEMORY_ROOT}/(psm_[0-9a-f]+)$", re.MULTILINE)
 
 
-def write_down_files() -> None:
-    """Write down what this process and those that it started have made, for `remove_leftovers`.
+def files_made() -> frozenset[Path]:
+    """Return the files that this process, and those that it started, have made and have open.
 
-    Call it when the engine runs, and has made what it needs. Blocking, milliseconds.
+    Of an engine's are those that are new when it runs. Blocking, milliseconds.
     """
     files: set[Path] = set()
     me = psutil.Process()
@@ -34,11 +34,22 @@ def write_down_files() -> None:
             files.update(_sockets(process), _shared_memory(process))
         except (psutil.Error, OSError):  # it has ended
             continue
+    return frozenset(files)
+
+
+def write_down(files: Iterable[Path]) -> None:
+    """Have the next start remove them, if this process is killed: see `remove_leftovers`."""
     try:
         for file in sorted(files):
             own_register.add(file)
     except OSError as error:
         logger.warning("what the engine leaves when it is killed cannot be written down: %s", error.strerror)
+
+
+def remove_files(files: Iterable[Path]) -> None:
+    """Remove what is left of them, when the engine's processes have ended."""
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def _sockets(process: psutil.Process) -> Iterator[Path]:
