@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -60,6 +63,9 @@ def test_a_mapping_is_read_only_and_ends_where_the_arena_ends() -> None:
     lines = Path("/proc/self/maps").read_text().splitlines()
     modes = sorted(line.split()[1] for line in lines if place.file in line)
     assert modes == ["r--s", "rw-s"]
+    libc, page = ctypes.CDLL(None, use_errno=True), ctypes.c_void_p(mapped.local(place.address, 64) - 64)
+    assert libc.mprotect(page, 4096, mmap.PROT_READ | mmap.PROT_WRITE) == -1, "nor can it be made writable"
+    assert ctypes.get_errno() == errno.EACCES
     assert ArenaPlace.of(arena.storage).identity != place.identity
     arena.close()
 

@@ -144,7 +144,7 @@ async def test_the_schedulers_death_is_an_error_with_a_name(
     """For the worker and for each request under way; nothing hangs, stays leased, or is left of its files."""
     del engine
     mine = await started("demo", tmp_path_factory)
-    files = mine.running.socket_files
+    files = mine.running.files
     assert any(file.is_socket() for file in files)
     try:
         lease = mine.lease(mine.encode(cards()[0]))

@@ -14,7 +14,7 @@ import torch
 from tests.transfer.conftest import MB, PdSide, PdSideMaker, RemoteMaker, by_mapping, until
 from tests.transfer.embedding import embedding
 from tests.transfer.remote import RemoteExporter, until_statistic
-from trtllm_mm_cache.errors import TransferError, TransferTimeoutError
+from trtllm_mm_cache.errors import ChecksumMismatchError, TransferError, TransferTimeoutError
 from trtllm_mm_cache.transfer import Export, MappedReader, PeerMetadata, finite
 
 pytestmark = by_mapping
@@ -105,6 +105,17 @@ async def test_the_arena_of_a_worker_that_was_restarted_is_another_one(
     await side.read(peer, "b", await new.export("b", 1 * MB))
     assert side.ways == (1, 1)
     await side.read(new.peer, "c", await new.export("c", 1 * MB))
+
+
+async def test_who_tells_a_false_beginning_of_its_arena_harms_that_read_alone(
+    side: Side, exporter: RemoteExporter
+) -> None:
+    assert exporter.peer.arena is not None
+    false = elsewhere(exporter.peer, address=exporter.peer.arena.address - 4096)
+    with pytest.raises(ChecksumMismatchError):
+        await side.read(false, "a", await exporter.export("a", 1000))
+    await side.read(exporter.peer, "b", await exporter.export("b", 1000))
+    assert side.ways == (1, 1)
 
 
 async def test_a_worker_that_dies_while_it_is_read_from_harms_no_reader_and_its_memory_is_let_go(

@@ -22,6 +22,7 @@ from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
 from trtllm_mm_cache.engines.huggingface.model_files import load_processor, read_config
 from trtllm_mm_cache.engines.huggingface.prompt import PromptExpander
 from trtllm_mm_cache.engines.leaving import EndingRequests
+from trtllm_mm_cache.engines.left_files import files_made, remove_files, write_down
 from trtllm_mm_cache.engines.vllm.outputs import deltas_of, ended_by_stop_string
 from trtllm_mm_cache.engines.vllm.prepare import EngineLimits, PreparedRequest, RequestPreparer
 from trtllm_mm_cache.engines.vllm.settings import VllmEngineArgs
@@ -52,7 +53,10 @@ class VllmGenerator:
         self._check = EmbeddingCheck(architecture, layout, expander)
         self._ending = EndingRequests()
         self._epoch = 0
+        before = files_made()
         self._llm: Any = start_engine(model_path, args, tower)
+        self._files = files_made() - before
+        write_down(self._files)
         loaded = self._llm.vllm_config
         limits = EngineLimits(
             context=min(loaded.model_config.max_model_len, args.max_model_len or sys.maxsize),
@@ -118,6 +122,7 @@ class VllmGenerator:
         llm, self._llm = self._llm, None
         if llm is not None:
             await asyncio.to_thread(llm.shutdown)
+            remove_files(self._files)
         await self._ending.close()
 
     async def _outputs(self, name: str, prepared: PreparedRequest) -> AsyncGenerator[Any, None]:
