@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ class Answer:
     created: int = field(default_factory=lambda: int(time.time()))
     usage: Object | None = None
     items: Mapping[str, int] | None = None
+    prompt_logprobs: list[Object | None] | None = None
     _tokens: list[int] = field(init=False)
     _ended: set[int] = field(init=False, default_factory=set)
 
@@ -65,6 +67,8 @@ class Answer:
         async for message in messages:
             self.items = message.get("items", self.items)
             self.usage = message.get("completion_usage", self.usage)
+            if piece := (message.get("engine_data") or {}).get("prompt_logprobs"):
+                self.prompt_logprobs = (self.prompt_logprobs or []) + piece
             finished += bool(message.get("finish_reason"))
             if (delta := self._delta(message)) is not None:
                 yield delta
@@ -111,6 +115,22 @@ class Answer:
         elif self.items:
             usage["prompt_tokens_details"] = {"cached_tokens": self.items.get("hit_rows", 0)}
         return usage
+
+    def prompt_logprobs_field(self) -> Object:
+        """Return the field that holds what was said of the prompt's tokens; {} where nothing was.
+
+        In vLLM's form: of each token but the first an object, from token id to log probability, rank, text.
+        Takes long: for a thread.
+        """
+        if self.prompt_logprobs is None:
+            return {}
+        text = functools.cache(lambda token_id: self.tokenizer.decode([token_id], skip_special_tokens=False))
+        positions = [
+            position
+            and {name: {**entry, "decoded_token": text(int(name))} for name, entry in position.items()}
+            for position in self.prompt_logprobs
+        ]
+        return {"prompt_logprobs": positions}
 
     def _logprobs(self, message: Mapping[str, Any]) -> list[Object]:
         alternatives = message.get("top_logprobs") or [[] for _ in message["token_ids"]]
@@ -177,7 +197,8 @@ class ChatForm:
         """See `Form.whole`."""
         choices = [self._choice(index, parts) for index, parts in enumerate(_by_choice(self._answer, deltas))]
         usage = self._answer.usage_object()
-        return {**self._common, "object": "chat.completion", "choices": choices, "usage": usage}
+        prompt = self._answer.prompt_logprobs_field()
+        return {**self._common, "object": "chat.completion", "choices": choices, "usage": usage, **prompt}
 
     def _choice(self, index: int, parts: Sequence[Delta]) -> Object:
         logprobs = (
@@ -208,7 +229,11 @@ class TextForm:
 
     def whole(self, deltas: Sequence[Delta]) -> Object:
         """See `Form.whole`."""
-        choices = [self._choice(index, parts) for index, parts in enumerate(_by_choice(self._answer, deltas))]
+        prompt = self._answer.prompt_logprobs_field()
+        choices = [
+            {**self._choice(index, parts), **prompt}
+            for index, parts in enumerate(_by_choice(self._answer, deltas))
+        ]
         return {**self._common, "choices": choices, "usage": self._answer.usage_object()}
 
     def _choice(self, index: int, parts: Sequence[Delta]) -> Object:

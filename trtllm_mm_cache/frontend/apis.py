@@ -36,6 +36,7 @@ class Call:
     items: Sequence[bytes] = ()
     logprobs: bool = False
     choices: int = 1
+    prompt_logprobs: bool = False
 
     @classmethod
     def of(
@@ -58,6 +59,7 @@ class Call:
             items,
             logprobs,
             request.n or 1,
+            request.prompt_logprobs is not None,
         )
 
 

@@ -122,7 +122,7 @@ def payload_of(
             "ignore_eos": request.ignore_eos,
         },
         "sampling_options": sampling,
-        "output_options": {},
+        "output_options": {"prompt_logprobs": request.prompt_logprobs},
         "eos_token_ids": list(eos_token_ids),
         "routing": {"cache_salt": request.salt},
         "annotations": [],

@@ -22,7 +22,7 @@ from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
 from trtllm_mm_cache.engines.huggingface.model_files import load_processor, read_config
 from trtllm_mm_cache.engines.huggingface.prompt import PromptExpander
 from trtllm_mm_cache.engines.leaving import EndingRequests, prepared_in_thread
-from trtllm_mm_cache.engines.vllm.outputs import deltas_of, ended_by_stop_string
+from trtllm_mm_cache.engines.vllm.outputs import deltas_of, ended_by_stop_string, prompt_logprobs_of
 from trtllm_mm_cache.engines.vllm.prepare import EngineLimits, PreparedRequest, RequestPreparer
 from trtllm_mm_cache.engines.vllm.settings import VllmEngineArgs
 from trtllm_mm_cache.engines.vllm.support import Tower, check_architecture, model_type_of, start_engine
@@ -91,13 +91,17 @@ class VllmGenerator:
         # vLLM aborts by this name, and a client may send one twice.
         name = f"{request.request_id}-{uuid.uuid4().hex}"
         finished = ended_here = False
+        asked, of_prompt = request.sampling, request.sampling.prompt_logprobs
         try:
             async with contextlib.aclosing(self._outputs(name, prepared)) as outputs:
                 async for output in outputs:
                     # An answer that this process ended may still be computed, preempted and loaded again.
                     ended_here |= ended_by_stop_string(output)
                     finished = output.finished and not ended_here
-                    for delta in deltas_of(output, request.sampling.logprobs):
+                    told = None if of_prompt is None else prompt_logprobs_of(output, of_prompt)
+                    if told is not None:
+                        of_prompt = None  # each of several choices has them
+                    for delta in deltas_of(output, asked.logprobs, told):
                         yield delta
         except GenerationError:
             # vLLM may hold zeros under these identifiers: no later request is to find them.
