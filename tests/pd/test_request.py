@@ -277,3 +277,13 @@ def test_options_at_their_neutral_value_pass(name: str, off: float) -> None:
     assert parse(wire(sampling_options={name: off})).generation.sampling == SamplingParams(
         max_tokens=9, stop=("END",), stop_token_ids=(2, 7)
     )
+
+
+def test_an_adapter_that_the_worker_has_is_taken_and_no_other() -> None:
+    payload = wire(routing={"lora_name": "cats"})
+    request = parse_request(dict(payload), "r", max_images=4, adapters=("cats", "dogs"))
+    assert request.generation.lora_name == "cats"
+    assert parse(wire(routing={"lora_name": None})).generation.lora_name is None
+    for name in ("birds", "", 5, ["cats"]):
+        with pytest.raises(InvalidRequestError, match="lora_name: this worker has no adapter of this name"):
+            parse_request(wire(routing={"lora_name": name}), "r", max_images=4, adapters=("cats", "dogs"))

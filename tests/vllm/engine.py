@@ -82,7 +82,9 @@ class Engine:
         (answer,) = await self.answers(request, leases, sampling)
         return answer
 
-    async def from_pixels(self, case: Case, **asked: Any) -> tuple[Answer, list[torch.Tensor]]:
+    async def from_pixels(
+        self, case: Case, *, adapter: str | None = None, **asked: Any
+    ) -> tuple[Answer, list[torch.Tensor]]:
         """Return what vLLM answers by itself, from pixels, and what its own tower made of each image.
 
         `asked` are more of its own sampling parameters.
@@ -98,7 +100,9 @@ class Engine:
         asked = {"max_tokens": 8, "temperature": 0, "logprobs": 20, "ignore_eos": True, **asked}
         sampling = VllmSamplingParams(**asked)
         async with asyncio.timeout(DEADLINE_S):
-            async for output in self.generator._llm.generate(prompt, sampling, names[0] if names else "text"):
+            name = names[0] if names else "text"
+            lora = self.generator._adapter(adapter)
+            async for output in self.generator._llm.generate(prompt, sampling, name, lora_request=lora):
                 last = output
         of_prompt = asked.get("prompt_logprobs")
         told = None if of_prompt is None else prompt_logprobs_of(last, of_prompt)

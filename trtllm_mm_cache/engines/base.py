@@ -195,7 +195,8 @@ class GenerationRequest:
     """One prompt, as the frontend tokenised it: one image placeholder for each image.
 
     `prompt_text` is the rendered template, where the frontend sends it; engines that expand
-    placeholders in text prefer it over decoding `token_ids`.
+    placeholders in text prefer it over decoding `token_ids`. `lora_name` is one of the adapters that the
+    generator has loaded, None for the base model.
     """
 
     request_id: str
@@ -203,6 +204,7 @@ class GenerationRequest:
     prompt_text: str | None
     sampling: SamplingParams
     cache_salt: str | None = None
+    lora_name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +266,13 @@ class Generator(Protocol):
     @property
     def fingerprint(self) -> str:
         """Equal to the `VisionEncoder.fingerprint` whose embeddings this generator accepts."""
+        ...
+
+    async def load_adapters(self) -> Sequence[str]:
+        """Load the LoRA adapters that the settings name, and return the names that requests may give.
+
+        To be called once, in the event loop of the requests, before the first. Raises `ConfigurationError`.
+        """
         ...
 
     def variant(self, image_count: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing, nullcontext
 from functools import partial
 from typing import Any
@@ -52,8 +52,11 @@ class PdWorker:
         metrics: PdMetrics,
         settings: PdSettings,
         admit: Admit,
+        adapters: Collection[str] = (),
     ) -> None:
+        """`adapters` are those that the generator has loaded."""
         self._admit = admit
+        self._adapters = adapters
         self._generator = generator
         self._resolver = resolver
         self._metrics = metrics
@@ -113,7 +116,7 @@ class PdWorker:
 
     async def _serve(self, payload: Any, name: str, record: AnswerRecord, emit: Emit[Output]) -> None:
         with span("references"):
-            request = parse_request(payload, name, max_images=self._max_images)
+            request = parse_request(payload, name, max_images=self._max_images, adapters=self._adapters)
         marked = FrontendMark.of(payload) is not None
         variant = self._generator.variant(len(request.references))
         items = await self._resolver.resolve(request, variant=variant)
