@@ -18,7 +18,7 @@ from tests.frontend.serving import PeerPdWorkers, events, serving, token_message
 from trtllm_mm_cache.errors import PdLostError
 from trtllm_mm_cache.frontend.answer import Answer, ChatForm, Delta, Object, TextForm
 from trtllm_mm_cache.frontend.prompt import Prompts
-from trtllm_mm_cache.frontend.responses import json_in_steps
+from trtllm_mm_cache.frontend.prompt_logprobs import json_in_steps
 
 SAID = "A cat 😀 sat.\n猫"
 

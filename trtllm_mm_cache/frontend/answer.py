@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from trtllm_mm_cache.errors import PdLostError, PdUnavailableError
+from trtllm_mm_cache.frontend.prompt_logprobs import prompt_logprobs_field
 from trtllm_mm_cache.frontend.text import AnswerText
 
 Object = dict[str, Any]
@@ -116,22 +116,6 @@ class Answer:
             usage["prompt_tokens_details"] = {"cached_tokens": self.items.get("hit_rows", 0)}
         return usage
 
-    def prompt_logprobs_field(self) -> Object:
-        """Return the field that holds what was said of the prompt's tokens; {} where nothing was.
-
-        In vLLM's form: of each token but the first an object, from token id to log probability, rank, text.
-        Takes long: for a thread.
-        """
-        if self.prompt_logprobs is None:
-            return {}
-        text = functools.cache(lambda token_id: self.tokenizer.decode([token_id], skip_special_tokens=False))
-        positions = [
-            position
-            and {name: {**entry, "decoded_token": text(int(name))} for name, entry in position.items()}
-            for position in self.prompt_logprobs
-        ]
-        return {"prompt_logprobs": positions}
-
     def _logprobs(self, message: Mapping[str, Any]) -> list[Object]:
         alternatives = message.get("top_logprobs") or [[] for _ in message["token_ids"]]
         return [
@@ -197,7 +181,7 @@ class ChatForm:
         """See `Form.whole`."""
         choices = [self._choice(index, parts) for index, parts in enumerate(_by_choice(self._answer, deltas))]
         usage = self._answer.usage_object()
-        prompt = self._answer.prompt_logprobs_field()
+        prompt = prompt_logprobs_field(self._answer.prompt_logprobs, self._answer.tokenizer)
         return {**self._common, "object": "chat.completion", "choices": choices, "usage": usage, **prompt}
 
     def _choice(self, index: int, parts: Sequence[Delta]) -> Object:
@@ -229,7 +213,7 @@ class TextForm:
 
     def whole(self, deltas: Sequence[Delta]) -> Object:
         """See `Form.whole`."""
-        prompt = self._answer.prompt_logprobs_field()
+        prompt = prompt_logprobs_field(self._answer.prompt_logprobs, self._answer.tokenizer)
         choices = [
             {**self._choice(index, parts), **prompt}
             for index, parts in enumerate(_by_choice(self._answer, deltas))

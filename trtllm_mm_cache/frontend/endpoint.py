@@ -19,7 +19,8 @@ from trtllm_mm_cache.frontend.apis import Api, Call
 from trtllm_mm_cache.frontend.body import BodyMemory, BodyShare, announced_bytes, parse_body, receive_body
 from trtllm_mm_cache.frontend.metrics import FrontendMetrics, ResponseRecord
 from trtllm_mm_cache.frontend.prompt import Prompts
-from trtllm_mm_cache.frontend.responses import Reply, json_in_steps
+from trtllm_mm_cache.frontend.prompt_logprobs import json_in_steps
+from trtllm_mm_cache.frontend.responses import Reply
 from trtllm_mm_cache.observability.logs import loggable_cause, request_id
 from trtllm_mm_cache.observability.traces import remote_parent, span
 from trtllm_mm_cache.runtime.admission import Admission

@@ -19,8 +19,6 @@ CACHE_HEADER: Final = "x-mm-cache"
 ItemCounts = Mapping[str, int]
 """What a PD worker says of a request's items: `hits`, `misses`, and `hit_rows`."""
 
-_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
-
 _COUNTED: Final = ("hits", "misses")
 
 
@@ -90,14 +88,6 @@ class Reply:
             self._headers[CACHE_HEADER] = ", ".join(f"{name}={items.get(name, 0)}" for name in _COUNTED)
         headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self._headers.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
-
-
-def json_in_steps(content: Any) -> bytes:
-    """Return `content` as JSON without keeping other threads from running meanwhile: for a thread.
-
-    What `json.dumps` does in one call of C, and other threads wait for, this does in Python, step by step.
-    """
-    return "".join(_ENCODER.iterencode(content)).encode(errors="replace")
 
 
 def _dumps(content: Any) -> bytes:

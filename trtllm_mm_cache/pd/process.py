@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
@@ -111,17 +112,21 @@ async def _serve_model(
 async def _adapters(generator: Generator, settings: PdSettings) -> Sequence[str]:
     """Return the generator's adapters. Raises `ConfigurationError`, and closes the generator then."""
     try:
-        return _not_the_model(await generator.load_adapters(), settings.model_name)
+        return _told_apart(await generator.load_adapters(), settings.model_name)
     except BaseException:
         await generator.close()
         raise
 
 
-def _not_the_model(adapters: Sequence[str], name: str) -> Sequence[str]:
-    if name in adapters:
-        raise ConfigurationError(
-            f"lora_modules: {name} is the name of the model itself; give the adapter another one"
-        )
+def _told_apart(adapters: Sequence[str], model: str) -> Sequence[str]:
+    """Return `adapters` unless one has the model's name, or two are one to Dynamo's discovery."""
+    seen: dict[str, str] = {}
+    for name in adapters:
+        same = model if name == model else seen.setdefault(re.sub("[^a-z0-9_-]", "_", name.lower()), name)
+        if same != name or name == model:
+            raise ConfigurationError(
+                f"lora_modules: {name} and {same} are one name to discovery; give the adapter another one"
+            )
     return adapters
 
 
