@@ -53,6 +53,17 @@ async def test_each_worker_is_asked_once_and_what_comes_later_is_found() -> None
     assert sorted(control.asked) == [1, 2, 3]
 
 
+async def test_without_a_worker_a_name_is_not_unknown() -> None:
+    """A deployment that is starting must not tell its clients to give up."""
+    alive: list[int] = []
+    directory = AdapterDirectory(PeerControl(w1=["cats"]), lambda: alive)
+    with pytest.raises(PdUnavailableError):
+        await directory.knows("cats")
+    alive.append(1)
+    assert await directory.knows("cats")
+    assert not await directory.knows("dogs")
+
+
 async def test_an_adapter_whose_only_worker_has_gone_is_known_for_a_while(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -52,7 +52,7 @@ async def test_they_are_vllms_own_to_the_bit_and_another_images_are_not(engine: 
 
 
 async def test_of_several_choices_they_are_said_once(engine: Engine) -> None:
-    case = case_of(engine, 3)
+    case = case_of(engine, 3, filling=FILLING)
     lease = engine.lease(engine.encode(case.images[0]))
     drawn = replace(ASKED, temperature=2.0, seed=7, choices=2)
     first, second = await engine.answers(case.request, [lease], drawn)

@@ -46,15 +46,16 @@ class AdapterDirectory:
     async def knows(self, name: str) -> bool:
         """Whether some worker has this adapter, or had it until a few minutes ago.
 
-        Raises `PdUnavailableError` while a worker that may have it has not answered.
+        Raises `PdUnavailableError` while there is no worker, or one that may have it has not answered.
         """
         if any(self.has(instance, name) for instance in self._workers()):
             return True
         if name in await self.names():
             return True
-        if set(self._workers()) - self._adapters.keys():
+        if not self._adapters or set(self._workers()) - self._adapters.keys():
             raise PdUnavailableError(
-                "a PD worker has not said yet which models it serves besides; retry in a moment"
+                "model: it is not the base model, and PD workers have not said yet which adapters they have; "
+                "retry in a moment"
             )
         return False
 

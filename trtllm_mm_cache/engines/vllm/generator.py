@@ -131,7 +131,7 @@ class VllmGenerator:
                     finished = output.finished and not ended_here
                     told = None if of_prompt is None else prompt_logprobs_of(output, of_prompt)
                     if told is not None:
-                        of_prompt = None  # each of several choices has them
+                        of_prompt = None  # of several choices each may have them
                     for delta in deltas_of(output, asked.logprobs, told):
                         yield delta
         except GenerationError:
