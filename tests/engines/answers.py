@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from trtllm_mm_cache.engines.base import PlaceLogprobs, TokenDelta
+from trtllm_mm_cache.engines.base import PlaceLogprobs, PromptLogprobs, TokenDelta
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One choice, and how many tokens the prompt had."""
+    """One choice, and what was said of the prompt with it."""
 
     tokens: tuple[int, ...] = ()
     logprobs: tuple[PlaceLogprobs, ...] = ()
     finish_reason: str | None = None
     prompt_tokens: int = 0
     cached_tokens: int | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
     def differs(self, other: Answer) -> float:
         """Return the largest difference of a log probability; infinite where tokens differ."""
@@ -46,6 +47,8 @@ async def collect(deltas: AsyncIterator[TokenDelta], choices: int = 1) -> list[A
             delta.finish_reason,
             delta.prompt_tokens,
             delta.cached_tokens,
+            before.prompt_logprobs or delta.prompt_logprobs,
         )
+        assert before.prompt_logprobs is None or delta.prompt_logprobs is None, "they were said twice"
     assert all(answer.finish_reason is not None for answer in found)
     return found

@@ -175,6 +175,7 @@ async def test_the_context_bounds_prompt_and_answer(small: Halves) -> None:
         ("min_p", [-0.1, 1.1, float("nan")]),
         ("logit_bias", [{3: 100.5}, {3: float("nan")}, {-1: 1.0}, {10**6: 1.0}]),
         ("logprobs", [-1, 21]),
+        ("prompt_logprobs", [0, 5, 21]),
         ("choices", [2]),
     ],
 )

@@ -90,6 +90,7 @@ def test_choices_are_drawn_with_seeds_that_follow_each_other() -> None:
     ("given", "says"),
     [
         ({"choices": 2}, "n: with temperature 0"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs: this server's engine does not report them"),
         ({"logit_bias": {VOCABULARY: 1.0}}, "logit_bias: token id 100"),
         ({"top_p": 0.0}, "top_p must be above 0"),
         ({"logprobs": 21}, "logprobs must be from 0 to 20"),
@@ -122,7 +123,7 @@ def test_no_field_of_ours_is_dropped() -> None:
         *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "seed"),
         *("stop", "stop_token_ids", "ignore_eos"),
         *("presence_penalty", "frequency_penalty", "repetition_penalty", "min_p", "logit_bias"),
-        *("logprobs", "constraint", "choices"),
+        *("logprobs", "prompt_logprobs", "constraint", "choices"),
     }
 
 

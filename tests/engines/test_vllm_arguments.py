@@ -33,6 +33,8 @@ ALWAYS = {
     "repetition_penalty": 1.0,
     "logit_bias": None,
     "logprobs": None,
+    "prompt_logprobs": None,
+    "flat_logprobs": False,
     "temperature": 0.0,
 }
 DRAWN = {"temperature": 0.7, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": None}
@@ -52,6 +54,7 @@ DRAWN = {"temperature": 0.7, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": Non
         ({"temperature": 0.7, "seed": -1}, DRAWN | {"seed": 2**63 - 1}),
         ({"stop": ("a", "b")}, {"stop": ["a", "b"], "detokenize": True}),
         ({"stop_token_ids": (3, 4), "ignore_eos": True}, {"stop_token_ids": [3, 4], "ignore_eos": True}),
+        ({"prompt_logprobs": 0}, {"prompt_logprobs": 0, "flat_logprobs": True}),
         ({"presence_penalty": 0.5, "frequency_penalty": -1.0}, None),
         ({"repetition_penalty": 1.5, "logit_bias": {3: -100.0}, "logprobs": 5}, None),
     ],
@@ -70,6 +73,7 @@ def test_one_by_one(given: dict[str, Any], expected: dict[str, Any] | None) -> N
         ({"temperature": 2.5}, "temperature must be from 0 to 2 with vLLM"),
         ({"top_p": 0.0}, "top_p must be above 0"),
         ({"logprobs": 21}, "logprobs must be from 0 to 20"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs must be from 0 to 20"),
     ],
 )
 def test_what_cannot_be_served_is_refused(given: dict[str, Any], says: str) -> None:
@@ -83,7 +87,7 @@ def test_no_field_of_ours_is_dropped() -> None:
         *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "seed"),
         *("stop", "stop_token_ids", "ignore_eos"),
         *("presence_penalty", "frequency_penalty", "repetition_penalty", "min_p", "logit_bias"),
-        *("logprobs", "constraint", "choices"),
+        *("logprobs", "prompt_logprobs", "constraint", "choices"),
     }
 
 

@@ -17,12 +17,14 @@ from trtllm_mm_cache.frontend.apis import ChatApi, TextApi
 from trtllm_mm_cache.frontend.body import BodyMemory
 from trtllm_mm_cache.frontend.endpoint import Completions
 from trtllm_mm_cache.frontend.metrics import FrontendMetrics
+from trtllm_mm_cache.frontend.models import Models
 from trtllm_mm_cache.frontend.prompt import Prompts
 from trtllm_mm_cache.frontend.server import Endpoint, HttpServer, make_app
 from trtllm_mm_cache.observability.metrics import Exposition
 from trtllm_mm_cache.settings import FrontendSettings
 
 MODEL = "tiny"
+ADAPTER = "tiny-cats"
 DEADLINE_S = 20
 
 Step = dict[str, Any] | MmCacheError | asyncio.Event
@@ -57,6 +59,16 @@ class PeerPdWorkers:
             self.closed.set()
 
 
+class PeerAdapters:
+    """The one adapter that PD workers have, on the interface of `AdapterDirectory`."""
+
+    async def names(self) -> list[str]:
+        return [ADAPTER]
+
+    async def knows(self, name: str) -> bool:
+        return name == ADAPTER
+
+
 @dataclass
 class Running:
     """A server that listens. `ended` is done when it has stopped."""
@@ -88,14 +100,14 @@ class Running:
 async def serving(prompts: Prompts, workers: PeerPdWorkers, **changes: Any) -> AsyncIterator[Running]:
     """Serve on a free port of loopback until the block ends."""
     settings = FrontendSettings(model_path="m", served_model_name=MODEL, http_port=free_port(), **changes)
-    memory, metrics = BodyMemory(settings), FrontendMetrics()
+    memory, metrics, models = BodyMemory(settings), FrontendMetrics(), Models(MODEL, PeerAdapters())
     completions = Completions(prompts, workers, memory, metrics, settings)  # type: ignore[arg-type]
     app = make_app(
-        Endpoint(completions, ChatApi(prompts, settings)),
-        Endpoint(completions, TextApi(prompts, settings)),
+        Endpoint(completions, ChatApi(prompts, models, settings)),
+        Endpoint(completions, TextApi(prompts, models)),
         Exposition(metrics.registry, {"dynamo_component": "frontend"}),
         workers,  # type: ignore[arg-type]
-        MODEL,
+        models,
     )
     server = HttpServer.of(app, settings)
     ended = asyncio.create_task(server.serve())

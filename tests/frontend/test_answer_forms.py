@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -17,6 +18,7 @@ from tests.frontend.serving import PeerPdWorkers, events, serving, token_message
 from trtllm_mm_cache.errors import PdLostError
 from trtllm_mm_cache.frontend.answer import Answer, ChatForm, Delta, Object, TextForm
 from trtllm_mm_cache.frontend.prompt import Prompts
+from trtllm_mm_cache.frontend.prompt_logprobs import json_in_steps
 
 SAID = "A cat 😀 sat.\n猫"
 
@@ -178,6 +180,35 @@ async def test_an_answer_with_a_choice_missing_is_an_error(prompts: Prompts) -> 
         [delta async for delta in answer.deltas(stream(token_messages(prompts, SAID)))]
 
 
+@pytest.mark.parametrize("form", [ChatForm, TextForm])
+async def test_log_probabilities_of_the_prompt_are_in_vllms_form(
+    prompts: Prompts, form: type[ChatForm | TextForm]
+) -> None:
+    """They come in pieces. A token's own entry is there though it is none of the likeliest."""
+    one, another = prompts.backend.encode("cat sat", add_special_tokens=False).ids[:2]
+    entries = {str(one): {"logprob": -9.5, "rank": 77}, str(another): {"logprob": -0.5, "rank": 1}}
+    pieces = [{"token_ids": [], "engine_data": {"prompt_logprobs": piece}} for piece in ([None], [entries])]
+    answer = answer_of(prompts, choices=2)
+    said = [{**message, "index": index} for index in (0, 1) for message in token_messages(prompts, SAID)]
+    deltas = [delta async for delta in answer.deltas(stream([*pieces, *said]))]
+    whole = form(answer).whole(deltas)
+    texts = {str(token): prompts.backend.decode([token]) for token in (one, another)}
+    expected = [None, {name: {**entry, "decoded_token": texts[name]} for name, entry in entries.items()}]
+    if form is ChatForm:
+        assert whole["prompt_logprobs"] == expected
+    else:
+        assert [choice["prompt_logprobs"] for choice in whole["choices"]] == [expected] * 2
+    assert answer.tokens == 2 * len(prompts.backend.encode(SAID).ids)
+    assert json.loads(json_in_steps(whole)) == json.loads(json.dumps(whole))
+
+
+async def test_without_being_asked_for_nothing_is_said_of_the_prompt(prompts: Prompts) -> None:
+    answer = answer_of(prompts)
+    deltas = [delta async for delta in answer.deltas(stream(token_messages(prompts, SAID)))]
+    assert "prompt_logprobs" not in ChatForm(answer).whole(deltas)
+    assert "prompt_logprobs" not in TextForm(answer).whole(deltas)["choices"][0]
+
+
 async def test_what_the_engine_had_of_the_prompt_is_what_was_cached(prompts: Prompts) -> None:
     answer = answer_of(prompts)
     (message,) = token_messages(prompts, SAID, size=1000)
@@ -208,8 +239,9 @@ async def test_messages_that_end_too_early_are_a_lost_worker(prompts: Prompts) -
 
 async def test_the_list_of_models(prompts: Prompts) -> None:
     async with serving(prompts, PeerPdWorkers()) as up:
-        (model,) = (await up.client.get("/v1/models")).json()["data"]
-    check(Model, model)
+        models = (await up.client.get("/v1/models")).json()["data"]
+    for model in models:
+        check(Model, model, but={"parent"})
 
 
 async def test_over_http_too(prompts: Prompts) -> None:

@@ -115,7 +115,7 @@ EXTRA: dict[str, tuple[list[Any], list[Any]]] = {
     "nvext": ([{}, {"cache_salt": "s"}], [5, {"annotations": []}, {"cache_salt": 5}]),
     "use_beam_search": ([False], [True]),
     "length_penalty": ([1, 1.0], [2]),
-    "prompt_logprobs": ([], [1]),
+    "prompt_logprobs": ([0, 20], [-1, 21, 1.5, True, "1"]),
     "include_stop_str_in_output": ([False], [True]),
     "spaces_between_special_tokens": ([True], [False]),
     "truncate_prompt_tokens": ([], [5]),
@@ -366,6 +366,7 @@ def test_an_earlier_answer_is_taken_as_it_was_sent() -> None:
     [
         ({"top_logprobs": 2}, "top_logprobs: only with logprobs"),
         ({"stream_options": {}}, "stream_options: only with stream"),
+        ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs: not with stream"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "give one of them"),
         ({"continue_final_message": True}, "only with add_generation_prompt set to false"),
     ],

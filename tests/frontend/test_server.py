@@ -10,7 +10,16 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.frontend.serving import DEADLINE_S, MODEL, PeerPdWorkers, chat, events, serving, token_messages
+from tests.frontend.serving import (
+    ADAPTER,
+    DEADLINE_S,
+    MODEL,
+    PeerPdWorkers,
+    chat,
+    events,
+    serving,
+    token_messages,
+)
 from trtllm_mm_cache.errors import (
     ConfigurationError,
     EncodeUnavailableError,
@@ -45,12 +54,14 @@ def error_of(answer: httpx2.Response) -> dict[str, Any]:
     return dict(error)
 
 
-async def test_the_model_is_always_listed(prompts: Prompts) -> None:
+async def test_the_model_is_always_listed_and_adapters_behind_it(prompts: Prompts) -> None:
     async with serving(prompts, PeerPdWorkers()) as up:
         listed = (await up.client.get("/v1/models")).json()
-        (model,) = listed["data"]
-        assert model["id"] == MODEL
-        assert (await up.client.get(f"/v1/models/{MODEL}")).json() == model
+        model, adapter = listed["data"]
+        assert (model["id"], adapter["id"]) == (MODEL, ADAPTER)
+        assert (model.get("parent"), adapter["parent"]) == (None, MODEL)
+        for described in (model, adapter):
+            assert (await up.client.get(f"/v1/models/{described['id']}")).json() == described
         other = await up.client.get("/v1/models/org/other")
         assert other.status_code == 404
         assert MODEL in error_of(other)["message"]
@@ -70,6 +81,19 @@ async def test_another_models_name_is_a_404_that_names_the_served_one(prompts: P
     assert error["code"] == "model_not_found"
     assert error["param"] == "model"
     assert MODEL in error["message"]
+
+
+@pytest.mark.parametrize(("model", "name"), [(MODEL, None), (ADAPTER, ADAPTER)])
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+async def test_an_adapter_is_asked_for_by_its_name_as_the_model(
+    prompts: Prompts, path: str, model: str, name: str | None
+) -> None:
+    workers = PeerPdWorkers(token_messages(prompts, "A cat sat"))
+    asked = chat() if path == CHAT else {"prompt": "Hello"}
+    async with serving(prompts, workers) as up:
+        answer = await up.client.post(path, json={**asked, "model": model})
+    assert answer.json()["model"] == workers.asked[0]["model"] == model
+    assert workers.asked[0]["routing"]["lora_name"] == name
 
 
 @pytest.mark.parametrize("path", ["/", "/v1", "/v1/responses", "/v1/embeddings", f"{CHAT}/", "/docs"])
@@ -172,7 +196,7 @@ async def test_a_failing_scrape_is_a_503(prompts: Prompts) -> None:
             raise ZeroDivisionError
 
     settings = FrontendSettings(model_path="m", http_port=1)
-    app = make_app(None, None, Failing(), PeerPdWorkers(), MODEL)  # type: ignore[arg-type]
+    app = make_app(None, None, Failing(), PeerPdWorkers(), None)  # type: ignore[arg-type]
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
     async with httpx2.AsyncClient(transport=transport, base_url="http://frontend.test") as client:
         answer = await client.get("/metrics")
@@ -389,7 +413,7 @@ async def test_stopping_finishes_what_runs_and_takes_nothing_new(prompts: Prompt
 
 def test_a_drain_time_that_is_none_is_said_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", "soon")
-    app = make_app(None, None, None, PeerPdWorkers(), MODEL)  # type: ignore[arg-type]
+    app = make_app(None, None, None, PeerPdWorkers(), None)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS=soon"):
         HttpServer.of(app, FrontendSettings(model_path="m"))
 

@@ -158,7 +158,8 @@ def test_processor_kwargs_are_found_where_the_frontend_puts_them(changes: dict[s
         ({"sampling_options": {"guided_decoding": "x"}}, "guided_decoding"),
         ({"output_options": {"logprobs": 21}}, "logprobs"),
         ({"output_options": {"logprobs": True}}, "logprobs"),
-        ({"output_options": {"prompt_logprobs": 1}}, "prompt_logprobs"),
+        ({"output_options": {"prompt_logprobs": 21}}, "prompt_logprobs"),
+        ({"output_options": {"prompt_logprobs": -1}}, "prompt_logprobs"),
         ({"routing": {"lora_name": "adapter"}}, "lora_name"),
         ({"stop_conditions": {"max_tokens": 0}}, "max_tokens"),
         ({"stop_conditions": {"max_tokens": "9"}}, "max_tokens"),
@@ -237,7 +238,8 @@ def test_what_bends_the_choice_arrives() -> None:
         "logit_bias": {"17": -100, 18: 2.5, "19": 0},
         "guided_decoding": {"json": None, "regex": "a+", "json_object": False},
     }
-    sampling = parse(wire(sampling_options=options, output_options={"logprobs": 0})).generation.sampling
+    told = {"logprobs": 0, "prompt_logprobs": 2}
+    sampling = parse(wire(sampling_options=options, output_options=told)).generation.sampling
     assert sampling == SamplingParams(
         max_tokens=9,
         stop=("END",),
@@ -248,6 +250,7 @@ def test_what_bends_the_choice_arrives() -> None:
         min_p=0.1,
         logit_bias={17: -100, 18: 2.5},
         logprobs=0,
+        prompt_logprobs=2,
         constraint=Constraint("regex", "a+"),
         choices=3,
     )
@@ -274,3 +277,13 @@ def test_options_at_their_neutral_value_pass(name: str, off: float) -> None:
     assert parse(wire(sampling_options={name: off})).generation.sampling == SamplingParams(
         max_tokens=9, stop=("END",), stop_token_ids=(2, 7)
     )
+
+
+def test_an_adapter_that_the_worker_has_is_taken_and_no_other() -> None:
+    payload = wire(routing={"lora_name": "cats"})
+    request = parse_request(dict(payload), "r", max_images=4, adapters=("cats", "dogs"))
+    assert request.generation.lora_name == "cats"
+    assert parse(wire(routing={"lora_name": None})).generation.lora_name is None
+    for name in ("birds", "", 5, ["cats"]):
+        with pytest.raises(InvalidRequestError, match="lora_name: this worker has no adapter of this name"):
+            parse_request(wire(routing={"lora_name": name}), "r", max_images=4, adapters=("cats", "dogs"))

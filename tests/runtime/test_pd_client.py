@@ -8,7 +8,9 @@ from collections.abc import Iterable
 
 import pytest
 
+from tests.runtime.test_adapters import PeerControl
 from trtllm_mm_cache.errors import PdUnavailableError
+from trtllm_mm_cache.runtime.adapters import AdapterDirectory
 from trtllm_mm_cache.runtime.membership import Membership
 from trtllm_mm_cache.runtime.pd_client import PdWorkers
 
@@ -26,7 +28,11 @@ class Listed:
 
 
 def workers(count: int = 4) -> PdWorkers:
-    return PdWorkers(Listed(range(1, count + 1)), Membership(b"x" * 32))
+    return among(*range(1, count + 1))
+
+
+def among(*instances: int) -> PdWorkers:
+    return PdWorkers(Listed(instances), Membership(b"x" * 32), AdapterDirectory(PeerControl(), list))
 
 
 def busy(pd: PdWorkers, running: dict[int, int]) -> None:
@@ -59,7 +65,7 @@ def test_a_request_goes_where_most_of_its_items_are() -> None:
 
 
 def test_when_a_worker_goes_only_its_items_move() -> None:
-    before, after = workers(4), PdWorkers(Listed([1, 2, 4]), Membership(b"x" * 32))
+    before, after = workers(4), among(1, 2, 4)
     for digest in DIGESTS[:500]:
         home = before._choose([digest], [])
         if home != 3:
@@ -108,3 +114,16 @@ def test_a_worker_that_was_tried_is_not_tried_again(items: list[bytes]) -> None:
 def test_without_workers_it_is_said_at_once() -> None:
     with pytest.raises(PdUnavailableError):
         workers(0)._choose([], [])
+
+
+async def test_a_request_for_an_adapter_goes_to_workers_that_have_it() -> None:
+    control = PeerControl(w1=[], w2=["cats"], w3=["cats", "dogs"], w4=[])
+    directory = AdapterDirectory(control, lambda: [1, 2, 3, 4])
+    pd = PdWorkers(Listed([1, 2, 3, 4]), Membership(b"x" * 32), directory)
+    assert await directory.knows("cats")
+    homes = {pd._choose([digest], [], "cats") for digest in DIGESTS[:50]}
+    assert homes == {2, 3}
+    assert pd._choose([], [2], "cats") == 3
+    assert pd._choose(DIGESTS[:1], [], "dogs") == 3
+    with pytest.raises(PdUnavailableError):
+        pd._choose([], [3], "dogs")

@@ -17,7 +17,7 @@ from tests.engines.contract import Case
 from tests.engines.with_tower import EngineWithTower
 from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, TransformersVisionEncoder
 from trtllm_mm_cache.engines.vllm import VllmEngineArgs, VllmGenerator, support
-from trtllm_mm_cache.engines.vllm.outputs import deltas_of
+from trtllm_mm_cache.engines.vllm.outputs import deltas_of, prompt_logprobs_of
 
 START_DEADLINE_S = 240
 DEADLINE_S = 90
@@ -37,8 +37,13 @@ class Engine(EngineWithTower):
     folder: Path
     rounding: float
 
-    async def from_pixels(self, case: Case, new_tokens: int = 8) -> tuple[Answer, list[torch.Tensor]]:
-        """Return what vLLM answers by itself, from pixels, and what its own tower made of each image."""
+    async def from_pixels(
+        self, case: Case, *, adapter: str | None = None, **asked: Any
+    ) -> tuple[Answer, list[torch.Tensor]]:
+        """Return what vLLM answers by itself, from pixels, and what its own tower made of each image.
+
+        `asked` are more of its own sampling parameters.
+        """
         from vllm import SamplingParams as VllmSamplingParams
 
         names = [f"pixels-{uuid.uuid4().hex}" for _ in case.images]
@@ -47,12 +52,19 @@ class Engine(EngineWithTower):
             "multi_modal_data": {"image": list(case.images)},
             "multi_modal_uuids": {"image": names},
         }
-        sampling = VllmSamplingParams(max_tokens=new_tokens, temperature=0, logprobs=20, ignore_eos=True)
+        asked = {"max_tokens": 8, "temperature": 0, "logprobs": 20, "ignore_eos": True, **asked}
+        sampling = VllmSamplingParams(**asked)
         async with asyncio.timeout(DEADLINE_S):
-            async for output in self.generator._llm.generate(prompt, sampling, names[0] if names else "text"):
+            name = names[0] if names else "text"
+            lora = self.generator._adapter(adapter)
+            async for output in self.generator._llm.generate(prompt, sampling, name, lora_request=lora):
                 last = output
+        of_prompt = asked.get("prompt_logprobs")
+        told = None if of_prompt is None else prompt_logprobs_of(last, of_prompt)
         (delta,) = deltas_of(last, 20)
-        answer = Answer(delta.token_ids, delta.logprobs, delta.finish_reason, delta.prompt_tokens)
+        answer = Answer(
+            delta.token_ids, delta.logprobs, delta.finish_reason, delta.prompt_tokens, prompt_logprobs=told
+        )
         return answer, [torch.load(self.folder / f"{name}.pt") for name in names]
 
     async def forget(self) -> None:

@@ -42,12 +42,16 @@ class Aggregated:
         return found
 
     async def answer(
-        self, case: Case, sampling: SamplingParams = GREEDY, held: Sequence[Lease | HeldFilling] | None = None
+        self,
+        case: Case,
+        sampling: SamplingParams = GREEDY,
+        held: Sequence[Lease | HeldFilling] | None = None,
+        adapter: str | None = None,
     ) -> Answer:
         """Answer as a PD worker does; `held` in the place of what the case's images get."""
         leases = await self.find(case.images) if held is None else held
         deltas = []
-        request = replace(case.request, sampling=sampling)
+        request = replace(case.request, sampling=sampling, lora_name=adapter)
         try:
             async with (
                 asyncio.timeout(DEADLINE_S),
@@ -66,7 +70,7 @@ class Aggregated:
         logprobs = tuple(place for delta in deltas for place in delta.logprobs)
         return Answer(tokens, logprobs, deltas[-1].finish_reason, deltas[-1].prompt_tokens)
 
-    async def alone(self, case: Case) -> Answer:
+    async def alone(self, case: Case, adapter: str | None = None) -> Answer:
         """Return what vLLM answers by itself, from pixels, with its own caches empty before and after."""
         from vllm import SamplingParams as VllmSamplingParams
 
@@ -77,7 +81,8 @@ class Aggregated:
         }
         sampling = VllmSamplingParams(max_tokens=8, temperature=0, logprobs=20, ignore_eos=True)
         async with asyncio.timeout(DEADLINE_S):
-            async for output in self.generator._llm.generate(prompt, sampling, "alone"):
+            lora = self.generator._adapter(adapter)
+            async for output in self.generator._llm.generate(prompt, sampling, "alone", lora_request=lora):
                 last = output
         await self.forget()
         (delta,) = deltas_of(last, 20)

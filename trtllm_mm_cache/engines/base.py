@@ -166,7 +166,8 @@ class SamplingParams:
     answer's tokens, `repetition_penalty` (1 is none) at the prompt's too. `min_p` keeps tokens of at least
     that share of the likeliest one's probability. `logprobs` is how many of the likeliest tokens are
     reported at each place of the answer beside the chosen one's log probability; None reports nothing.
-    `choices` is how many answers are drawn for the one prompt.
+    `prompt_logprobs` is the same for the prompt's own tokens. `choices` is how many answers are drawn for the
+    one prompt.
     """
 
     max_tokens: int | None = None
@@ -184,6 +185,7 @@ class SamplingParams:
     min_p: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     constraint: Constraint | None = None
     choices: int = 1
 
@@ -193,7 +195,8 @@ class GenerationRequest:
     """One prompt, as the frontend tokenised it: one image placeholder for each image.
 
     `prompt_text` is the rendered template, where the frontend sends it; engines that expand
-    placeholders in text prefer it over decoding `token_ids`.
+    placeholders in text prefer it over decoding `token_ids`. `lora_name` is one of the adapters that the
+    generator has loaded, None for the base model.
     """
 
     request_id: str
@@ -201,6 +204,7 @@ class GenerationRequest:
     prompt_text: str | None
     sampling: SamplingParams
     cache_salt: str | None = None
+    lora_name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,13 +226,29 @@ class PlaceLogprobs:
     likeliest: tuple[TokenLogprob, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log probabilities of a prompt's tokens but the first: what the model gave each after those before it.
+
+    Of each token `width` entries, one behind the other in each sequence: its own, then those of the likeliest
+    tokens there, best first. `ranks` count from 1 among the vocabulary. Flat, for a prompt with images has
+    thousands of tokens, most of which are an image's placeholder.
+    """
+
+    width: int
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
+    ranks: Sequence[int]
+
+
 @dataclass(frozen=True)
 class TokenDelta:
     """Tokens that are new since the choice's last delta. The last delta of each has a `finish_reason`.
 
     `prompt_tokens` counts the prompt after the placeholders were expanded; for `cached_tokens` of them the
     engine had keys and values already, None where it does not say. `logprobs` has one entry for each
-    token where the request asked for them, and is empty otherwise. `choice` counts from 0.
+    token where the request asked for them, and is empty otherwise. `choice` counts from 0. One delta has the
+    `prompt_logprobs` of a request that asked for them.
     """
 
     token_ids: tuple[int, ...]
@@ -237,6 +257,7 @@ class TokenDelta:
     logprobs: tuple[PlaceLogprobs, ...] = ()
     choice: int = 0
     cached_tokens: int | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Generator(Protocol):
@@ -245,6 +266,13 @@ class Generator(Protocol):
     @property
     def fingerprint(self) -> str:
         """Equal to the `VisionEncoder.fingerprint` whose embeddings this generator accepts."""
+        ...
+
+    async def load_adapters(self) -> Sequence[str]:
+        """Load the LoRA adapters that the settings name, and return the names that requests may give.
+
+        To be called once, in the event loop of the requests, before the first. Raises `ConfigurationError`.
+        """
         ...
 
     def variant(self, image_count: int) -> str:

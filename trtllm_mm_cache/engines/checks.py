@@ -45,6 +45,8 @@ def check_sampling(sampling: SamplingParams) -> None:
         ),
         f"logprobs must be from 0 to {MOST_LOGPROBS}": sampling.logprobs is None
         or 0 <= sampling.logprobs <= MOST_LOGPROBS,
+        f"prompt_logprobs must be from 0 to {MOST_LOGPROBS}": sampling.prompt_logprobs is None
+        or 0 <= sampling.prompt_logprobs <= MOST_LOGPROBS,
     }
     for rule, holds in checks.items():
         if not holds:
@@ -58,6 +60,14 @@ def check_one_choice(sampling: SamplingParams) -> None:
     if sampling.choices != 1:
         raise InvalidRequestError(
             "n: this server's engine gives one answer a request; leave it out, or ask several times"
+        )
+
+
+def check_no_prompt_logprobs(sampling: SamplingParams) -> None:
+    """Raise `InvalidRequestError` for log probabilities of the prompt: for engines that report none."""
+    if sampling.prompt_logprobs is not None:
+        raise InvalidRequestError(
+            "prompt_logprobs: this server's engine does not report them; leave it out, or serve with vllm"
         )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from trtllm_mm_cache.errors import PdLostError, PdUnavailableError
+from trtllm_mm_cache.frontend.prompt_logprobs import prompt_logprobs_field
 from trtllm_mm_cache.frontend.text import AnswerText
 
 Object = dict[str, Any]
@@ -44,6 +45,7 @@ class Answer:
     created: int = field(default_factory=lambda: int(time.time()))
     usage: Object | None = None
     items: Mapping[str, int] | None = None
+    prompt_logprobs: list[Object | None] | None = None
     _tokens: list[int] = field(init=False)
     _ended: set[int] = field(init=False, default_factory=set)
 
@@ -65,6 +67,8 @@ class Answer:
         async for message in messages:
             self.items = message.get("items", self.items)
             self.usage = message.get("completion_usage", self.usage)
+            if piece := (message.get("engine_data") or {}).get("prompt_logprobs"):
+                self.prompt_logprobs = (self.prompt_logprobs or []) + piece
             finished += bool(message.get("finish_reason"))
             if (delta := self._delta(message)) is not None:
                 yield delta
@@ -177,7 +181,8 @@ class ChatForm:
         """See `Form.whole`."""
         choices = [self._choice(index, parts) for index, parts in enumerate(_by_choice(self._answer, deltas))]
         usage = self._answer.usage_object()
-        return {**self._common, "object": "chat.completion", "choices": choices, "usage": usage}
+        prompt = prompt_logprobs_field(self._answer.prompt_logprobs, self._answer.tokenizer)
+        return {**self._common, "object": "chat.completion", "choices": choices, "usage": usage, **prompt}
 
     def _choice(self, index: int, parts: Sequence[Delta]) -> Object:
         logprobs = (
@@ -208,7 +213,11 @@ class TextForm:
 
     def whole(self, deltas: Sequence[Delta]) -> Object:
         """See `Form.whole`."""
-        choices = [self._choice(index, parts) for index, parts in enumerate(_by_choice(self._answer, deltas))]
+        prompt = prompt_logprobs_field(self._answer.prompt_logprobs, self._answer.tokenizer)
+        choices = [
+            {**self._choice(index, parts), **prompt}
+            for index, parts in enumerate(_by_choice(self._answer, deltas))
+        ]
         return {**self._common, "choices": choices, "usage": self._answer.usage_object()}
 
     def _choice(self, index: int, parts: Sequence[Delta]) -> Object:

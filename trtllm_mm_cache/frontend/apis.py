@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from trtllm_mm_cache.errors import UnknownModelError
 from trtllm_mm_cache.frontend.answer import Answer, ChatForm, Form, TextForm
 from trtllm_mm_cache.frontend.body import Body
 from trtllm_mm_cache.frontend.call import add_chat_options, items_of, messages_of, payload_of
+from trtllm_mm_cache.frontend.models import Models
 from trtllm_mm_cache.frontend.prompt import Prompts
 from trtllm_mm_cache.frontend.request import ChatRequest, CompletionRequest, GenerationOptions, read_request
 from trtllm_mm_cache.settings import FrontendSettings
@@ -36,6 +36,7 @@ class Call:
     items: Sequence[bytes] = ()
     logprobs: bool = False
     choices: int = 1
+    prompt_logprobs: bool = False
 
     @classmethod
     def of(
@@ -58,6 +59,7 @@ class Call:
             items,
             logprobs,
             request.n or 1,
+            request.prompt_logprobs is not None,
         )
 
 
@@ -76,14 +78,15 @@ class Api(Protocol):
 class ChatApi:
     """/v1/chat/completions."""
 
-    def __init__(self, prompts: Prompts, settings: FrontendSettings) -> None:
+    def __init__(self, prompts: Prompts, models: Models, settings: FrontendSettings) -> None:
         self._prompts = prompts
+        self._models = models
         self._settings = settings
 
     async def read(self, body: Body) -> Call:
         """See `Api.read`."""
         request = read_request(ChatRequest, body.fields)
-        check_model(request.model, self._settings.model_name)
+        adapter = await self._models.adapter(request.model)
         messages = messages_of(request)
         items = await items_of(request, body.cut, self._settings.max_images_per_request)
         prompt = await self._prompts.chat(
@@ -92,7 +95,7 @@ class ChatApi:
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
         )
-        payload = payload_of(request, prompt, self._prompts.eos_token_ids)
+        payload = payload_of(request, prompt, self._prompts.eos_token_ids, adapter)
         add_chat_options(payload, request, items)
         return Call.of(payload, request, [item.digest for item in items], logprobs=request.logprobs)
 
@@ -104,27 +107,21 @@ class ChatApi:
 class TextApi:
     """/v1/completions: a text, or token ids, to be continued as they are."""
 
-    def __init__(self, prompts: Prompts, settings: FrontendSettings) -> None:
+    def __init__(self, prompts: Prompts, models: Models) -> None:
         self._prompts = prompts
-        self._settings = settings
+        self._models = models
 
     async def read(self, body: Body) -> Call:
         """See `Api.read`."""
         request = read_request(CompletionRequest, body.fields)
-        check_model(request.model, self._settings.model_name)
+        adapter = await self._models.adapter(request.model)
         if isinstance(request.prompt, str):
             prompt = await self._prompts.plain(request.prompt)
         else:
             prompt = await self._prompts.tokens(request.prompt)
-        payload = payload_of(request, prompt, self._prompts.eos_token_ids)
+        payload = payload_of(request, prompt, self._prompts.eos_token_ids, adapter)
         return Call.of(payload, request)
 
     def form(self, answer: Answer) -> Form:
         """See `Api.form`."""
         return TextForm(answer)
-
-
-def check_model(name: str, served: str) -> None:
-    """Raise `UnknownModelError` unless `name` is the model that is `served`."""
-    if name != served:
-        raise UnknownModelError(f"model: no model of this name is served here; {served} is")

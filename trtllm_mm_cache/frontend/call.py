@@ -100,9 +100,9 @@ def messages_of(request: ChatRequest) -> list[dict[str, Any]]:
 
 
 def payload_of(
-    request: GenerationOptions, prompt: RenderedPrompt, eos_token_ids: Sequence[int]
+    request: GenerationOptions, prompt: RenderedPrompt, eos_token_ids: Sequence[int], adapter: str | None
 ) -> dict[str, Any]:
-    """Return the request to a PD worker for a prompt without items."""
+    """Return the request to a PD worker for a prompt without items, for the base model or an `adapter`."""
     sampling = {
         name: value
         for name in (
@@ -122,9 +122,9 @@ def payload_of(
             "ignore_eos": request.ignore_eos,
         },
         "sampling_options": sampling,
-        "output_options": {},
+        "output_options": {"prompt_logprobs": request.prompt_logprobs},
         "eos_token_ids": list(eos_token_ids),
-        "routing": {"cache_salt": request.salt},
+        "routing": {"cache_salt": request.salt, "lora_name": adapter},
         "annotations": [],
         "extra_args": {
             "formatted_prompt": prompt.text,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import uuid
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from typing import Any
 
 from opentelemetry.trace import SpanKind
@@ -18,9 +19,11 @@ from trtllm_mm_cache.frontend.apis import Api, Call
 from trtllm_mm_cache.frontend.body import BodyMemory, BodyShare, announced_bytes, parse_body, receive_body
 from trtllm_mm_cache.frontend.metrics import FrontendMetrics, ResponseRecord
 from trtllm_mm_cache.frontend.prompt import Prompts
+from trtllm_mm_cache.frontend.prompt_logprobs import json_in_steps
 from trtllm_mm_cache.frontend.responses import Reply
 from trtllm_mm_cache.observability.logs import loggable_cause, request_id
 from trtllm_mm_cache.observability.traces import remote_parent, span
+from trtllm_mm_cache.runtime.admission import Admission
 from trtllm_mm_cache.runtime.pd_client import PdWorkers
 from trtllm_mm_cache.runtime.streaming import RequestStoppedError, stopped_with
 from trtllm_mm_cache.settings import FrontendSettings
@@ -44,6 +47,8 @@ class Completions:
         self._memory = memory
         self._metrics = metrics
         self._settings = settings
+        self._prompt_logprobs = Admission.of_prompt_logprobs()
+        metrics.registry.register(self._prompt_logprobs)
 
     async def answer(self, api: Api, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; raises nothing but a cancellation."""
@@ -71,7 +76,8 @@ class Completions:
             raw = await receive_body(request, self._settings)
             async with stopped_with(_Client(request)):
                 call = await api.read(await parse_body(raw))
-                await self._generate(api, call, share, reply, record)
+                with self._prompt_logprobs.admitted() if call.prompt_logprobs else nullcontext():
+                    await self._generate(api, call, share, reply, record)
 
     async def _generate(
         self, api: Api, call: Call, share: BodyShare, reply: Reply, record: ResponseRecord
@@ -97,6 +103,9 @@ class Completions:
             if call.stream_usage:
                 await reply.event(form.usage_chunk())
             await reply.end()
+        elif call.prompt_logprobs:
+            body = await asyncio.to_thread(lambda: json_in_steps(form.whole(parts)))
+            await reply.json(200, body, items=answer.items)
         else:
             await reply.json(200, form.whole(parts), items=answer.items)
 

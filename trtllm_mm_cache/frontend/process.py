@@ -13,13 +13,16 @@ from trtllm_mm_cache.frontend.apis import ChatApi, TextApi
 from trtllm_mm_cache.frontend.body import BodyMemory
 from trtllm_mm_cache.frontend.endpoint import Completions
 from trtllm_mm_cache.frontend.metrics import BodyMemoryCollector, FrontendMetrics
+from trtllm_mm_cache.frontend.models import Models
 from trtllm_mm_cache.frontend.prompt import Prompts
 from trtllm_mm_cache.frontend.server import Endpoint, HttpServer, make_app
 from trtllm_mm_cache.observability.logs import configure_logging
 from trtllm_mm_cache.observability.metrics import Exposition
 from trtllm_mm_cache.observability.traces import configure_tracing
+from trtllm_mm_cache.runtime.adapters import AdapterDirectory
 from trtllm_mm_cache.runtime.allocator import bound_heaps
 from trtllm_mm_cache.runtime.connect import connect, drain_on_signals, endpoint_path
+from trtllm_mm_cache.runtime.control_client import ControlClient
 from trtllm_mm_cache.runtime.model import local_model_path
 from trtllm_mm_cache.runtime.pd_client import PdWorkers
 from trtllm_mm_cache.settings import FrontendSettings
@@ -44,16 +47,19 @@ async def _serve(settings: FrontendSettings) -> None:
     model_path = Path(await local_model_path(settings.model_path, weights=False))
     prompts = await asyncio.to_thread(Prompts.from_model, model_path)
     client = await runtime.endpoint(endpoint_path(settings.pd_endpoint)).client()
-    workers, memory, metrics = PdWorkers(client, members), BodyMemory(settings), FrontendMetrics()
+    control = await ControlClient.connect(runtime, "PD", settings.pd_endpoint, members)
+    adapters = AdapterDirectory(control, client.instance_ids)
+    workers, memory, metrics = PdWorkers(client, members, adapters), BodyMemory(settings), FrontendMetrics()
+    models = Models(settings.model_name, adapters)
     for part in (workers, BodyMemoryCollector(memory), prompts.admission):
         metrics.registry.register(part)
     completions = Completions(prompts, workers, memory, metrics, settings)
     app = make_app(
-        Endpoint(completions, ChatApi(prompts, settings)),
-        Endpoint(completions, TextApi(prompts, settings)),
+        Endpoint(completions, ChatApi(prompts, models, settings)),
+        Endpoint(completions, TextApi(prompts, models)),
         Exposition(metrics.registry, {"dynamo_component": "frontend", "model": settings.model_name}),
         workers,
-        settings.model_name,
+        models,
     )
     server = HttpServer.of(app, settings)
     draining = drain_on_signals(None)  # answers that run still need the runtime

@@ -43,7 +43,6 @@ _UNSERVED: Final[Mapping[str, tuple[Any, ...]]] = {
     "prompt_cache_options": _NOTHING,
     "chat_template": _NOTHING,
     "documents": (None, []),
-    "prompt_logprobs": _NOTHING,
     "include_stop_str_in_output": _OFF,
     "spaces_between_special_tokens": (None, True),
     "truncate_prompt_tokens": _NOTHING,

@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from trtllm_mm_cache.engines.checks import MOST_CHOICES
+from trtllm_mm_cache.engines.checks import MOST_CHOICES, MOST_LOGPROBS
 from trtllm_mm_cache.errors import InvalidRequestError
 from trtllm_mm_cache.frontend.refusals import NOT_SERVED, refuse_unserved
 from trtllm_mm_cache.runtime.processor_kwargs import check_processor_kwargs
@@ -107,6 +107,7 @@ class GenerationOptions(_Strict):
     stop: Annotated[list[_StopText], Field(max_length=64)] | None = None
     stop_token_ids: Annotated[list[_TokenId], Field(max_length=4096)] | None = None
     ignore_eos: StrictBool = False
+    prompt_logprobs: Annotated[int, Field(strict=True, ge=0, le=MOST_LOGPROBS)] | None = None
     skip_special_tokens: StrictBool = True
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
@@ -129,6 +130,10 @@ class GenerationOptions(_Strict):
     def _options_of_a_stream(self) -> GenerationOptions:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options: only with stream set to true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequestError(
+                "prompt_logprobs: not with stream set to true, for no chunk has a place for them"
+            )
         return self
 
     @property
@@ -143,7 +148,7 @@ class ChatRequest(GenerationOptions):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=_MAX_MESSAGES)]
     max_completion_tokens: _Count | None = None
     logprobs: StrictBool = False
-    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MOST_LOGPROBS)] | None = None
     response_format: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None

@@ -54,8 +54,8 @@ class Reply:
         self._begun = False
 
     async def json(self, status: int, content: Any, *, items: ItemCounts | None = None) -> None:
-        """Send one whole answer."""
-        body = _dumps(content)
+        """Send one whole answer: `content`, or what `json_in_steps` made of it."""
+        body = content if isinstance(content, bytes) else _dumps(content)
         self._headers |= {"content-type": "application/json", "content-length": str(len(body))}
         await self._start(status, items)
         await self._send({"type": "http.response.body", "body": body})

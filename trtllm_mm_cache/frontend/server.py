@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -23,10 +22,10 @@ from trtllm_mm_cache.errors import (
     InvalidRequestError,
     MmCacheError,
     OverloadedError,
-    UnknownModelError,
 )
 from trtllm_mm_cache.frontend.apis import Api
 from trtllm_mm_cache.frontend.endpoint import Completions
+from trtllm_mm_cache.frontend.models import Models
 from trtllm_mm_cache.frontend.responses import Reply, error_object, status_of
 from trtllm_mm_cache.observability.metrics import Exposition
 from trtllm_mm_cache.runtime.pd_client import PdWorkers
@@ -48,21 +47,19 @@ class Endpoint:
 
 
 def make_app(
-    chat: Endpoint, text: Endpoint, exposition: Exposition, workers: PdWorkers, model: str
+    chat: Endpoint, text: Endpoint, exposition: Exposition, workers: PdWorkers, served: Models
 ) -> Starlette:
-    """Return the application, which serves one `model` from now on."""
-    created = int(time.time())
-    described = {"id": model, "object": "model", "created": created, "owned_by": "trtllm-mm-cache"}
+    """Return the application."""
 
     async def models(request: Request) -> Response:
         del request
-        return JSONResponse({"object": "list", "data": [described]})
+        return JSONResponse({"object": "list", "data": await served.described()})
 
     async def one_model(request: Request) -> Response:
-        if request.path_params["name"] != model:
-            error = UnknownModelError(f"model: no model of this name is served here; {model} is")
-            return JSONResponse(error_object(error), error.http_status)
-        return JSONResponse(described)
+        try:
+            return JSONResponse(await served.one_described(request.path_params["name"]))
+        except MmCacheError as error:
+            return JSONResponse(error_object(error), status_of(error))
 
     async def alive(request: Request) -> Response:
         del request
@@ -81,11 +78,11 @@ def make_app(
         Route("/live", alive),
         Route("/metrics", metrics),
     ]
-    served = ", ".join(route.path for route in routes)
+    paths = ", ".join(route.path for route in routes)
 
     async def unknown_path(request: Request, error: Exception) -> Response:
         del request, error
-        text = f"nothing is served under this path; {served} are"
+        text = f"nothing is served under this path; {paths} are"
         return JSONResponse(error_object(InvalidRequestError(text)), 404)
 
     async def wrong_method(request: Request, error: Any) -> Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing, nullcontext
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from trtllm_mm_cache.errors import MmCacheError, OverloadedError
 from trtllm_mm_cache.observability.logs import request_id
 from trtllm_mm_cache.observability.traces import remote_parent, span
 from trtllm_mm_cache.pd.metrics import PdMetrics
+from trtllm_mm_cache.pd.prompt_logprobs import PromptLogprobsLimit, messages_of
 from trtllm_mm_cache.pd.record import AnswerRecord
 from trtllm_mm_cache.pd.request import parse_request
 from trtllm_mm_cache.pd.resolve import ItemResolver
@@ -51,8 +52,11 @@ class PdWorker:
         metrics: PdMetrics,
         settings: PdSettings,
         admit: Admit,
+        adapters: Collection[str] = (),
     ) -> None:
+        """`adapters` are those that the generator has loaded."""
         self._admit = admit
+        self._adapters = adapters
         self._generator = generator
         self._resolver = resolver
         self._metrics = metrics
@@ -65,7 +69,9 @@ class PdWorker:
                 f"{settings.max_concurrent_requests} requests are under way already; retry in a moment"
             ),
         )
-        metrics.registry.register(self._running)
+        self._prompt_logprobs = PromptLogprobsLimit(settings.max_prompt_logprobs)
+        for admission in (self._running, self._prompt_logprobs.admission):
+            metrics.registry.register(admission)
 
     def handle(self, payload: Any, context: RequestContext) -> AsyncGenerator[Output]:
         """Stream the answer to one request."""
@@ -110,21 +116,27 @@ class PdWorker:
 
     async def _serve(self, payload: Any, name: str, record: AnswerRecord, emit: Emit[Output]) -> None:
         with span("references"):
-            request = parse_request(payload, name, max_images=self._max_images)
+            request = parse_request(payload, name, max_images=self._max_images, adapters=self._adapters)
+        marked = FrontendMark.of(payload) is not None
         variant = self._generator.variant(len(request.references))
         items = await self._resolver.resolve(request, variant=variant)
         try:
             record.resolved(items)
-            if FrontendMark.of(payload) is not None:
+            if marked:
                 counts = {"hits": items.hits, "misses": items.misses, "hit_rows": items.hit_rows}
                 emit({"items": counts})
-            with span("generate"):
+            sampling = request.generation.sampling
+            prompt_tokens = len(request.generation.token_ids) + items.rows - len(items.leases)
+            with self._prompt_logprobs.admitted(sampling, prompt_tokens), span("generate"):
                 # The leases are held until the engine is done with them: until its iterator is closed.
-                unfinished = request.generation.sampling.choices
+                unfinished = sampling.choices
                 async with aclosing(self._generator.generate(request.generation, items.leases)) as deltas:
                     async for delta in deltas:
                         unfinished -= delta.finish_reason is not None
                         record.generated(len(delta.token_ids), finished=unfinished == 0)
+                        if delta.prompt_logprobs is not None:
+                            for message in await messages_of(delta.prompt_logprobs, in_pieces=marked):
+                                emit(message)
                         emit(_output(delta, record.tokens))
                         items.first_token()
         finally:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+import re
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from trtllm_mm_cache.engines.base import Generator
 from trtllm_mm_cache.engines.own_tower import OwnTowerGenerator
 from trtllm_mm_cache.engines.ranks import place_in_job
 from trtllm_mm_cache.engines.registry import Engine, load_engine
+from trtllm_mm_cache.errors import ConfigurationError
 from trtllm_mm_cache.media import pixels_fingerprint
 from trtllm_mm_cache.observability.cache_metrics import CacheCollector, WhatIfCollector
 from trtllm_mm_cache.observability.logs import configure_logging
@@ -93,16 +95,39 @@ async def _serve_model(
         generator = await asyncio.to_thread(engine.load_generator, model_path, settings.extra_engine_args)
         client = await runtime.endpoint(endpoint_path(settings.encode_endpoint)).client()
         resolver = make_resolver(settings, memory, EncodeClient(client, members), generator, metrics)
+    adapters = await _adapters(generator, settings)
     me = runtime.endpoint(endpoint_path(settings.endpoint)).connection_id()
     admit = partial(members.admit, me, required=not settings.allow_unproven_requests)
-    worker = PdWorker(generator, resolver, metrics, settings, admit)
+    worker = PdWorker(generator, resolver, metrics, settings, admit, adapters)
     exposition = Exposition(metrics.registry, {"dynamo_component": "pd", "model": settings.model_name})
-    control = Control(worker.drop)
+    control = Control(worker.drop, adapters)
+    offer = partial(offer_model, model_path=str(model_path), name=settings.model_name, adapters=adapters)
     try:
         deployment.status.render = exposition.render
-        await _while_alive(generator, _serve_endpoints(deployment, worker, control, model_path, settings))
+        await _while_alive(generator, _serve_endpoints(deployment, worker, control, offer, settings))
     finally:
         await worker.close()
+
+
+async def _adapters(generator: Generator, settings: PdSettings) -> Sequence[str]:
+    """Return the generator's adapters. Raises `ConfigurationError`, and closes the generator then."""
+    try:
+        return _told_apart(await generator.load_adapters(), settings.model_name)
+    except BaseException:
+        await generator.close()
+        raise
+
+
+def _told_apart(adapters: Sequence[str], model: str) -> Sequence[str]:
+    """Return `adapters` unless one has the model's name, or two are one to Dynamo's discovery."""
+    seen: dict[str, str] = {}
+    for name in adapters:
+        same = model if name == model else seen.setdefault(re.sub("[^a-z0-9_-]", "_", name.lower()), name)
+        if same != name or name == model:
+            raise ConfigurationError(
+                f"lora_modules: {name} and {same} are one name to discovery; give the adapter another one"
+            )
+    return adapters
 
 
 async def _while_alive(generator: Generator, serving: Coroutine[Any, Any, None]) -> None:
@@ -157,17 +182,21 @@ def _register_memory(registry: CollectorRegistry, memory: PdMemory | OwnTowerMem
 
 
 async def _serve_endpoints(
-    deployment: Deployment, worker: PdWorker, control: Control, model_path: Path, settings: PdSettings
+    deployment: Deployment,
+    worker: PdWorker,
+    control: Control,
+    offer: Callable[[Any], Awaitable[None]],
+    settings: PdSettings,
 ) -> None:
     runtime, draining = deployment.runtime, deployment.draining
     endpoint = runtime.endpoint(endpoint_path(settings.endpoint))
     guarded_control = deployment.members.guarded(CONTROL, endpoint.connection_id(), control.handle)
 
     async def offer_again() -> None:
-        await offer_model(endpoint, str(model_path), settings.model_name)
+        await offer(endpoint)
         await endpoint.register_endpoint_instance()
 
-    await offer_model(endpoint, str(model_path), settings.model_name)
+    await offer(endpoint)
     logger.info(
         "PD worker ready: model %s, cache %.2f GB",
         settings.model_name,

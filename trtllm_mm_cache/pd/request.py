@@ -9,7 +9,7 @@ the request plane carries bytes as they are, for half of the time and memory tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,9 +55,12 @@ class PdRequest:
     processor_kwargs: Mapping[str, Any]
 
 
-def parse_request(payload: Any, request_id: str, *, max_images: int) -> PdRequest:
-    """Read one request; raises `InvalidRequestError` that names the field at fault.
+def parse_request(
+    payload: Any, request_id: str, *, max_images: int, adapters: Collection[str] = ()
+) -> PdRequest:
+    """Read one request, which may name one of `adapters`.
 
+    Raises `InvalidRequestError` that names the field at fault.
     Its media are taken out of `payload`, which others may keep for as long as the answer takes.
     """
     try:
@@ -67,8 +70,6 @@ def parse_request(payload: Any, request_id: str, *, max_images: int) -> PdReques
         field = ".".join(str(part) for part in problem["loc"])[:80] or "request"
         raise InvalidRequestError(f"{field}: {problem['msg']}") from None
     payload.pop("multi_modal_data", None)
-    if (request.routing or {}).get("lora_name") is not None:
-        raise InvalidRequestError("lora_name: adapters are not served")
     references = _references(request.multi_modal_data or {}, max_images)
     extra = request.extra_args or {}
     prompt_text = extra.get("formatted_prompt")
@@ -85,6 +86,7 @@ def parse_request(payload: Any, request_id: str, *, max_images: int) -> PdReques
             request.eos_token_ids or (),
         ),
         cache_salt=_salt(request.routing or {}, extra.get("nvext")),
+        lora_name=_adapter((request.routing or {}).get("lora_name"), adapters),
     )
     return PdRequest(generation, references, _processor_kwargs(request, extra))
 
@@ -117,6 +119,16 @@ def _salt(routing: Mapping[str, Any], nvext: Any) -> str | None:
     if salt is not None and len(salt) > _MAX_SALT_CHARACTERS:
         raise InvalidRequestError(f"cache_salt: must have at most {_MAX_SALT_CHARACTERS} characters")
     return salt
+
+
+def _adapter(name: Any, adapters: Collection[str]) -> str | None:
+    if name is None:
+        return None
+    if not adapters:
+        raise InvalidRequestError("lora_name: adapters are not served")
+    if not isinstance(name, str) or name not in adapters:
+        raise InvalidRequestError("lora_name: this worker has no adapter of this name")
+    return name
 
 
 def _references(media: Mapping[str, list[dict[str, Any]]], max_images: int) -> tuple[Reference, ...]:

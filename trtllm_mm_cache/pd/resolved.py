@@ -37,6 +37,11 @@ class ResolvedItems:
     nbytes: int
     seconds: float
 
+    @property
+    def rows(self) -> int:
+        """Rows of all leases together: as many tokens of the prompt."""
+        return sum(lease.shape[0] for lease in self.leases)
+
     @classmethod
     def of(cls, places: Sequence[int], found: Mapping[int, Found], *, seconds: float) -> ResolvedItems:
         """Put what was `found` in prompt order; it took `seconds`.

@@ -77,7 +77,7 @@ class OutputOptions(BaseModel):
     model_config = LENIENT
 
     logprobs: Annotated[_Integer, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    prompt_logprobs: None = None
+    prompt_logprobs: Annotated[_Integer, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
 
 def read_sampling(
@@ -110,6 +110,7 @@ def read_sampling(
         min_p=options.min_p or 0.0,
         logit_bias=_logit_bias(options.logit_bias or {}),
         logprobs=output.logprobs,
+        prompt_logprobs=output.prompt_logprobs,
         constraint=_constraint(options.guided_decoding or {}),
         choices=options.n or 1,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -9,13 +10,16 @@ from typing import Literal
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from trtllm_mm_cache.errors import MmCacheError
+from trtllm_mm_cache.errors import MmCacheError, OverloadedError
 from trtllm_mm_cache.observability.metrics import counter, gauge
 
 _GAUGES = {
     "image": ("waiting_image_bytes", "Bytes of images without an embedding yet."),
     "incoming": ("incoming_image_bytes", "Bytes of images whose keys are not known yet."),
 }
+
+_MOST_PROMPT_LOGPROBS = 8
+"""Requests for their prompts' log probabilities at a time: each takes tens of MB in either process."""
 
 _SMALL_SHARE = 1 / 256
 _LARGE_SHARE = 3 / 4
@@ -46,7 +50,8 @@ class Admission(Collector):
     """Admits at most `max_items` items of at most `max_bytes` bytes together. For use from one event loop.
 
     Who is refused gets the error that `refusal` makes; none waits. `what` is admitted: requests, images that
-    wait for their embeddings, incoming ones, or texts by their characters. An item without bytes is never
+    wait for their embeddings, incoming ones, texts by their characters, or requests for log probabilities of
+    their prompts. An item without bytes is never
     refused for its bytes. One of more than `max_bytes` can never fit and gets the error that `too_large`
     makes; where that is None, it is admitted while no other has bytes. With `room_for_small`, a quarter of
     the bytes is kept for items of less than 1/256 of them, so that large ones do not keep those out.
@@ -60,7 +65,7 @@ class Admission(Collector):
         max_items: int,
         max_bytes: int,
         refusal: Callable[[], MmCacheError],
-        what: Literal["request", "image", "incoming", "text"] = "image",
+        what: Literal["request", "image", "incoming", "text", "prompt_logprobs"] = "image",
         too_large: Callable[[], MmCacheError] | None = None,
         room_for_small: bool = False,
     ) -> None:
@@ -71,6 +76,17 @@ class Admission(Collector):
         self._too_large = too_large
         self._room_for_small = room_for_small
         self.items = self.nbytes = self.refused = 0
+
+    @classmethod
+    def of_prompt_logprobs(cls) -> Admission:
+        """Return what admits requests for log probabilities of their prompts."""
+        refusal = f"{_MOST_PROMPT_LOGPROBS} requests for prompt_logprobs are under way; retry in a moment"
+        return cls(
+            what="prompt_logprobs",
+            max_items=_MOST_PROMPT_LOGPROBS,
+            max_bytes=sys.maxsize,
+            refusal=lambda: OverloadedError(refusal),
+        )
 
     @contextmanager
     def admitted(self, nbytes: int = 0) -> Iterator[Admitted]:

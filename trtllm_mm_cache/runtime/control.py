@@ -1,4 +1,4 @@
-"""The control endpoint beside a worker's own: drops embeddings on demand.
+"""The control endpoint beside a worker's own: drops embeddings on demand, and says what adapters it has.
 
 Every worker serves it as `control` in its component, next to `generate` or `encode`, behind the same guard:
 it answers members of the deployment alone (`membership.py`).
@@ -7,7 +7,7 @@ it answers members of the deployment alone (`membership.py`).
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Final, Literal
 
 from pydantic import Field, model_validator
@@ -85,11 +85,28 @@ class DropReport(Message):
     stored_bytes: int = Field(0, ge=0)
 
 
-class Control:
-    """Answers control requests: `drop` drops. For use from one event loop."""
+class AdaptersRequest(Message):
+    """Asks which LoRA adapters a PD worker has."""
 
-    def __init__(self, drop: Callable[[DropRequest], Awaitable[DropReport]]) -> None:
+    version: Literal[2] = PROTOCOL_VERSION
+    command: Literal["adapters"] = "adapters"
+
+
+class AdaptersReport(Message):
+    """Names the adapters that requests to a worker may give as `routing.lora_name`."""
+
+    version: Literal[2] = PROTOCOL_VERSION
+    adapters: tuple[str, ...]
+
+
+class Control:
+    """Answers control requests: `drop` drops, `adapters` are named. For use from one event loop."""
+
+    def __init__(
+        self, drop: Callable[[DropRequest], Awaitable[DropReport]], adapters: Sequence[str] = ()
+    ) -> None:
         self._drop = drop
+        self._adapters = AdaptersReport(adapters=tuple(adapters))
 
     async def handle(self, payload: Any, context: RequestContext) -> AsyncIterator[dict[str, Any]]:
         """Answer one request with one message: a report, or an `EncodeFault` that says what was wrong."""
@@ -99,7 +116,10 @@ class Control:
             logger.warning("control %s: %s: %s", context.id(), error.code, error)
             yield EncodeFault.of(error).model_dump()
 
-    async def _answer(self, payload: Any) -> DropReport:
+    async def _answer(self, payload: Any) -> DropReport | AdaptersReport:
+        if isinstance(payload, dict) and payload.get("command") == "adapters":
+            parse(AdaptersRequest, payload)
+            return self._adapters
         request = parse(DropRequest, payload)
         report = await self._drop(request)
         logger.info(

@@ -7,6 +7,7 @@ which a request of Dynamo's frontend gets the second kind alone:
     {}                      every `HEARTBEAT_S` seconds, so that a worker that stands still is noticed
     {"token_ids": ...}      tokens, in the form of a Dynamo worker
     {"items": ...}          once, before the first token: how the request's items were found
+    {"engine_data": ...}    the prompt's log probabilities, where they were asked for, in pieces
     {"error": ...}          last, instead of an exception, whose status and text Dynamo would replace
 """
 

@@ -32,7 +32,7 @@ MAX_MEDIA_BYTES = 1024**3
 MAX_PLACEHOLDER_CHARACTERS = 4 * 1024**2
 """A placeholder's text has some 13 characters a row."""
 
-_TUPLES = ("shape", "grid_thw")
+_TUPLES = ("shape", "grid_thw", "adapters")
 _Side = Annotated[int, Field(gt=0, lt=2**31)]
 
 SaltTag = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 from dynamo.llm import ModelInput, ModelType, WorkerType, fetch_model, register_model
@@ -29,16 +30,20 @@ async def local_model_path(model: str, *, weights: bool = True) -> str:
         ) from error
 
 
-async def offer_model(endpoint: Endpoint, model_path: str, name: str) -> None:
-    """Register with discovery that `endpoint` serves the model of `model_path` under `name`.
+async def offer_model(endpoint: Endpoint, model_path: str, name: str, adapters: Sequence[str] = ()) -> None:
+    """Register with discovery that `endpoint` serves the model of `model_path` as `name`, and its adapters.
 
-    The encode worker is never among the model's `needs`: without it text and cached images go on.
+    Dynamo's frontend then asks for an adapter as for a model, with `routing.lora_name` in the request. The
+    encode worker is never among the model's `needs`: without it text and cached images go on.
     """
-    await register_model(
-        ModelInput.Tokens,
-        ModelType.Chat | ModelType.Completions,
-        endpoint,
-        model_path,
-        name,
-        worker_type=WorkerType.Aggregated,
-    )
+    for adapter in (None, *adapters):
+        await register_model(
+            ModelInput.Tokens,
+            ModelType.Chat | ModelType.Completions,
+            endpoint,
+            model_path,
+            adapter or name,
+            worker_type=WorkerType.Aggregated,
+            lora_name=adapter,
+            base_model_path=None if adapter is None else model_path,
+        )

@@ -21,6 +21,7 @@ from trtllm_mm_cache.errors import (
     PdUnavailableError,
 )
 from trtllm_mm_cache.observability.metrics import gauge
+from trtllm_mm_cache.runtime.adapters import AdapterDirectory
 from trtllm_mm_cache.runtime.generation import HEARTBEAT_S, error_of
 from trtllm_mm_cache.runtime.membership import GENERATE, PROOF_FIELD, Membership
 from trtllm_mm_cache.runtime.rendezvous import rendezvous_rank
@@ -39,12 +40,14 @@ class PdWorkers(Collector):
 
     Requests about the same items go to the same worker, whose cache has them: the home of most of their
     items by rendezvous hashing, so that every frontend finds the same one. A worker with much more under way
-    than the others is passed over, and a request without items goes to the one with least.
+    than the others is passed over, and a request without items goes to the one with least. A request for an
+    adapter goes to those workers alone that have it.
     """
 
-    def __init__(self, client: Client, members: Membership) -> None:
+    def __init__(self, client: Client, members: Membership, adapters: AdapterDirectory) -> None:
         self._client = client
         self._members = members
+        self._adapters = adapters
         self._running: Counter[int] = Counter()
 
     @property
@@ -68,8 +71,9 @@ class PdWorkers(Collector):
         goes away in the middle. Closing it stops the worker's computation.
         """
         tried: list[int] = []
+        adapter = (payload.get("routing") or {}).get("lora_name")
         while True:
-            instance = self._choose(items, tried)
+            instance = self._choose(items, tried, adapter)
             tried.append(instance)
             began = False
             try:
@@ -80,14 +84,17 @@ class PdWorkers(Collector):
                             payload.clear()
                         yield message
             except (PdUnavailableError, OverloadedError, NotAMemberError) as error:
-                if began or set(self.instances) <= set(tried):
+                if began or set(self._having(adapter)) <= set(tried):
                     raise
                 logger.info("request %s goes to another PD worker: %s", request_id, error)
             else:
                 return
 
-    def _choose(self, items: Sequence[bytes], tried: Sequence[int]) -> int:
-        left = [instance for instance in self.instances if instance not in tried]
+    def _having(self, adapter: str | None) -> list[int]:
+        return [each for each in self.instances if adapter is None or self._adapters.has(each, adapter)]
+
+    def _choose(self, items: Sequence[bytes], tried: Sequence[int], adapter: str | None = None) -> int:
+        left = [instance for instance in self._having(adapter) if instance not in tried]
         if not left:
             raise PdUnavailableError("no PD worker can take this request now; retry in a moment")
         if not items:

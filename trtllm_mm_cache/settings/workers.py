@@ -169,6 +169,13 @@ class PdOptions(WorkerSettings):
     max_concurrent_requests: int = Field(
         1024, ge=1, description="Requests taken at a time; beyond it the answer is 503."
     )
+    max_prompt_logprobs: int = Field(
+        65536,
+        ge=0,
+        le=1024 * 1024,
+        description="Most log probabilities of one request's prompt (`prompt_logprobs`): its tokens, images "
+        "included, times the entries of each. 0: such requests are refused.",
+    )
     allow_unproven_requests: bool = Field(
         False,
         description="Answer requests without the deployment's secret too, such as those of Dynamo's own "

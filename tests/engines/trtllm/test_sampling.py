@@ -60,6 +60,7 @@ def test_one_by_one(given: dict[str, Any], expected: dict[str, Any], peer: Any) 
         ({"logit_bias": {3: 1.0}}, "logit_bias is not served with TensorRT-LLM"),
         ({"logprobs": 21}, "logprobs must be from 0 to 20"),
         ({"choices": 2}, "n: this server's engine gives one answer"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs: this server's engine does not report them"),
     ],
 )
 def test_what_cannot_be_served_is_refused(given: dict[str, Any], says: str) -> None:
@@ -73,7 +74,7 @@ def test_no_field_of_ours_is_dropped() -> None:
         *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "seed"),
         *("stop", "stop_token_ids", "ignore_eos"),
         *("presence_penalty", "frequency_penalty", "repetition_penalty", "min_p", "logit_bias"),
-        *("logprobs", "constraint", "choices"),
+        *("logprobs", "prompt_logprobs", "constraint", "choices"),
     }
 
 

@@ -58,6 +58,10 @@ class SglangGenerator:
         """See `Generator.fingerprint`: that of the transformers tower whose embeddings SGLang gets."""
         return self._fingerprint
 
+    async def load_adapters(self) -> tuple[str, ...]:
+        """See `Generator.load_adapters`: SGLang serves none here."""
+        return ()
+
     def variant(self, image_count: int) -> str:
         """See `Architecture.variant`."""
         return self._architecture.variant(image_count)

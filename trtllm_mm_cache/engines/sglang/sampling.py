@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from trtllm_mm_cache.engines.base import SamplingParams
-from trtllm_mm_cache.engines.checks import GREEDY_BELOW, check_sampling
+from trtllm_mm_cache.engines.checks import GREEDY_BELOW, check_no_prompt_logprobs, check_sampling
 from trtllm_mm_cache.engines.grammar import check_alone, grammar_of
 from trtllm_mm_cache.errors import InvalidRequestError
 
@@ -29,6 +29,7 @@ def engine_sampling(
     Raises `InvalidRequestError` for a value or a combination that SGLang cannot serve.
     """
     check_sampling(sampling)
+    check_no_prompt_logprobs(sampling)
     _check_limits(sampling, vocabulary, deterministic)
     wanted = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
     arguments: dict[str, Any] = {

@@ -98,6 +98,10 @@ class TransformersGenerator:
         """See `Generator.fingerprint`."""
         return self._fingerprint
 
+    async def load_adapters(self) -> tuple[str, ...]:
+        """See `Generator.load_adapters`: this engine serves none here."""
+        return ()
+
     def variant(self, image_count: int) -> str:
         """See `Architecture.variant`."""
         return self._architecture.variant(image_count)

@@ -11,7 +11,12 @@ import torch
 
 from trtllm_mm_cache.cache.arena.handle import Handle
 from trtllm_mm_cache.engines.base import GenerationRequest, LeasedEmbedding, SamplingParams
-from trtllm_mm_cache.engines.checks import check_one_choice, check_sampling, grid_of
+from trtllm_mm_cache.engines.checks import (
+    check_no_prompt_logprobs,
+    check_one_choice,
+    check_sampling,
+    grid_of,
+)
 from trtllm_mm_cache.engines.huggingface.architectures import Architecture
 from trtllm_mm_cache.engines.huggingface.embedding_check import placeholder_of
 from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
@@ -62,6 +67,7 @@ class RequestPreparer:
         """
         check_sampling(request.sampling)
         check_one_choice(request.sampling)
+        check_no_prompt_logprobs(request.sampling)
         self._check_token_ids(request.token_ids)
         for token_id in request.sampling.logit_bias:
             if not 0 <= token_id < self.vocabulary:

@@ -103,6 +103,10 @@ class TrtllmGenerator:
         """See `Generator.fingerprint`."""
         return self._fingerprint
 
+    async def load_adapters(self) -> tuple[str, ...]:
+        """See `Generator.load_adapters`: TensorRT-LLM serves none here."""
+        return ()
+
     def variant(self, image_count: int) -> str:
         """Return "": the engine encodes every image alone, so its neighbours make no difference."""
         del image_count

@@ -16,7 +16,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from trtllm_mm_cache.engines.base import SamplingParams
-from trtllm_mm_cache.engines.checks import GREEDY_BELOW, check_one_choice, check_sampling
+from trtllm_mm_cache.engines.checks import (
+    GREEDY_BELOW,
+    check_no_prompt_logprobs,
+    check_one_choice,
+    check_sampling,
+)
 from trtllm_mm_cache.engines.grammar import WHAT, check_alone, grammar_of
 from trtllm_mm_cache.errors import InvalidRequestError
 
@@ -37,6 +42,7 @@ def engine_sampling(sampling: SamplingParams, room: int) -> dict[str, Any]:
     """
     check_sampling(sampling)
     check_one_choice(sampling)
+    check_no_prompt_logprobs(sampling)
     if sampling.ignore_eos and (sampling.stop or sampling.stop_token_ids):
         # The executor request then gets an empty list of stop words, whatever else was asked for.
         raise InvalidRequestError(

@@ -61,10 +61,12 @@ def check(half: Literal["encode", "pd"], config: Mapping[str, Any], args_file: P
     if half == "encode":
         _no_encoder()
     from trtllm_mm_cache.engines.engine_args import load_engine_args
+    from trtllm_mm_cache.engines.vllm.adapters import check_adapters
     from trtllm_mm_cache.engines.vllm.settings import VllmEngineArgs
     from trtllm_mm_cache.engines.vllm.support import check_architecture
 
-    load_engine_args(args_file, VllmEngineArgs)
+    args = load_engine_args(args_file, VllmEngineArgs)
+    check_adapters(args.lora_modules, args.max_lora_rank)
     if config:
         check_architecture(str(config.get("model_type")))
 

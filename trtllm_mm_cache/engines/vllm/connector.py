@@ -123,13 +123,20 @@ class ArenaConnector(ECConnectorBase):  # type: ignore[misc]
 
 
 class WorkerExtension:
-    """Adds a method to vLLM's workers, by which the PD worker waits for loads of requests that it aborted."""
+    """Adds to vLLM's workers what the PD worker asks of them."""
+
+    model_runner: Any
 
     def wait_for_embedding_loads(self) -> None:
         """Return when no step that was sent to this worker before reads the arena any more."""
         connector = get_ec_transfer()
         if isinstance(connector, ArenaConnector) and connector.worker is not None:
             connector.worker.wait()
+
+    def modules_without_place(self, adapter_id: int) -> list[str]:
+        """Return the modules of a loaded adapter that this worker's part of the model does not have."""
+        manager = self.model_runner.lora_manager._adapter_manager
+        return sorted(manager.get_adapter(adapter_id).loras.keys() - manager.modules.keys())
 
 
 def _computed(scheduler_output: Any, request_id: str) -> int:

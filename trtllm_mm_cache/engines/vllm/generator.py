@@ -23,11 +23,17 @@ from trtllm_mm_cache.engines.huggingface.model_files import load_processor, read
 from trtllm_mm_cache.engines.huggingface.prompt import PromptExpander
 from trtllm_mm_cache.engines.leaving import EndingRequests
 from trtllm_mm_cache.engines.left_files import files_made, remove_files, write_down
-from trtllm_mm_cache.engines.vllm.outputs import deltas_of, ended_by_stop_string
+from trtllm_mm_cache.engines.vllm.adapters import check_adapters
+from trtllm_mm_cache.engines.vllm.outputs import deltas_of, ended_by_stop_string, prompt_logprobs_of
 from trtllm_mm_cache.engines.vllm.prepare import EngineLimits, PreparedRequest, RequestPreparer
 from trtllm_mm_cache.engines.vllm.settings import VllmEngineArgs
 from trtllm_mm_cache.engines.vllm.support import Tower, check_architecture, model_type_of, start_engine
-from trtllm_mm_cache.errors import EngineLostError, GenerationError, InvalidRequestError
+from trtllm_mm_cache.errors import (
+    ConfigurationError,
+    EngineLostError,
+    GenerationError,
+    InvalidRequestError,
+)
 from trtllm_mm_cache.threads import in_thread
 
 logger = logging.getLogger(__name__)
@@ -52,6 +58,9 @@ class VllmGenerator:
         expander = PromptExpander(load_processor(model_path, config), config)
         self._check = EmbeddingCheck(architecture, layout, expander)
         self._ending = EndingRequests()
+        check_adapters(args.lora_modules, args.max_lora_rank)
+        self._folders = dict(args.lora_modules)
+        self._adapters: dict[str, Any] = {}
         self._epoch = 0
         before = files_made()
         self._llm: Any = start_engine(model_path, args, tower)
@@ -69,6 +78,27 @@ class VllmGenerator:
     def fingerprint(self) -> str:
         """See `Generator.fingerprint`: of transformers' tower, whose embeddings vLLM gets, or of its own."""
         return self._fingerprint
+
+    async def load_adapters(self) -> tuple[str, ...]:
+        """See `Generator.load_adapters`. vLLM would otherwise load each at its first request, in a step."""
+        from vllm.lora.request import LoRARequest
+
+        for name, folder in self._folders.items():
+            number = len(self._adapters) + 1
+            adapter = LoRARequest(name, number, str(folder.absolute()))
+            try:
+                await self._llm.add_lora(adapter)
+                unplaced = await self._llm.collective_rpc("modules_without_place", args=(number,))
+            except Exception as error:  # what a worker raises comes as a bare one
+                raise ConfigurationError(f"vLLM cannot load the adapter {name!r}: {error}") from error
+            # With a pipeline each worker has some of the layers.
+            if missing := sorted(set.intersection(*map(set, unplaced))):
+                raise ConfigurationError(
+                    f"lora_modules: the adapter {name!r} was trained on another model: it has weights of "
+                    f"{len(missing)} modules that vLLM's model has not, such as {missing[0]}"
+                )
+            self._adapters[name] = adapter
+        return tuple(self._adapters)
 
     def variant(self, image_count: int) -> str:
         """Return "": no architecture that is served here encodes an image otherwise beside others."""
@@ -96,13 +126,18 @@ class VllmGenerator:
         # vLLM aborts by this name, and a client may send one twice.
         name = f"{request.request_id}-{uuid.uuid4().hex}"
         finished = ended_here = False
+        asked, of_prompt = request.sampling, request.sampling.prompt_logprobs
         try:
-            async with contextlib.aclosing(self._outputs(name, prepared)) as outputs:
+            outputs_of = self._outputs(name, prepared, self._adapter(request.lora_name))
+            async with contextlib.aclosing(outputs_of) as outputs:
                 async for output in outputs:
                     # An answer that this process ended may still be computed, preempted and loaded again.
                     ended_here |= ended_by_stop_string(output)
                     finished = output.finished and not ended_here
-                    for delta in deltas_of(output, request.sampling.logprobs):
+                    told = None if of_prompt is None else prompt_logprobs_of(output, of_prompt)
+                    if told is not None:
+                        of_prompt = None  # of several choices each may have them
+                    for delta in deltas_of(output, asked.logprobs, told):
                         yield delta
         except GenerationError:
             # vLLM may hold zeros under these identifiers: no later request is to find them.
@@ -125,7 +160,13 @@ class VllmGenerator:
             remove_files(self._files)
         await self._ending.close()
 
-    async def _outputs(self, name: str, prepared: PreparedRequest) -> AsyncGenerator[Any, None]:
+    def _adapter(self, name: str | None) -> Any:
+        """Return what vLLM is told of an adapter; None for the base model."""
+        if name is not None and name not in self._adapters:
+            raise InvalidRequestError("lora_name: this worker has no adapter of this name")
+        return None if name is None else self._adapters[name]
+
+    async def _outputs(self, name: str, prepared: PreparedRequest, adapter: Any) -> AsyncGenerator[Any, None]:
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -133,7 +174,7 @@ class VllmGenerator:
             raise _lost()
         try:
             async with contextlib.aclosing(
-                self._llm.generate(prepared.prompt, prepared.sampling, name)
+                self._llm.generate(prepared.prompt, prepared.sampling, name, lora_request=adapter)
             ) as outputs:
                 async for output in outputs:
                     yield output

@@ -42,6 +42,9 @@ def engine_sampling(sampling: SamplingParams, room: int, vocabulary: int) -> dic
         "repetition_penalty": sampling.repetition_penalty,
         "logit_bias": dict(sampling.logit_bias) or None,
         "logprobs": sampling.logprobs,
+        "prompt_logprobs": sampling.prompt_logprobs,
+        # Lists of numbers for a prompt, instead of an object for each log probability.
+        "flat_logprobs": sampling.prompt_logprobs is not None,
     }
     return arguments | _choice(sampling)
 

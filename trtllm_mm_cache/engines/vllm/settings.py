@@ -7,7 +7,8 @@ not a key: `FORCED` says why. A key that is not listed is refused before vLLM is
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Final, Literal
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field
 
@@ -30,9 +31,18 @@ FORCED: Final[Mapping[str, str]] = {
     "model_impl": "only vLLM's own models take embeddings by handle",
     "generation_config": "what a request leaves open is the API's to say",
     "enable_log_requests": "a request's text is not for the log",
+    "enable_lora": "it follows from lora_modules",
+    "max_cpu_loras": "there is room for all adapters: one that could not be read again in the middle of a "
+    "step would end the engine",
+    "enable_tower_connector_lora": "all adapters share the embeddings of one tower",
+    "default_mm_loras": "a request names its adapter, as its model",
     "structured_outputs_config": "it is guidance, which bounds what a schema may cost",
 }
 """Keys of vLLM that are not an operator's to set, with the reason."""
+
+
+AdapterName = Annotated[str, Field(max_length=256, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$")]
+"""A model's name for clients, in URLs too."""
 
 
 class VllmEngineArgs(ForeignTowerArgs):
@@ -74,6 +84,27 @@ class VllmEngineArgs(ForeignTowerArgs):
         None, description="How vLLM starts its workers. They must be on this machine: the arena is."
     )
     async_scheduling: bool | None = Field(None, description="Schedule the next step while one computes.")
+    lora_modules: dict[AdapterName, Path] = Field(
+        {},
+        description="LoRA adapters of the language model that requests may name as their model: by name, the "
+        "folder of each, as PEFT saves it. They are loaded at start.",
+    )
+    max_loras: int | None = Field(
+        None,
+        ge=1,
+        description="Most adapters in one step; requests with others wait. vLLM's default is 1; on a CPU "
+        "there is no wait.",
+    )
+    max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] | None = Field(
+        None, description="Highest rank of an adapter. vLLM's default is 16."
+    )
     seed: int = Field(0, description="Seed of what requests without one draw.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
     load_format: str | None = Field(None, description="How the weights are stored.")
+
+    def given(self) -> dict[str, Any]:
+        """See `ForeignTowerArgs.given`; the adapters themselves are loaded when the engine runs."""
+        arguments = super().given()
+        arguments.pop("lora_modules", None)
+        most = max(len(self.lora_modules) + 1, self.max_loras or 1)
+        return arguments | ({"enable_lora": True, "max_cpu_loras": most} if self.lora_modules else {})

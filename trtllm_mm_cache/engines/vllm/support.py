@@ -152,24 +152,41 @@ def engine_arguments(model_path: Path, args: VllmEngineArgs, tower: Tower) -> di
     """
     import torch
 
-    return args.given() | {
-        # No images but those that the connector brings: vLLM then loads no tower (`_mark_tower_model`).
-        **({} if tower.own or model_type_of(model_path) in _WITH_ITS_TOWER else WITHOUT_TOWER),
-        "model": str(model_path),
-        "dtype": args.resolved_dtype(model_path),
-        "ec_transfer_config": tower.connector(),
-        "worker_extension_cls": "trtllm_mm_cache.engines.vllm.connector.WorkerExtension",
-        "mm_processor_cache_gb": 0,
-        # A tower that runs takes memory of the GPU that must not go to the KV cache.
-        "skip_mm_profiling": not (tower.own and torch.cuda.is_available()),
-        "max_logprobs": MOST_LOGPROBS,
-        "logprobs_mode": "raw_logprobs",
-        "model_impl": "vllm",
-        "generation_config": "vllm",
-        "structured_outputs_config": {"backend": "guidance"},
-        "disable_log_stats": True,
-        "enable_log_requests": False,
-    }
+    return (
+        args.given()
+        | _adapter_slots(args)
+        | {
+            # No images but those that the connector brings: vLLM then loads no tower (`_mark_tower_model`).
+            **({} if tower.own or model_type_of(model_path) in _WITH_ITS_TOWER else WITHOUT_TOWER),
+            "model": str(model_path),
+            "dtype": args.resolved_dtype(model_path),
+            "ec_transfer_config": tower.connector(),
+            "worker_extension_cls": "trtllm_mm_cache.engines.vllm.connector.WorkerExtension",
+            "mm_processor_cache_gb": 0,
+            # A tower that runs takes memory of the GPU that must not go to the KV cache.
+            "skip_mm_profiling": not (tower.own and torch.cuda.is_available()),
+            "max_logprobs": MOST_LOGPROBS,
+            "logprobs_mode": "raw_logprobs",
+            "model_impl": "vllm",
+            "generation_config": "vllm",
+            "structured_outputs_config": {"backend": "guidance"},
+            "disable_log_stats": True,
+            "enable_log_requests": False,
+        }
+    )
+
+
+def _adapter_slots(args: VllmEngineArgs) -> dict[str, Any]:
+    """On a CPU, give each adapter a place of its own and leave one more empty.
+
+    vLLM 0.32 marks tokens of the base model with the place -1, which its operators for CPUs take for the last
+    one: beside a request for an adapter the base model answered with that adapter's weights (run).
+    """
+    import torch
+
+    if torch.cuda.is_available() or not args.lora_modules:
+        return {}
+    return {"max_loras": len(args.lora_modules) + 1}
 
 
 def start_engine(model_path: Path, args: VllmEngineArgs, tower: Tower) -> Any:
