@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: test test-parts lint check docs demo format clean
+.PHONY: test test-parts lint check docs demo format clean environment environment-vllm environment-sglang
 .PHONY: bench-cache bench-transfer gpu-check bench-serving bench-burst soak soak-serving fuzz faults chaos redteam
 .PHONY: test-vllm test-vllm-part bench-vllm test-sglang test-sglang-part bench-sglang
 
@@ -15,6 +15,7 @@ test: lint check
 $(STAMP): pyproject.toml constraints/cpu.txt launch/setup_venv.sh
 	launch/setup_venv.sh $(VENV) transformers mpi store --dev
 	touch $@
+environment: $(STAMP)
 
 lint: $(STAMP)
 	ruff check .
@@ -23,14 +24,18 @@ lint: $(STAMP)
 	lint-imports
 	shellcheck launch/*.sh .ci/run
 
+# File by file, as fixtures are shared, and in their order: xdist's own begins with the files of many tests, and ends
+# with one of a single long test, for which the other core waits.
+PYTEST := pytest -n 2 --dist loadfile --no-loadscope-reorder
 check: $(STAMP)
-	pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
-# What another Python version can change: cache, workers, transfer, media, and one run of the whole stack.
-PARTS := tests/cache tests/transfer tests/media tests/runtime tests/tiers tests/encode tests/pd \
-    tests/faults/test_misses.py tests/faults/test_cancellation.py tests/e2e/test_pictures.py
+# What another Python version can change: one run of the whole stack (first, for it is the longest), cache, workers,
+# transfer, media.
+PARTS := tests/e2e/test_pictures.py tests/faults/test_misses.py tests/faults/test_cancellation.py \
+    tests/cache tests/transfer tests/media tests/runtime tests/tiers tests/encode tests/pd
 test-parts: $(STAMP)
-	pytest -n 2 --dist loadfile $(PYTEST_ARGS) $(PARTS)
+	$(PYTEST) $(PYTEST_ARGS) $(PARTS)
 
 # vLLM has an environment of its own, for it wants another transformers: tests/vllm on the real engine, on the CPU too.
 # The part is what CI has time for: without the tests that are marked `long`.
@@ -39,6 +44,7 @@ STAMP_VLLM := $(VENV_VLLM)/.installed
 $(STAMP_VLLM): pyproject.toml constraints/cpu.txt launch/setup_venv.sh tools/repair_torchvision.py
 	launch/setup_venv.sh $(VENV_VLLM) vllm --dev
 	touch $@
+environment-vllm: $(STAMP_VLLM)
 test-vllm: $(STAMP_VLLM)
 	PATH="$(abspath $(VENV_VLLM)/bin):$$PATH" pytest -m "long or not long" $(PYTEST_ARGS) tests/vllm
 test-vllm-part: $(STAMP_VLLM)
@@ -52,6 +58,7 @@ $(STAMP_SGLANG): pyproject.toml constraints/cpu.txt constraints/sglang-cpu.txt l
     $(wildcard tools/sglang_stand_in/*.py)
 	launch/setup_venv.sh $(VENV_SGLANG) sglang --dev
 	touch $@
+environment-sglang: $(STAMP_SGLANG)
 test-sglang: $(STAMP_SGLANG)
 	PATH="$(abspath $(VENV_SGLANG)/bin):$$PATH" pytest -m "long or not long" $(PYTEST_ARGS) tests/sglang
 test-sglang-part: $(STAMP_SGLANG)

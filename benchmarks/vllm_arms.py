@@ -1,28 +1,23 @@
-"""One arm of `vllm.py`, in a process of its own: an engine, images that are new to it, and the same again.
-
-Of every answer it is counted how many images were encoded for it: a hit that ran the vision tower, or an
-image that vLLM alone did not encode again, ends the run with an error.
-"""
+"""One arm of `vllm.py`, in a process of its own: an engine, images that are new to it, and the same again."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.encoding import CachedTower, noise
+from benchmarks.encoding import CachedTower
+from benchmarks.vllm_measurement import IN_FLIGHT, Measurement
 from benchmarks.vllm_model import SIDE
 from benchmarks.vllm_watch import count_images, images_encoded
 from tests.engines.contract import chat_case
@@ -36,9 +31,6 @@ FOLDER_VARIABLE = "DYNAMO_CONNECTOR_FOLDER"
 """Where the arm `dynamo` finds ai-dynamo."""
 
 CAPACITY = 1 << 30
-IN_FLIGHT = 4
-"""Requests that are under way together where requests a second are measured; four of 35 MB fill the cache."""
-
 QUESTION = ["", "What is it?"]
 ENGINE = {
     "dtype": "bfloat16",
@@ -51,45 +43,15 @@ ENGINE = {
 """No prefix cache, and vLLM's encoder cache is emptied before each hit: else these would answer hits."""
 
 
-class Arm(Protocol):
-    """Answers one token about an image's file. `llm` is vLLM, `caches` whether an image is encoded once."""
+class Plain:
+    """Asks a vLLM by its own way: its processor, and an image named by its content, as our key does."""
 
-    llm: Any
-    caches: bool
-
-    async def ask(self, media: bytes) -> float:
-        """Return when the first token was there, by `time.perf_counter`, once the request has ended."""
-        ...
-
-    async def encoded(self) -> int:
-        """Return how many images were encoded."""
-        ...
-
-
-class Theirs:
-    """vLLM with its own processor and a connector that is not ours, or none."""
-
-    def __init__(self, model: Path, connector: dict[str, Any] | None) -> None:
-        from vllm import AsyncEngineArgs
-        from vllm.config import ECTransferConfig
-        from vllm.v1.engine.async_llm import AsyncLLM
-
-        self.caches = connector is not None
-        chosen = None if connector is None else ECTransferConfig(ec_role="ec_both", **connector)
-        self.llm = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(
-                model=str(model), skip_mm_profiling=True, ec_transfer_config=chosen, seed=0, **ENGINE
-            )
-        )
+    def __init__(self, model: Path, llm: Any) -> None:
+        self.llm = llm
         self._prompt = chat_case(model, [Image.new("RGB", (64, 64))], QUESTION).request.token_ids
 
-    async def encoded(self) -> int:
-        """See `Arm.encoded`."""
-        (images,) = await self.llm.collective_rpc(images_encoded)
-        return int(images)
-
     async def ask(self, media: bytes) -> float:
-        """See `Arm.ask`. The image is named by its content, as our key does."""
+        """See `Arm.ask`."""
         image = await asyncio.to_thread(decode_image, media, ImageLimits())
         name = content_digest(media).hex()
         return await self.run(
@@ -115,10 +77,37 @@ class Theirs:
         return first
 
 
+class Theirs(Plain):
+    """vLLM with a connector that is not ours, or none."""
+
+    def __init__(self, model: Path, connector: dict[str, Any] | None) -> None:
+        from vllm import AsyncEngineArgs
+        from vllm.config import ECTransferConfig
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self.caches = connector is not None
+        chosen = None if connector is None else ECTransferConfig(ec_role="ec_both", **connector)
+        llm = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=str(model), skip_mm_profiling=True, ec_transfer_config=chosen, seed=0, **ENGINE
+            )
+        )
+        super().__init__(model, llm)
+
+    async def encoded(self) -> int:
+        """See `Arm.encoded`."""
+        (images,) = await self.llm.collective_rpc(images_encoded)
+        return int(images)
+
+
 class Ours:
-    """Our generator over vLLM; where a lease comes from, its subclasses say."""
+    """Our generator over vLLM; where a lease comes from, its subclasses say.
+
+    `plain` asks the same engine past us, where it has a tower of its own.
+    """
 
     caches = True
+    plain: Plain | None = None
 
     def __init__(self, model: Path, generator: VllmGenerator) -> None:
         self.generator = generator
@@ -143,6 +132,7 @@ class Aggregated(Ours):
 
         generator = VllmOwnTowerGenerator(model, VllmEngineArgs.model_validate(ENGINE), kept=True)
         super().__init__(model, generator)
+        self.plain = Plain(model, self.llm)
         self._tower = generator
         self._bench = TowerBench(CAPACITY, generator)  # type: ignore[arg-type]
 
@@ -179,68 +169,6 @@ class Disaggregated(Ours):
         """See `Arm.ask`."""
         lease = self._tower.known(media) or await asyncio.to_thread(self._tower.lease, media)
         return await self._answer(lease, lambda: None)
-
-
-async def milliseconds(ask: Callable[[], Awaitable[float]]) -> float:
-    """Return how long it took to the first token."""
-    began = time.perf_counter()
-    return (await ask() - began) * 1e3
-
-
-async def per_second(asks: Sequence[Callable[[], Awaitable[float]]]) -> float:
-    """Return the requests a second of some that are under way together, to the end of the last."""
-    began = time.perf_counter()
-    await asyncio.gather(*(ask() for ask in asks))
-    return len(asks) / (time.perf_counter() - began)
-
-
-class Measurement:
-    """Asks one arm about images, each new to it and then once more, with vLLM's own caches empty."""
-
-    def __init__(self, arm: Any, seed: int) -> None:
-        self._arm = arm
-        self._seed = seed
-
-    async def images(self, width: int, height: int, repeats: int) -> dict[str, list[float]]:
-        """Return milliseconds to the first token and requests a second, of misses and hits."""
-        found: dict[str, list[float]] = {"miss": [], "hit": []}
-        for _ in range(repeats):
-            media = self._new(width, height)
-            for kind in ("miss", "hit"):
-                async with self._checked(kind, 1):
-                    found[kind].append(await milliseconds(partial(self._arm.ask, media)))
-        together = [partial(self._arm.ask, self._new(width, height)) for _ in range(IN_FLIGHT)]
-        for kind, rate in (("miss", "misses_per_s"), ("hit", "hits_per_s")):
-            async with self._checked(kind, IN_FLIGHT):
-                found[rate] = [await per_second(together)]
-        return found
-
-    async def texts(self, rows: int, repeats: int) -> dict[str, list[float]]:
-        """Return the same of a text, which there is no cache for: it is called a hit."""
-        ask = partial(self._arm.text, rows)
-        hits = [await milliseconds(ask) for _ in range(repeats)]
-        return {"hit": hits, "hits_per_s": [await per_second([ask] * IN_FLIGHT)]}
-
-    async def warmed(self) -> None:
-        """Have everything loaded that the first request of an engine loads."""
-        for _ in range(2):
-            await self._arm.ask(self._new(224, 224))
-
-    def _new(self, width: int, height: int) -> bytes:
-        self._seed += 1
-        return noise(self._seed, width, height)
-
-    @contextlib.asynccontextmanager
-    async def _checked(self, kind: str, images: int) -> AsyncIterator[None]:
-        """Look that what is asked inside encodes as many images as it must; empty vLLM's cache afterwards."""
-        before = await self._arm.encoded()
-        yield
-        encoded, due = await self._arm.encoded() - before, images
-        if kind == "hit" and self._arm.caches:
-            due = 0
-        if encoded != due:
-            raise SystemExit(f"{encoded} images were encoded for a {kind} of {images}, not {due}")
-        await self._arm.llm.reset_encoder_cache()
 
 
 async def measure(arm: Any, name: str, plan: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from tests.e2e.stack import Process, wait_until
 
 WITH_US = ("setpriv", "--pdeathsig", "KILL")
@@ -26,6 +28,15 @@ def anonymous_bytes(pid: int) -> int:
     """Return what a process has of memory of its own, without arenas and files; 0 of one that has ended."""
     status = Path(f"/proc/{pid}/status").read_text()
     return 1024 * int((status.partition("RssAnon:")[2].split() or ["0"])[0])
+
+
+def files_that_outlive(pid: int) -> list[Path]:
+    """Return the files of sockets and of Python's shared memory that a process and its descendants have."""
+    found: set[str] = set()
+    for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
+        found |= {str(connection.laddr) for connection in process.net_connections("unix")}
+        found |= {mapped.path for mapped in process.memory_maps() if "/psm_" in mapped.path}
+    return sorted(Path(name) for name in found if name.startswith("/"))
 
 
 @dataclass

@@ -42,17 +42,21 @@ def run_chaos(
     clients: int = 4,
     pause_s: float = 2.0,
     ucx_tls: str | None = None,
+    chunk_bytes: int | None = None,
     with_tiers: bool = False,
 ) -> Report:
     """Disturb a new stack for `seconds`, let everything recover, stop it in order; return what happened.
 
-    `pause_s` is the mean time between two faults. Logs stay in `folder`.
+    `pause_s` is the mean time between two faults. With `chunk_bytes` all embeddings come by NIXL, in such
+    chunks. Logs stay in `folder`.
     """
     rng = random.Random(seed)
     with ExitStack() as running:
         tiers = running.enter_context(chaos_tiers(folder, rng, pause_s)) if with_tiers else None
-        options = {"pd": tiers.options} if tiers else {}
-        stack = running.enter_context(chaos_stack(folder, pd_workers, encode_workers, ucx_tls, **options))
+        pd = (*(tiers.options if tiers else ()), *(("--transfer", "nixl") if chunk_bytes else ()))
+        stack = running.enter_context(
+            chaos_stack(folder, pd_workers, encode_workers, ucx_tls, chunk_bytes, pd=pd)
+        )
         questions = make_questions(rng, scenes=12, questions=20)
         wait_until_serving(stack)
         load = Load(stack.url, questions, clients=clients, seed=seed)
@@ -96,6 +100,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31))
     parser.add_argument("--ucx-tls", help="transports that UCX may use; tcp is what runs between hosts")
+    parser.add_argument("--chunk-bytes", type=int, help="READ all by NIXL, in such chunks; an item has 2304")
     parser.add_argument("--pause-s", type=float, default=2.0, help="mean time between two faults")
     parser.add_argument("--tiers", action="store_true", help="with a disk and a store, disturbed too")
     arguments = parser.parse_args()
@@ -108,6 +113,7 @@ def main() -> None:
         seed=arguments.seed,
         pause_s=arguments.pause_s,
         ucx_tls=arguments.ucx_tls,
+        chunk_bytes=arguments.chunk_bytes,
         with_tiers=arguments.tiers,
     )
     print(report.table())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -41,11 +42,13 @@ def chaos_stack(
     pd_workers: int,
     encode_workers: int,
     ucx_tls: str | None,
+    chunk_bytes: int | None = None,
     **more: Sequence[str],
 ) -> Iterator[ChaosStack]:
     """Start the processes; in the end kill what still runs. `ready` says when they serve.
 
-    `more` are further options, by `frontend`, `pd` and `encode`.
+    With `chunk_bytes` PD workers READ in chunks of that size. `more` are further options, by `frontend`, `pd`
+    and `encode`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
@@ -61,8 +64,11 @@ def chaos_stack(
     common = ("--model-path", str(MODEL), "--transfer-timeout-s", str(TRANSFER_TIMEOUT_S))
     cache = ("--multimodal-embedding-cache-capacity-gb", CACHE_GB)
 
+    small_chunks = (sys.executable, "-m", "tests.chaos.small_chunks", str(chunk_bytes))
+
     def service(name: str, ready: str, *arguments: str, system_port: int = 0) -> Service:
-        return Service(name, (*WITH_US, *CLI, *arguments), folder, ready, environment, system_port)
+        cli = small_chunks if chunk_bytes and arguments[0] == "pd" else CLI
+        return Service(name, (*WITH_US, *cli, *arguments), folder, ready, environment, system_port)
 
     def pd_worker(number: int) -> Service:
         options = (*common, *cache, "--encode-timeout-s", str(ENCODE_TIMEOUT_S), "--transfer-arena-mb", "8")

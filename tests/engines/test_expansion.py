@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable
@@ -92,6 +93,38 @@ def test_processor_kwargs_reach_the_expansion_and_the_features(
     assert tokens == reference_inputs(case)["input_ids"][0].tolist()
     assert tokens != expanded(plain, placeholders_of(halves, plain))
     assert_logits_are_the_models_own(halves.generator, case, halves.carry(case.items("")))
+
+
+class CountingTokenizer:
+    """The tokenizer, which notes how many characters it was given."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.characters = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        self.characters += len(text)
+        return self._tokenizer(text, **options)
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+def test_no_more_is_tokenised_for_more_rows(small: Halves, with_text: bool) -> None:
+    case = chat_case(small.model_dir, pictures(1), with_text=with_text)
+    processor = copy.copy(reference_processor(small.model_dir))
+    processor.tokenizer = counting = CountingTokenizer(processor.tokenizer)
+    expander = PromptExpander(processor, reference_model(small.model_dir).config)
+    token = processor.image_token
+    given, found = [], []
+    for rows in (1, 3000):
+        counting.characters = 0
+        request = case.request
+        found.append(expander.expand(request.token_ids, request.prompt_text, [token * rows]))
+        given.append(counting.characters)
+    assert len(found[1]) - len(found[0]) == 2999
+    assert given[0] == given[1]
 
 
 def test_gemma_joins_newlines_across_the_edge(halves_of: Callable[[str], Halves]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import socket
+import struct
 from collections.abc import Iterator
 
 import pytest
@@ -68,3 +70,18 @@ def test_the_oldest_of_too_many_connections_is_closed_and_every_request_answered
     for one in idle:
         one.close()
     wait_until(lambda: ask(server, "/live")[0] == 200, 10, "no answer after the idle ones had gone")
+
+
+def test_a_flood_of_connections_leaves_room_for_the_next_one(server: StatusServer) -> None:
+    """Who finds none asks again after a second, and that is all the time that a probe of Kubernetes has."""
+    assert server.port is not None
+    address = ("127.0.0.1", server.port)
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(300)]
+        assert [retransmissions(one) for one in idle] == [0] * len(idle)
+
+
+def retransmissions(connection: socket.socket) -> int:
+    """Return how many segments were sent again, its first one included: tcpi_total_retrans of linux/tcp.h."""
+    information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    return int(struct.unpack_from("I", information, 100)[0])

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import uuid
-from collections.abc import Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from tests.engines.answers import Answer, collect
-from tests.engines.conftest import stored
 from tests.engines.contract import Case, reference_inputs, reference_model
+from tests.engines.with_tower import EngineWithTower
 from tests.sglang.models import LANGUAGE_PART
-from trtllm_mm_cache.cache.key import content_digest, embedding_key
-from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
 from trtllm_mm_cache.engines.base import (
-    EncodedItem,
-    EncodeItem,
-    GenerationRequest,
     PlaceLogprobs,
-    SamplingParams,
     TokenLogprob,
 )
 from trtllm_mm_cache.engines.sglang import SglangEngineArgs, SglangGenerator
@@ -34,7 +23,6 @@ from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, Transfo
 
 START_DEADLINE_S = 560
 DEADLINE_S = 180
-GREEDY = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=20)
 SMALL = {
     "dtype": "float32",
     "device": "cpu",
@@ -50,49 +38,17 @@ ROUNDING = 1e-3
 
 
 @dataclass
-class Engine:
+class Engine(EngineWithTower):
     """One model."""
 
-    model_dir: Path
+    deadline_s = DEADLINE_S
     generator: SglangGenerator
-    encoder: TransformersVisionEncoder
-    cache: MultimodalEmbeddingCacheManager = field(
-        default_factory=lambda: MultimodalEmbeddingCacheManager(8 << 20)
-    )
-    _keys: Any = field(default_factory=itertools.count)
 
     @property
     def running(self) -> RunningEngine:
         """SGLang itself."""
         assert self.generator._engine is not None
         return self.generator._engine
-
-    def encode(self, image: Image.Image, beside: int = 1) -> EncodedItem:
-        """Encode one image by transformers' tower, for a prompt with `beside` images."""
-        item = EncodeItem(image, variant=self.generator.variant(beside))
-        (result,) = self.encoder.encode([self.encoder.preprocess(item)])
-        assert isinstance(result, EncodedItem), result
-        return result
-
-    def lease(self, encoded: EncodedItem, key: str | None = None) -> Lease:
-        """Put an embedding into the cache and hold it; under a new key unless one is given."""
-        digest = content_digest((key or str(next(self._keys))).encode())
-        return stored(self.cache, embedding_key(digest, fingerprint=self.generator.fingerprint).hex, encoded)
-
-    async def answers(
-        self, request: GenerationRequest, leases: Sequence[Lease], sampling: SamplingParams = GREEDY
-    ) -> list[Answer]:
-        """Return all choices of an answer of our generator's."""
-        request = replace(request, sampling=sampling)
-        async with asyncio.timeout(DEADLINE_S), aclosing(self.generator.generate(request, leases)) as deltas:
-            return await collect(deltas, sampling.choices)
-
-    async def answer(
-        self, request: GenerationRequest, leases: Sequence[Lease], sampling: SamplingParams = GREEDY
-    ) -> Answer:
-        """Return the one answer of our generator's."""
-        (answer,) = await self.answers(request, leases, sampling)
-        return answer
 
     async def from_pixels(self, case: Case, new_tokens: int = 8) -> Answer:
         """Return what SGLang answers by itself, from pixels, by its own processor and its own tower.

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from tests.engines.contract import Case, chat_case, picture
-from tests.sglang.engine import GREEDY, ROUNDING, Engine
+from tests.engines.with_tower import GREEDY
+from tests.sglang.engine import ROUNDING, Engine
 from tests.sglang.models import LANGUAGE_PART
 
 FILLING = "Some words that stand between one image and another, and then some more of them. " * 3

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from tests.engines.contract import Case, chat_case
+from tests.engines.with_tower import GREEDY
 from tests.sglang.conftest import started
-from tests.sglang.engine import DEADLINE_S, GREEDY, Engine
+from tests.sglang.engine import DEADLINE_S, Engine
 from tests.sglang.models import CARD
 from trtllm_mm_cache.engines.base import SamplingParams
 from trtllm_mm_cache.errors import EngineLostError
@@ -143,7 +144,7 @@ async def test_the_schedulers_death_is_an_error_with_a_name(
     """For the worker and for each request under way; nothing hangs, stays leased, or is left of its files."""
     del engine
     mine = await started("demo", tmp_path_factory)
-    files = mine.running.socket_files
+    files = mine.running.files
     assert any(file.is_socket() for file in files)
     try:
         lease = mine.lease(mine.encode(cards()[0]))

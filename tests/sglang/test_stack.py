@@ -17,6 +17,7 @@ from tests.e2e.cards import MAX_TOKENS, Asked, Deal
 from tests.e2e.conftest import generate_answer
 from tests.e2e.stack import Stack, launched, message, wait_until
 from tests.engines.contract import chat_case
+from tests.services import files_that_outlive
 from tests.sglang.models import DEMO
 
 READY_S = 560
@@ -122,11 +123,24 @@ def test_a_scheduler_that_is_killed_ends_the_worker_by_name_and_it_comes_back(
     scheduler.kill()
     wait_until(lambda: not worker.alive(), 30, "the PD worker did not end with its scheduler")
     assert "SGLang's scheduler or another of its processes has ended" in Path(worker.log).read_text()
+    wait_until(lambda: answers(stack, card), READY_S, "the PD worker did not come back")
 
-    def answers() -> bool:
-        try:
-            return asked_of(stack, card)
-        except openai.OpenAIError:
-            return False
 
-    wait_until(answers, READY_S, "the PD worker did not come back")
+@pytest.mark.long
+def test_what_a_killed_worker_leaves_the_next_one_removes(stack: Stack, deal: Deal) -> None:
+    card = deal()
+    wait_until(lambda: answers(stack, card), READY_S, "no PD worker serves")
+    (worker,) = [each for each in stack.workers("PD") if each.alive()]
+    files = files_that_outlive(worker.pid)
+    assert sum(file.is_socket() for file in files) >= 5
+    os.kill(worker.pid, signal.SIGKILL)
+    wait_until(lambda: not worker.alive(), 30, "the PD worker did not end")
+    wait_until(lambda: answers(stack, card), READY_S, "the PD worker did not come back")
+    assert [file for file in files if file.exists()] == []
+
+
+def answers(stack: Stack, card: Asked) -> bool:
+    try:
+        return asked_of(stack, card)
+    except openai.OpenAIError:
+        return False

@@ -27,6 +27,13 @@ async def until(condition: Callable[[], bool], *, deadline_s: float = 10.0) -> N
         await asyncio.sleep(0.002)
 
 
+@pytest.fixture(autouse=True)
+def _no_error_is_left_to_asyncio(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """An error that nobody asks for has a traceback in the log, as if it were a defect."""
+    yield
+    assert [record.getMessage() for record in caplog.get_records("call") if record.name == "asyncio"] == []
+
+
 @dataclass
 class PdSide:
     """What a PD worker has: an arena, a NIXL agent, a reader."""

@@ -15,7 +15,12 @@ from tests.transfer.conftest import TCP, PdSide, PdSideMaker, RemoteMaker, by_ni
 from tests.transfer.embedding import embedding
 from tests.transfer.remote import RemoteExporter, until_statistic
 from trtllm_mm_cache.cache.manager import CachedEmbedding, MultimodalEmbeddingCacheManager
-from trtllm_mm_cache.errors import ChecksumMismatchError, InvalidEmbeddingError, PeerLostError
+from trtllm_mm_cache.errors import (
+    ChecksumMismatchError,
+    InvalidEmbeddingError,
+    PeerLostError,
+    TransferTimeoutError,
+)
 from trtllm_mm_cache.transfer import Export, Exporter, TransferAgent
 from trtllm_mm_cache.transfer.reads import CHUNK_BYTES, IN_FLIGHT
 
@@ -84,6 +89,20 @@ async def test_between_two_chunks_the_agent_serves_others_and_the_exporter_holds
     await until_statistic(exporter, "acked", 2)
 
 
+async def test_the_last_chunk_ends_where_the_embedding_ends(
+    pd_side: PdSide, exporter: RemoteExporter
+) -> None:
+    export = await connected(pd_side, exporter)
+    reservation = pd_side.reserve("a", NBYTES)
+    neighbour = pd_side.reserve("b", CHUNK_BYTES)
+    assert 0 <= neighbour.address - (reservation.address + NBYTES) < CHUNK_BYTES
+    ctypes.memset(neighbour.address, 7, CHUNK_BYTES)
+    await pd_side.reader.read_into(reservation, exporter.peer, export, deadline_s=20)
+    assert ctypes.string_at(neighbour.address, CHUNK_BYTES) == bytes([7]) * CHUNK_BYTES
+    reservation.abandon()
+    neighbour.abandon()
+
+
 async def test_an_extent_that_is_rewritten_between_two_chunks_is_no_embedding(
     pd_side: PdSide, exporter: RemoteExporter
 ) -> None:
@@ -122,8 +141,9 @@ async def test_an_exporter_that_dies_between_two_chunks_is_lost_and_leaves_nothi
     pd_side.assert_nothing_leaked()
 
 
+@pytest.mark.parametrize("left", ["cancelled", "overdue"])
 async def test_of_a_read_that_was_left_no_further_chunk_comes_and_the_export_is_released(
-    monkeypatch: pytest.MonkeyPatch, make_pd_side: PdSideMaker, exporter: RemoteExporter
+    left: str, monkeypatch: pytest.MonkeyPatch, make_pd_side: PdSideMaker, exporter: RemoteExporter
 ) -> None:
     monkeypatch.setenv("UCX_TLS", TCP)
     await exporter.start_agent(transports=TCP)
@@ -133,11 +153,14 @@ async def test_of_a_read_that_was_left_no_further_chunk_comes_and_the_export_is_
     address = reservation.address
     ctypes.memset(address, 0, NBYTES)
     exporter.freeze()
-    task = asyncio.create_task(pd_side.reader.read_into(reservation, exporter.peer, export, deadline_s=20))
+    deadline_s = 1.0 if left == "overdue" else 20
+    reading = pd_side.reader.read_into(reservation, exporter.peer, export, deadline_s=deadline_s)
+    task = asyncio.create_task(reading)
     await until(lambda: pd_side.reader.in_flight == 1)
-    task.cancel()
-    await asyncio.wait({task})
-    assert task.cancelled()
+    if left == "cancelled":
+        task.cancel()
+    with pytest.raises(TransferTimeoutError if left == "overdue" else asyncio.CancelledError):
+        await task
     assert pd_side.manager.statistics().quarantined_bytes == NBYTES
     exporter.thaw()
     await until(lambda: pd_side.manager.statistics().quarantined == 0)

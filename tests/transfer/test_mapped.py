@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,8 @@ import torch
 
 from tests.transfer.conftest import MB, PdSide, PdSideMaker, RemoteMaker, by_mapping, until
 from tests.transfer.embedding import embedding
-from tests.transfer.remote import RemoteExporter
-from trtllm_mm_cache.errors import TransferError
+from tests.transfer.remote import RemoteExporter, until_statistic
+from trtllm_mm_cache.errors import ChecksumMismatchError, TransferError, TransferTimeoutError
 from trtllm_mm_cache.transfer import Export, MappedReader, PeerMetadata, finite
 
 pytestmark = by_mapping
@@ -105,6 +107,17 @@ async def test_the_arena_of_a_worker_that_was_restarted_is_another_one(
     await side.read(new.peer, "c", await new.export("c", 1 * MB))
 
 
+async def test_who_tells_a_false_beginning_of_its_arena_harms_that_read_alone(
+    side: Side, exporter: RemoteExporter
+) -> None:
+    assert exporter.peer.arena is not None
+    false = elsewhere(exporter.peer, address=exporter.peer.arena.address - 4096)
+    with pytest.raises(ChecksumMismatchError):
+        await side.read(false, "a", await exporter.export("a", 1000))
+    await side.read(exporter.peer, "b", await exporter.export("b", 1000))
+    assert side.ways == (1, 1)
+
+
 async def test_a_worker_that_dies_while_it_is_read_from_harms_no_reader_and_its_memory_is_let_go(
     monkeypatch: pytest.MonkeyPatch, side: Side, make_exporter_process: RemoteMaker
 ) -> None:
@@ -153,6 +166,79 @@ async def test_a_copy_that_is_cut_off_releases_the_export_and_the_extent(
     while (await exporter.do("statistics"))["held"]:
         await asyncio.sleep(0.002)
     side.pd.assert_nothing_leaked()
+
+
+@pytest.fixture
+def halted(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """Every copy halts at its second piece: `reached` says that one does, `go_on` ends it."""
+    copy, pieces = finite._memmove, 0
+    reached, go_on = threading.Event(), threading.Event()
+
+    def halting(target: int, source: int, nbytes: int) -> int:
+        nonlocal pieces
+        pieces += 1
+        if pieces == 2:
+            reached.set()
+            assert go_on.wait(30)
+        copied: int = copy(target, source, nbytes)
+        return copied
+
+    monkeypatch.setattr(finite, "_memmove", halting)
+    yield reached, go_on
+    go_on.set()
+
+
+@pytest.mark.parametrize("cut", ["cancelled", "overdue"])
+async def test_what_is_cut_off_in_the_middle_of_a_copy_is_kept_until_that_has_ended(
+    cut: str, halted: tuple[threading.Event, threading.Event], side: Side, exporter: RemoteExporter
+) -> None:
+    """The extent, which is still written to, and the exporter's, which is still read."""
+    reached, go_on = halted
+    export = await exporter.export("a", NBYTES)
+    reservation = side.pd.reserve("a", NBYTES)
+    deadline_s = 0.2 if cut == "overdue" else 20
+    reading = side.reader.read_into(reservation, exporter.peer, export, deadline_s=deadline_s)
+    task = asyncio.create_task(reading)
+    await until(reached.is_set)
+    if cut == "cancelled":
+        task.cancel()
+    async with asyncio.timeout(10):
+        with pytest.raises(TransferTimeoutError if cut == "overdue" else asyncio.CancelledError):
+            await task
+    for _ in range(20):  # what was said too early has time to arrive
+        await asyncio.sleep(0.005)
+        assert (await exporter.do("statistics"))["held"] == 1
+        assert (side.pd.manager.statistics().reservations, side.reader.in_flight) == (1, 1)
+    go_on.set()
+    await until(lambda: side.reader.in_flight == 0)
+    await until_statistic(exporter, "held", 0)
+    assert side.reader.timed_out == (1 if cut == "overdue" else 0)
+    side.pd.assert_nothing_leaked()
+
+
+async def test_the_mapping_of_an_arena_that_is_let_go_stays_until_the_copy_has_ended(
+    halted: tuple[threading.Event, threading.Event], side: Side, make_exporter_process: RemoteMaker
+) -> None:
+    """Nobody waits for the copy any more, and the worker is dead: without its mapping it were a fault."""
+    reached, go_on = halted
+    exporter = await make_exporter_process().start_agent()
+    assert exporter.peer.arena is not None
+    file = exporter.peer.arena.file
+    task = asyncio.create_task(side.read(exporter.peer, "a", await exporter.export("a", NBYTES)))
+    await until(reached.is_set)
+    task.cancel()
+    await asyncio.wait({task})
+    del task  # its error's traceback leads to the mapping
+    exporter.kill()
+    await until(lambda: side.reader.arenas == 0)
+    assert is_mapped(file)
+    go_on.set()
+    await until(lambda: not is_mapped(file))
+    side.pd.assert_nothing_leaked()
+
+
+def is_mapped(file: str) -> bool:
+    return file in Path("/proc/self/maps").read_text()
 
 
 async def test_after_the_agents_end_nothing_is_copied(side: Side, exporter: RemoteExporter) -> None:

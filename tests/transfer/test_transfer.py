@@ -213,8 +213,8 @@ async def test_many_reads_at_once_from_several_tasks(pd_side: PdSide, exporter: 
         for index in range(8):
             group.create_task(worker(exports[index::8]))
     assert pd_side.reader.completed == 200
-    assert pd_side.reader.peers == 1
     await until_acked(exporter, 200)
+    assert pd_side.reader.peers == 1
     pd_side.assert_nothing_leaked()
 
 
@@ -224,6 +224,7 @@ async def test_a_reservation_of_another_size_is_refused_and_abandoned(
     export = await exporter.export("a", 1000)
     with pytest.raises(EmbeddingMismatchError):
         await pd_side.reader.read_into(pd_side.reserve("a", 999), exporter.peer, export, deadline_s=5)
+    await until_statistic(exporter, "held", 0)
     pd_side.assert_nothing_leaked()
 
 
@@ -233,6 +234,7 @@ async def test_memory_that_was_not_registered_cannot_be_read(
     export = dataclasses.replace(await exporter.export("a", 1000), address=4096)
     with pytest.raises(TransferError, match="not in registered memory"):
         await read(pd_side, exporter, "a", export)
+    await until_statistic(exporter, "held", 0)
     pd_side.assert_nothing_leaked()
     (await read(pd_side, exporter, "b", await exporter.export("b", 1000))).release()
 

@@ -3,84 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import uuid
-from collections.abc import Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
-from tests.engines.answers import Answer, collect
-from tests.engines.conftest import stored
+from tests.engines.answers import Answer
 from tests.engines.contract import Case
-from trtllm_mm_cache.cache.key import content_digest, embedding_key
-from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
-from trtllm_mm_cache.engines.base import (
-    EncodedItem,
-    EncodeItem,
-    GenerationRequest,
-    SamplingParams,
-)
+from tests.engines.with_tower import EngineWithTower
 from trtllm_mm_cache.engines.transformers import TransformersEngineArgs, TransformersVisionEncoder
 from trtllm_mm_cache.engines.vllm import VllmEngineArgs, VllmGenerator, support
 from trtllm_mm_cache.engines.vllm.outputs import deltas_of, prompt_logprobs_of
 
 START_DEADLINE_S = 240
 DEADLINE_S = 90
-GREEDY = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=20)
 SMALL = {"enforce_eager": True, "max_model_len": 1024, "max_num_batched_tokens": 96, "max_num_seqs": 4}
 """96 tokens a step: a prompt of a few hundred is computed in several, with images on the edges."""
 
 
 @dataclass
-class Engine:
+class Engine(EngineWithTower):
     """One model. `folder` is where the watched connector writes.
 
     `rounding` is how far a log probability may lie from another tower's; what is another image's is further.
     """
 
-    model_dir: Path
+    deadline_s = DEADLINE_S
     generator: VllmGenerator
-    encoder: TransformersVisionEncoder
     folder: Path
     rounding: float
-    cache: MultimodalEmbeddingCacheManager = field(
-        default_factory=lambda: MultimodalEmbeddingCacheManager(8 << 20)
-    )
-    _keys: Any = field(default_factory=itertools.count)
-
-    def encode(self, image: Image.Image) -> EncodedItem:
-        """Encode one image by transformers' tower."""
-        (result,) = self.encoder.encode([self.encoder.preprocess(EncodeItem(image))])
-        assert isinstance(result, EncodedItem), result
-        return result
-
-    def lease(self, encoded: EncodedItem, key: str | None = None) -> Lease:
-        """Put an embedding into the cache and hold it; under a new key unless one is given."""
-        name = key or str(next(self._keys))
-        digest = content_digest(name.encode())
-        return stored(self.cache, embedding_key(digest, fingerprint=self.generator.fingerprint).hex, encoded)
-
-    async def answers(
-        self, request: GenerationRequest, leases: Sequence[Lease], sampling: SamplingParams = GREEDY
-    ) -> list[Answer]:
-        """Return all choices of an answer of our generator's."""
-        request = replace(request, sampling=sampling)
-        async with asyncio.timeout(DEADLINE_S), aclosing(self.generator.generate(request, leases)) as deltas:
-            return await collect(deltas, sampling.choices)
-
-    async def answer(
-        self, request: GenerationRequest, leases: Sequence[Lease], sampling: SamplingParams = GREEDY
-    ) -> Answer:
-        """Return the one answer of our generator's."""
-        (answer,) = await self.answers(request, leases, sampling)
-        return answer
 
     async def from_pixels(
         self, case: Case, *, adapter: str | None = None, **asked: Any

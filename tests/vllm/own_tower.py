@@ -13,8 +13,9 @@ from typing import Any
 from PIL import Image
 
 from tests.engines.contract import Case
+from tests.engines.with_tower import GREEDY
 from tests.tiers.own_tower_bench import TowerBench
-from tests.vllm.engine import DEADLINE_S, GREEDY, SMALL, Answer
+from tests.vllm.engine import DEADLINE_S, SMALL, Answer
 from trtllm_mm_cache.cache.manager import Lease
 from trtllm_mm_cache.engines.base import SamplingParams
 from trtllm_mm_cache.engines.vllm import VllmEngineArgs, VllmOwnTowerGenerator

@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 
 from tests.engines.contract import Case, chat_case, picture
-from tests.vllm.engine import GREEDY, Answer, Engine
+from tests.engines.with_tower import GREEDY
+from tests.vllm.engine import Answer, Engine
 from trtllm_mm_cache.engines.base import EncodedItem
 
 TOWERS_DIFFER = {"internvl": 0.01, "idefics3": 0.05}

@@ -16,7 +16,8 @@ from PIL import Image
 
 from tests.engines.contract import Case, chat_case
 from tests.engines.decoding import until
-from tests.vllm.engine import GREEDY, Engine
+from tests.engines.with_tower import GREEDY
+from tests.vllm.engine import Engine
 from tests.vllm.models import CARD
 from trtllm_mm_cache.cache.manager import Lease
 from trtllm_mm_cache.engines.base import SamplingParams

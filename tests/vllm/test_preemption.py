@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from tests.engines.contract import chat_case, picture
+from tests.engines.with_tower import GREEDY
 from tests.vllm.conftest import ended, started
-from tests.vllm.engine import GREEDY
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]  # engines are started, some twice
 

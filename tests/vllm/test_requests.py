@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.engines.contract import chat_case, picture
-from tests.vllm.engine import GREEDY, Engine
+from tests.engines.with_tower import GREEDY
+from tests.vllm.engine import Engine
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.engines.base import Constraint, EncodedItem, GenerationRequest, SamplingParams
 from trtllm_mm_cache.errors import EmbeddingMismatchError, InvalidRequestError

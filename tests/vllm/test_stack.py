@@ -18,6 +18,7 @@ from tests.e2e.cards import Deal
 from tests.e2e.conftest import generate_answer
 from tests.e2e.stack import Stack, launched, wait_until
 from tests.engines.contract import chat_case
+from tests.services import files_that_outlive
 from tests.vllm.models import CARD, DEMO
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]  # engines are started, some twice
@@ -184,10 +185,15 @@ def test_nothing_is_left_of_a_pd_worker_that_is_killed(stack: Stack) -> None:
     processes = engine_processes(stack)
     assert set(processes) == {"EngineCore", "Worker"}
     (pd,) = [worker for worker in stack.workers("PD") if worker.alive()]
+    files = files_that_outlive(pd.pid)
+    assert any(file.is_socket() for file in files)
+    assert any(file.name.startswith("psm_") for file in files)
     os.kill(pd.pid, signal.SIGKILL)
     wait_until(
         lambda: not any(_runs(process) for process in processes.values()), 30, "vLLM outlived its PD worker"
     )
+    wait_until(lambda: _serves(stack), READY_S, "the new PD worker did not serve")
+    assert [file for file in files if file.exists()] == [], "the next start removes them"
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -15,7 +15,8 @@ import pytest
 
 from tests.engines.answers import Answer, collect
 from tests.engines.contract import chat_case, picture
-from tests.vllm.engine import DEADLINE_S, GREEDY, START_DEADLINE_S, Engine, start_generator
+from tests.engines.with_tower import GREEDY
+from tests.vllm.engine import DEADLINE_S, START_DEADLINE_S, Engine, start_generator
 from trtllm_mm_cache.cache.manager import Lease
 from trtllm_mm_cache.engines.vllm import VllmEngineArgs, VllmGenerator
 from trtllm_mm_cache.engines.vllm.support import Tower, engine_arguments

@@ -36,8 +36,8 @@ from trtllm_mm_cache.observability.metrics import STEP_SECONDS, Step, histogram
 from trtllm_mm_cache.observability.traces import span
 from trtllm_mm_cache.runtime.admission import Admitted
 from trtllm_mm_cache.runtime.drops import DropWatch
-from trtllm_mm_cache.runtime.threads import in_thread
 from trtllm_mm_cache.settings import MB, EncodeSettings
+from trtllm_mm_cache.threads import in_thread
 from trtllm_mm_cache.transfer.checksum import checksum
 from trtllm_mm_cache.transfer.finite import checksum_and_finite
 

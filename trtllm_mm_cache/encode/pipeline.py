@@ -28,8 +28,8 @@ from trtllm_mm_cache.media import pixels_fingerprint
 from trtllm_mm_cache.observability.cache_metrics import CacheCollector, FlightCollector
 from trtllm_mm_cache.runtime.admission import Admission
 from trtllm_mm_cache.runtime.drops import Drops, DropWatch
-from trtllm_mm_cache.runtime.threads import in_thread
 from trtllm_mm_cache.settings import MB, EncodeSettings
+from trtllm_mm_cache.threads import in_thread
 from trtllm_mm_cache.tiers.base import TierDropped
 from trtllm_mm_cache.tiers.chain import StoredTiers
 from trtllm_mm_cache.tiers.intake import announced_dtype

@@ -109,6 +109,7 @@ class Membership:
         """
 
         async def guard(payload: Any, context: RequestContext) -> AsyncIterator[dict[str, Any]]:
+            """Check the call's proof, then yield the handler's answers, each with a proof of ours."""
             body = payload.get("body") if isinstance(payload, dict) else None
             try:
                 nonce = self.check(purpose, instance, payload, body if isinstance(body, str) else "")

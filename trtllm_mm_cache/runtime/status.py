@@ -78,7 +78,8 @@ class StatusServer:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
-    request_queue_size = 16
+    # What finds no place in the queue comes again after a second, as long as a probe may take.
+    request_queue_size = 512
 
     def __init__(
         self, address: tuple[str, int], answer: Callable[[str], tuple[HTTPStatus, str, str]]

@@ -18,8 +18,8 @@ from trtllm_mm_cache.errors import (
     InvalidRequestError,
 )
 from trtllm_mm_cache.observability.metrics import counter
-from trtllm_mm_cache.runtime.threads import in_thread
 from trtllm_mm_cache.settings import MB
+from trtllm_mm_cache.threads import in_thread
 from trtllm_mm_cache.tiers.base import Found, MissingItem
 from trtllm_mm_cache.tiers.intake import CheckEmbedding, Intake
 

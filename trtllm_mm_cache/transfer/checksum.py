@@ -19,8 +19,9 @@ from trtllm_mm_cache.errors import TransferError
 
 T = TypeVar("T")
 
-# Up to this size (2 us of hashing) the hand-over to a thread would cost more than the work.
-_INLINE_BYTES = 32 * 1024
+# Up to this size the work is done on the event loop: copying, hashing and judging 1 MiB takes 0.07 to 0.2 ms.
+# To hand it to a thread and back takes as much of the loop's own time, and 0.3 ms until the result is there.
+_INLINE_BYTES = 1024 * 1024
 
 
 def checksum(address: int, nbytes: int) -> int:

@@ -8,6 +8,7 @@ processes for theirs. Elsewhere it would bring nothing and cost a CUDA context.
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
 import torch
 
@@ -27,8 +28,18 @@ def page_lock(address: int, nbytes: int) -> bool:
             "CUDA did not page-lock the arena (error %d): copies to and from the device are slower",
             int(status),
         )
+        _take_refusal()
         return False
     return True
+
+
+def _take_refusal() -> None:
+    """Have torch raise the refusal here, which the next kernel of this thread would raise as its own.
+
+    CUDA keeps it as the thread's last error, and torch binds nothing else that takes it.
+    """
+    with suppress(RuntimeError):
+        torch.ones(1, device="cuda")
 
 
 def page_unlock(address: int) -> None:

@@ -31,7 +31,7 @@ from typing import TypeVar
 import torch
 
 from trtllm_mm_cache.cache.arena.large_pages import ask_for_large_pages, report_large_pages
-from trtllm_mm_cache.cache.arena.leftovers import SHARED_MEMORY_ROOT, RegionRegister, remove_leftovers
+from trtllm_mm_cache.cache.arena.leftovers import SHARED_MEMORY_ROOT, own_register, remove_leftovers
 from trtllm_mm_cache.errors import SharedMemoryError
 
 logger = logging.getLogger(__name__)
@@ -44,8 +44,6 @@ HEADER_BYTES = 64
 """What torch keeps before a shared storage's data: the count of its openers, an `int32`, comes first."""
 _MADV_POPULATE_WRITE = 23
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-
-_register = RegionRegister()
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -123,7 +121,7 @@ def storage_path(storage: torch.UntypedStorage) -> Path:
 
 def _write_down(path: Path) -> None:
     try:
-        _register.add(path)
+        own_register.add(path)
     except OSError as error:
         raise SharedMemoryError(
             f"the register of this process's shared memory cannot be kept in /dev/shm: {error.strerror}"

@@ -3,10 +3,14 @@
 A processor expands in text and tokenises afterwards, so tokens can merge across the edge between
 the user's text and the expansion: Gemma 3's begins and ends with two newlines, which become one
 token with a newline next to them. Expanding in token ids alone gives another prompt there.
+
+Of thousands of image tokens in a row the tokenizer sees one: it never merges that with anything, and 2,700 of
+them took it 2.5 ms, more than all else that a hit costs beside its copy.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from transformers import PreTrainedConfig, ProcessorMixin
@@ -24,6 +28,8 @@ class PromptExpander:
         self._placeholder_id = self._tokenizer.convert_tokens_to_ids(processor.image_token)
         self._image_token_id = config.image_token_id
         self._atomic_ids = frozenset(self._tokenizer.added_tokens_decoder)
+        self._image_token = self._tokenizer.convert_ids_to_tokens(config.image_token_id)
+        self._runs = self._runs_of_image_tokens()
         video_token = getattr(processor, "video_token", None)
         media_ids = {
             config.image_token_id,
@@ -33,7 +39,7 @@ class PromptExpander:
 
     def rows_of(self, placeholder: str) -> int:
         """Return how many image tokens the text holds; each takes one row of the embedding."""
-        return placeholder.count(self._tokenizer.convert_ids_to_tokens(self._image_token_id))
+        return placeholder.count(self._image_token)
 
     def expand(
         self, token_ids: Sequence[int], prompt_text: str | None, placeholders: Sequence[str]
@@ -111,8 +117,26 @@ class PromptExpander:
             return self._encode(before + placeholder + after)
         return [*left, *self._encode(placeholder), *right]
 
+    def _runs_of_image_tokens(self) -> re.Pattern[str] | None:
+        """Return what matches them; None where the token is no added one, or takes what stands beside it."""
+        added = self._tokenizer.added_tokens_decoder.get(self._image_token_id)
+        if added is None or added.lstrip or added.rstrip or added.single_word:
+            return None
+        return re.compile(f"(?:{re.escape(self._image_token)})+")
+
     def _encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        runs = [] if self._runs is None else [len(run) for run in self._runs.findall(text)]
+        if self._runs is not None:
+            text = self._runs.sub(lambda _: self._image_token, text)
+        token_ids = list(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        if not runs:
+            return token_ids
+        following = iter(runs)
+        expanded: list[int] = []
+        for token in token_ids:
+            count = next(following) // len(self._image_token) if token == self._image_token_id else 1
+            expanded += [token] * count
+        return expanded
 
     def _decode(self, token_ids: list[int]) -> str:
         return str(

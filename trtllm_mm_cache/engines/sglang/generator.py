@@ -18,7 +18,7 @@ from trtllm_mm_cache.engines.huggingface.expanded import PromptPlacer
 from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
 from trtllm_mm_cache.engines.huggingface.model_files import load_processor, read_config
 from trtllm_mm_cache.engines.huggingface.prompt import PromptExpander
-from trtllm_mm_cache.engines.leaving import EndingRequests, prepared_in_thread
+from trtllm_mm_cache.engines.leaving import EndingRequests
 from trtllm_mm_cache.engines.sglang.answers import Answers, Output, engine_lost
 from trtllm_mm_cache.engines.sglang.outputs import delta_of
 from trtllm_mm_cache.engines.sglang.prepare import PreparedRequest, RequestPreparer
@@ -26,6 +26,7 @@ from trtllm_mm_cache.engines.sglang.processes import RunningEngine
 from trtllm_mm_cache.engines.sglang.settings import SglangEngineArgs
 from trtllm_mm_cache.engines.sglang.support import check_architecture
 from trtllm_mm_cache.errors import GenerationError, InvalidRequestError, MmCacheError
+from trtllm_mm_cache.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class SglangGenerator:
         runs keeps its leases in the background. Raises `GenerationError` when the engine fails on the
         request, `EngineLostError` when its processes have ended.
         """
-        prepared = await prepared_in_thread(lambda: self._prepare(request, leases), PreparedRequest.release)
+        prepared = await in_thread(lambda: self._prepare(request, leases), undo=PreparedRequest.release)
         if self._engine is None:
             prepared.release()
             raise engine_lost()

@@ -10,7 +10,7 @@ whole process tree when a scheduler ends, and at its shutdown every child of thi
 - at the end the processes that it started are killed, and no others;
 - its file of the scheduler's load in /dev/shm, which nobody here reads and SGLang never removes, goes as soon
   as the scheduler has it open, so a killed worker leaves none. Its sockets' files in the temporary folder go
-  at the end: connections may still be made while it runs.
+  at the end: connections may still be made while it runs. Those of a killed worker the next one removes.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 
 import psutil
 
+from trtllm_mm_cache.engines.left_files import files_made, remove_files, write_down
 from trtllm_mm_cache.engines.sglang.engine_input import EngineInputs
 from trtllm_mm_cache.engines.sglang.settings import SglangEngineArgs
 from trtllm_mm_cache.engines.sglang.support import (
@@ -54,7 +55,7 @@ class RunningEngine:
         if model_type in LANGUAGE_PART:
             run_language_part_alone()
         _ignore_sigquit()
-        before = set(_children())
+        before, files_before = set(_children()), files_made()
         self._starter = ThreadPoolExecutor(1, "sglang-start")
         self._processes: list[psutil.Process] = []
         try:
@@ -63,6 +64,9 @@ class RunningEngine:
             _kill([process for process in _children() if process not in before])
             self._starter.shutdown(wait=False)
             raise ConfigurationError(f"SGLang could not load the model: {error}") from error
+        self.files = files_made() - files_before
+        """By which SGLang's processes find each other."""
+        write_down(self.files)
         self.manager: Any = engine.tokenizer_manager
         self.inputs = EngineInputs(self.manager.mm_processor)
         self.manager.mm_processor = self.inputs
@@ -105,12 +109,6 @@ class RunningEngine:
         for lost in tuple(self.when_lost):
             lost()
 
-    @property
-    def socket_files(self) -> list[Path]:
-        """By which SGLang's processes find each other."""
-        names = [name for name in vars(self._engine.port_args).values() if isinstance(name, str)]
-        return [Path(name.removeprefix("ipc://")) for name in names if name.startswith("ipc://")]
-
     async def stop(self) -> None:
         """Take no more answers. From the event loop; before `close`."""
         if self._watching is not None:
@@ -121,8 +119,7 @@ class RunningEngine:
         """Kill SGLang's processes and free its threads. Blocking, at most ten seconds."""
         _kill(self._processes)
         self._engine.send_to_rpc.context.destroy(linger=0)
-        for file in self.socket_files:
-            file.unlink(missing_ok=True)
+        remove_files(self.files)
         self._engine.loop.close()  # made in the thread that started it, and never run
         self.inputs.shutdown()
         self._starter.shutdown(wait=False)

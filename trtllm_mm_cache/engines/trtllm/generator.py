@@ -23,7 +23,7 @@ from trtllm_mm_cache.engines.base import (
 )
 from trtllm_mm_cache.engines.checks import fit_for_client, grid_of
 from trtllm_mm_cache.engines.fingerprint import model_fingerprint
-from trtllm_mm_cache.engines.leaving import EndingRequests, prepared_in_thread
+from trtllm_mm_cache.engines.leaving import EndingRequests
 from trtllm_mm_cache.engines.trtllm.handles import PositionBufferPool
 from trtllm_mm_cache.engines.trtllm.layout import ModelLayout, embedding_dtype_name
 from trtllm_mm_cache.engines.trtllm.logprobs import places_of
@@ -38,6 +38,7 @@ from trtllm_mm_cache.engines.trtllm.support import (
     start_engine,
 )
 from trtllm_mm_cache.errors import ConfigurationError, GenerationError, InvalidRequestError
+from trtllm_mm_cache.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ class TrtllmGenerator:
         end, at most 10 seconds; what then still runs keeps its leases in the background.
         Raises `GenerationError` when the engine fails.
         """
-        prepared = await prepared_in_thread(lambda: self._prepare(request, leases), self._release)
+        prepared = await in_thread(lambda: self._prepare(request, leases), undo=self._release)
         result: Any = None
         sent, likeliest = 0, request.sampling.logprobs
         try:

@@ -10,6 +10,8 @@ from typing import Protocol
 
 import torch
 
+from trtllm_mm_cache.cache.arena.page_lock import page_lock
+
 
 class Copies(Protocol):
     """How a worker copies. `copy` may return before the bytes have arrived; `wait` returns afterwards."""
@@ -51,7 +53,7 @@ class HostCopies:
 
 
 class CudaCopies:
-    """Copies to one GPU on a stream of their own. NOT RUN: no CUDA build of vLLM was at hand.
+    """Copies to one GPU on a stream of their own. NOT RUN: no GPU was at hand (`tests/cuda` has its tests).
 
     Page-locking is per process and mapping, so the worker page-locks each arena that it maps, at its first
     copy from there: without it a copy is many times slower and not asynchronous.
@@ -94,8 +96,7 @@ class CudaCopies:
         address = storage.data_ptr()
         if address not in self._locked:
             self._locked.add(address)
-            # A refusal costs speed, nothing else.
-            torch.cuda.cudart().cudaHostRegister(address, storage.nbytes(), 0)  # type: ignore[no-untyped-call]
+            page_lock(address, storage.nbytes())
 
 
 def copies_for(device: torch.device) -> Copies:

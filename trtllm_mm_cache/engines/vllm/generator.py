@@ -21,7 +21,8 @@ from trtllm_mm_cache.engines.huggingface.embedding_check import EmbeddingCheck
 from trtllm_mm_cache.engines.huggingface.layout import FeatureLayout
 from trtllm_mm_cache.engines.huggingface.model_files import load_processor, read_config
 from trtllm_mm_cache.engines.huggingface.prompt import PromptExpander
-from trtllm_mm_cache.engines.leaving import EndingRequests, prepared_in_thread
+from trtllm_mm_cache.engines.leaving import EndingRequests
+from trtllm_mm_cache.engines.left_files import files_made, remove_files, write_down
 from trtllm_mm_cache.engines.vllm.adapters import check_adapters
 from trtllm_mm_cache.engines.vllm.outputs import deltas_of, ended_by_stop_string, prompt_logprobs_of
 from trtllm_mm_cache.engines.vllm.prepare import EngineLimits, PreparedRequest, RequestPreparer
@@ -33,6 +34,7 @@ from trtllm_mm_cache.errors import (
     GenerationError,
     InvalidRequestError,
 )
+from trtllm_mm_cache.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,10 @@ class VllmGenerator:
         self._folders = dict(args.lora_modules)
         self._adapters: dict[str, Any] = {}
         self._epoch = 0
+        before = files_made()
         self._llm: Any = start_engine(model_path, args, tower)
+        self._files = files_made() - before
+        write_down(self._files)
         loaded = self._llm.vllm_config
         limits = EngineLimits(
             context=min(loaded.model_config.max_model_len, args.max_model_len or sys.maxsize),
@@ -117,7 +122,7 @@ class VllmGenerator:
         request, `EngineLostError` when its processes have ended.
         """
         epoch = self._epoch
-        prepared = await prepared_in_thread(lambda: self._prepare(request, leases, epoch), _release)
+        prepared = await in_thread(lambda: self._prepare(request, leases, epoch), undo=_release)
         # vLLM aborts by this name, and a client may send one twice.
         name = f"{request.request_id}-{uuid.uuid4().hex}"
         finished = ended_here = False
@@ -152,6 +157,7 @@ class VllmGenerator:
         llm, self._llm = self._llm, None
         if llm is not None:
             await asyncio.to_thread(llm.shutdown)
+            remove_files(self._files)
         await self._ending.close()
 
     def _adapter(self, name: str | None) -> Any:
