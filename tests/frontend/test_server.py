@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import httpx2
@@ -307,7 +308,8 @@ async def test_a_head_that_trickles_in_after_a_first_request_is_closed(prompts: 
                 await asyncio.sleep(0.02)
 
         trickling = asyncio.create_task(trickle())
-        await closes(reader)
+        with suppress(ConnectionResetError):  # what it writes meanwhile makes a reset of the close
+            await closes(reader)
         trickling.cancel()
 
 

@@ -14,10 +14,11 @@ import torch
 
 from tests.engines.answers import Answer
 from tests.engines.contract import Case, picture, reference_logits
+from tests.engines.with_tower import GREEDY
 from tests.vllm import own_tower
 from tests.vllm.adapters import write_adapter, write_merged
 from tests.vllm.conftest import ended, started
-from tests.vllm.engine import GREEDY, START_DEADLINE_S, Engine
+from tests.vllm.engine import START_DEADLINE_S, Engine
 from tests.vllm.models import DEMO
 from tests.vllm.test_contract import FILLING, case_of, same_tower
 from trtllm_mm_cache.cache.manager import Lease

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tests.engines.answers import Answer
-from tests.vllm.engine import GREEDY, Engine
+from tests.engines.with_tower import GREEDY
+from tests.vllm.engine import Engine
 from tests.vllm.test_contract import FILLING, case_of, same_tower
 from trtllm_mm_cache.engines.base import PromptLogprobs
 
