@@ -24,14 +24,18 @@ lint: $(STAMP)
 	lint-imports
 	shellcheck launch/*.sh .ci/run
 
+# File by file, as fixtures are shared, and in their order: xdist's own begins with the files of many tests, and ends
+# with one of a single long test, for which the other core waits.
+PYTEST := pytest -n 2 --dist loadfile --no-loadscope-reorder
 check: $(STAMP)
-	pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
-# What another Python version can change: cache, workers, transfer, media, and one run of the whole stack.
-PARTS := tests/cache tests/transfer tests/media tests/runtime tests/tiers tests/encode tests/pd \
-    tests/faults/test_misses.py tests/faults/test_cancellation.py tests/e2e/test_pictures.py
+# What another Python version can change: one run of the whole stack (first, for it is the longest), cache, workers,
+# transfer, media.
+PARTS := tests/e2e/test_pictures.py tests/faults/test_misses.py tests/faults/test_cancellation.py \
+    tests/cache tests/transfer tests/media tests/runtime tests/tiers tests/encode tests/pd
 test-parts: $(STAMP)
-	pytest -n 2 --dist loadfile $(PYTEST_ARGS) $(PARTS)
+	$(PYTEST) $(PYTEST_ARGS) $(PARTS)
 
 # vLLM has an environment of its own, for it wants another transformers: tests/vllm on the real engine, on the CPU too.
 # The part is what CI has time for: without the tests that are marked `long`.

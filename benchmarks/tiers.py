@@ -98,6 +98,7 @@ class Bench:
         self.source = MultimodalEmbeddingCacheManager(128 * MB, name="source")
         transit = MultimodalEmbeddingCacheManager(0, transfer_bytes=MB, name="transit")
         self.receiver = Receiver(self.cache, transit, None, nothing_to_check, CollectorRegistry())
+        self.folder = folder
         self.disk_storage = DiskStorage(folder, FINGERPRINT, 1024 * MB)
         self.disk = tier_over(self.disk_storage)
         self.store = tier_over(StoreStorage(f"redis://127.0.0.1:{port}", FINGERPRINT, timeout_s=5))
@@ -147,7 +148,7 @@ class Ways:
         self.bench = bench
         self.nbytes, self.wanted = megabytes * MB, item(f"{megabytes} MB")
         self.tensor = torch.rand(self.nbytes // 2 // WIDTH, WIDTH).half()
-        self.path = bench.disk_storage._path(self.wanted.key.hex)
+        self.path = bench.disk_storage._folder.path(self.wanted.key.hex)
         self._key = bench.store._storage._key(EntryName(self.wanted.key.hex))  # type: ignore[attr-defined]
         self._extent = bench.cache.reserve("plain", self.nbytes, owner="benchmark")
         self._view = memoryview((ctypes.c_char * self.nbytes).from_address(self._extent.address)).cast("B")
@@ -280,7 +281,7 @@ async def added_to_a_miss(bench: Bench) -> float:
     """Return the microseconds that a disk tier adds to a miss of an image that was never seen."""
     wanted = [item(f"new {number}") for number in range(2000)]
     with bench.committed(item("any"), torch.zeros(8, 8)) as lease:
-        tier = tier_over(DiskStorage(bench.disk_storage._folder.parent / "unused", FINGERPRINT, MB), at_use=2)
+        tier = tier_over(DiskStorage(bench.folder.parent / "unused", FINGERPRINT, MB), at_use=2)
         while not tier._storage.writes:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         began = time.perf_counter()

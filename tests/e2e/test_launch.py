@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from tests.e2e.cards import Deal
-from tests.e2e.stack import REPOSITORY, arenas_of, free_port, launched, wait_until
+from tests.e2e.stack import REPOSITORY, Stack, arenas_of, free_port, launched, wait_until
 
 SCRIPT = str(REPOSITORY / "launch/disagg_e_pd.sh")
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -46,6 +46,9 @@ def test_ctrl_c_stops_every_process_and_removes_the_shared_memory(tmp_path: Path
         assert len(processes) == 3
         assert all(process.alive() for process in processes)
         assert arenas_of(process.pid for process in processes)
+        mapped = Path(f"/proc/{stack.launcher.pid}/maps").read_text()
+        assert "python" in mapped
+        assert "libtorch" not in mapped, "what only watches has no use for 200 MB and a second's start"
         assert stack.stop() == 130
         assert not any(process.alive() for process in processes)
     wait_until(
@@ -164,28 +167,28 @@ def test_a_worker_that_cannot_start_ends_everything_with_its_log(tmp_path: Path,
     assert "has ended with status 2 before it was ready" in ended.stderr.splitlines()[-1]
 
 
-def test_the_run_folder_is_closed_and_holds_a_secret_of_its_own(tmp_path: Path, model_dir: Path) -> None:
-    with launched(tmp_path / "run", MODEL_PATH=str(model_dir)) as stack:
-        for path in (stack.run_dir, *stack.run_dir.rglob("*")):
-            if path != stack.log:  # the test's own
-                assert path.stat().st_mode & 0o077 == 0, path
-        secret = stack.run_dir / "discovery/secret"
-        assert len(secret.read_text().strip()) == 64
-        assert f"DYN_FILE_KV={secret.parent}" in stack.log.read_text()
+def test_the_run_folder_is_closed_and_holds_a_secret_of_its_own(stack: Stack) -> None:
+    for path in (stack.run_dir, *stack.run_dir.rglob("*")):
+        if path != stack.log:  # the test's own
+            assert path.stat().st_mode & 0o077 == 0, path
+    secret = stack.run_dir / "discovery/secret"
+    assert len(secret.read_text().strip()) == 64
+    assert f"DYN_FILE_KV={secret.parent}" in stack.log.read_text()
 
 
-def test_a_second_stack_in_a_terminal_of_the_first_is_refused(tmp_path: Path, model_dir: Path) -> None:
-    with launched(tmp_path / "run", MODEL_PATH=str(model_dir)) as stack:
-        export = next(line for line in stack.log.read_text().splitlines() if "export DYN" in line)
-        variables = dict(word.split("=", 1) for word in export.split()[1:])
-        variables["DYN_HTTP_PORT"] = str(free_port())
-        ended = run_to_the_end(tmp_path / "second", MODEL_PATH=str(model_dir), **variables)
-        assert ended.returncode == 2
-        assert ended.stderr.startswith("error: DYN_FILE_KV="), ended.stderr
-        assert "belongs to a stack that runs" in ended.stderr
-        assert "unset DYN_FILE_KV" in ended.stderr
-        assert len(ended.stderr.splitlines()) == 1
-        assert stack.ask("Hello there!")
+def test_a_second_stack_in_a_terminal_of_the_first_is_refused(
+    stack: Stack, tmp_path: Path, model_dir: Path
+) -> None:
+    export = next(line for line in stack.log.read_text().splitlines() if "export DYN" in line)
+    variables = dict(word.split("=", 1) for word in export.split()[1:])
+    variables["DYN_HTTP_PORT"] = str(free_port())
+    ended = run_to_the_end(tmp_path / "second", MODEL_PATH=str(model_dir), **variables)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: DYN_FILE_KV="), ended.stderr
+    assert "belongs to a stack that runs" in ended.stderr
+    assert "unset DYN_FILE_KV" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+    assert stack.ask("Hello there!")
 
 
 def test_a_proxy_in_the_environment_is_not_asked_for_loopback(tmp_path: Path, model_dir: Path) -> None:

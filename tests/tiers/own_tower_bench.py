@@ -140,8 +140,8 @@ class TowerBench:
 
     async def settled(self) -> None:
         """Wait until nothing is checked any more."""
-        while self.tower._checks:
-            await asyncio.wait(self.tower._checks)
+        while self.tower.checks._tasks:
+            await asyncio.wait(self.tower.checks._tasks)
 
     async def drop_all(self, deadline_s: float = 5) -> int:
         """Do what a drop does to what is under way."""

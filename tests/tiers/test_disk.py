@@ -119,7 +119,7 @@ async def test_what_lies_at_a_key_before_is_replaced(bench: Bench, folder: Path)
     """Poisoned first: garbage at the path of a key that is stored later."""
     tier = bench.tier()
     await until(lambda: tier._storage.writes)
-    path = tier._storage._path(item_of(1).key.hex)  # type: ignore[attr-defined]
+    path = tier._storage._folder.path(item_of(1).key.hex)  # type: ignore[attr-defined]
     path.parent.mkdir()
     path.write_bytes(b"garbage")
     reader = bench.tier()
@@ -181,7 +181,7 @@ def test_a_use_by_another_process_counts(folder: Path) -> None:
     reader = DiskStorage(folder, FINGERPRINT, CAPACITY)
     names = [put(storage, number) for number in range(2)]
     for number, name in enumerate(names):
-        os.utime(storage._path(name.key), (number + 1, number + 1))
+        os.utime(storage._folder.path(name.key), (number + 1, number + 1))
     storage.close()
     storage = writer(folder, capacity=2 * blocks(FILE_BYTES))
     assert reader.touch(names[0])
@@ -203,11 +203,11 @@ def test_a_smaller_capacity_holds_from_the_start(folder: Path) -> None:
 def test_what_cannot_be_removed_does_not_stop_eviction(folder: Path) -> None:
     storage = writer(folder, capacity=3 * blocks(FILE_BYTES))
     names = [put(storage, number) for number in range(3)]
-    immovable = storage._path(names[0].key)
+    immovable = storage._folder.path(names[0].key)
     immovable.unlink()
     immovable.mkdir()  # unlink fails
     put(storage, 3)
-    assert [storage._path(name.key).exists() for name in names] == [True, False, True]
+    assert [storage._folder.path(name.key).exists() for name in names] == [True, False, True]
     storage.close()
 
 
@@ -218,10 +218,10 @@ def test_ten_thousand_entries_are_indexed_without_reading_them(folder: Path) -> 
     storage.close()
     trace = folder / "trace"
     assert trace.parent.exists()
-    before = {name.key: storage._path(name.key).stat().st_atime_ns for name in names}
+    before = {name.key: storage._folder.path(name.key).stat().st_atime_ns for name in names}
     again = writer(folder)
     assert again.contents().entries == 500
-    assert {name.key: again._path(name.key).stat().st_atime_ns for name in names} == before
+    assert {name.key: again._folder.path(name.key).stat().st_atime_ns for name in names} == before
     again.close()
 
 

@@ -167,7 +167,7 @@ async def test_what_is_wrong_is_not_kept(
     held.release()
     alone.release()
     assert not bench.cache.peek(held.key)
-    assert bench.tower.refused == 1
+    assert bench.tower.checks.refused == 1
     assert "is not kept" in caplog.text
 
 

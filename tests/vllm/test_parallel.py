@@ -74,6 +74,6 @@ async def test_two_ranks_fill_an_extent_once_and_both_load_it(
             await own.forget()
             assert own.generator.encodes == 2, "one rank counts, and a hit runs no tower"
         assert own.bench.cache.statistics().entries == 2
-        assert own.bench.tower.refused == 0
+        assert own.bench.tower.checks.refused == 0
     finally:
         await end(own)

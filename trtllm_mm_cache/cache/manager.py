@@ -1,23 +1,18 @@
 """The cache manager: embeddings by key, in one arena, evicted by a policy (least recently used first).
 
-Two faces on the same entries. The one that Dynamo users know (`get`, `set`, `set_with_delta`,
-`make_room_for`, `keys`, `stats`) copies a tensor in and hands views out. The other writes in place:
-`reserve` an extent, let NIXL READ into it, `commit` once it is checked, and hold a `Lease` while in use.
+Two faces on the same entries. This one writes in place: `reserve` an extent, let NIXL READ into it, `commit`
+once it is checked, and hold a `Lease` while in use. The one that Dynamo users know is `dynamo_face.py`.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
-from typing import Any
-
-import torch
 
 from trtllm_mm_cache.cache.arena.arena import ALIGNMENT, Arena
+from trtllm_mm_cache.cache.dynamo_face import DynamoFace
 from trtllm_mm_cache.cache.entry import (
-    NO_METADATA,
     CachedEmbedding,
     CacheMutation,
     CacheReservation,
@@ -33,7 +28,7 @@ from trtllm_mm_cache.cache.reservation import Reservation
 from trtllm_mm_cache.cache.room import Room
 from trtllm_mm_cache.cache.scope import Dropped, Selection
 from trtllm_mm_cache.cache.statistics import CacheStatistics, take_statistics
-from trtllm_mm_cache.errors import ArenaFullError, IntegrityError
+from trtllm_mm_cache.errors import IntegrityError
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +51,7 @@ _SMALL_CAPACITY_BYTES = 1024 * 1024
 _SMALL_PADDING_BYTES = 1024 * ALIGNMENT
 
 
-class MultimodalEmbeddingCacheManager:
+class MultimodalEmbeddingCacheManager(DynamoFace):
     """A byte-bounded cache of embeddings in shared memory. Thread-safe; no look-up waits while room is made.
 
     `capacity_bytes` bounds the sum of the tensors' bytes, held, reserved and quarantined ones included;
@@ -81,14 +76,13 @@ class MultimodalEmbeddingCacheManager:
         policy: EvictionPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.name = name
-        self._capacity = capacity_bytes
         budget = capacity_bytes if capacity_bytes > 0 else transfer_bytes
         padding = _SMALL_PADDING_BYTES if budget < _SMALL_CAPACITY_BYTES else 0
         # Without a transfer arena, capacity 0 is Dynamo's: it retains, but only tensors of 0 bytes.
         retain = capacity_bytes > 0 or transfer_bytes <= 0
         arena = Arena(budget + padding, prefault=prefault)
-        self._ledger = Ledger(arena, policy or LruPolicy(), budget_bytes=budget, retain=retain, clock=clock)
+        ledger = Ledger(arena, policy or LruPolicy(), budget_bytes=budget, retain=retain, clock=clock)
+        super().__init__(ledger, capacity_bytes, name)
         logger.info("%s: capacity %d bytes, arena %d bytes", name, capacity_bytes, budget + padding)
 
     @property
@@ -110,8 +104,6 @@ class MultimodalEmbeddingCacheManager:
     def retain(self) -> bool:
         """Whether entries stay without a holder."""
         return self._ledger.retain
-
-    # -- in place --------------------------------------------------------------------------------
 
     def lease(self, key: str) -> Lease | None:
         """Return a lease on the entry, or None. Counts a hit or a miss; a hit is a use of the entry."""
@@ -198,106 +190,6 @@ class MultimodalEmbeddingCacheManager:
         """Drop every entry and return how many there were."""
         return self.drop_selected(Selection()).entries
 
-    # -- as in Dynamo ----------------------------------------------------------------------------
-
-    def get(self, key: str) -> CachedEmbedding | None:
-        """Return the embedding, or None. Counts a hit or a miss; a hit is a use of the entry.
-
-        The tensor is a view into the arena that pins the entry while it has an alias. Do not write to it.
-        """
-        ledger = self._ledger
-        with ledger.guard:
-            ledger.begin()
-            entry = ledger.look_up(key)
-            return None if entry is None else ledger.hand_out(entry)
-
-    def set(self, key: str, entry: CachedEmbedding) -> bool:
-        """Store a copy of `entry` under `key`; see `set_with_delta`. Returns whether it is stored."""
-        return self.set_with_delta(key, entry).stored
-
-    def set_with_delta(self, key: str, entry: CachedEmbedding) -> CacheMutation:
-        """Store a copy of `entry` and say which keys came and went.
-
-        An entry under `key` is replaced, which is no eviction; then idle entries are evicted in the policy's
-        order until it fits. Not stored are tensors larger than the capacity, and, unlike in Dynamo, tensors
-        for which held entries leave no room: then nothing changes, unless other threads leased what was
-        counted on while entries were moved; what was removed before is told. Blocks for the copy. Raises
-        `AssertionError` for a tensor that is not contiguous, as Dynamo does.
-        """
-        ledger, tensor = self._ledger, entry.tensor.detach()
-        nbytes = _tensor_bytes(tensor)
-        if self._is_too_large(nbytes):
-            return CacheMutation(False, [], [])
-        room = Room(ledger, nbytes, instead_of=key)
-        try:
-            written = room.make(lambda: ledger.open_reservation(key, nbytes, "set"))
-        except ArenaFullError as error:
-            logger.warning("%s: not cached: %s", self.name, error.message)
-            return CacheMutation(False, [], room.removed)
-        try:
-            ledger.arena.write(written.extent, tensor)
-        except BaseException:
-            with ledger.guard:
-                ledger.close_reservation(written, "abandon")
-                ledger.after_hold(written)
-            raise
-        with ledger.guard:
-            written.dynamo_fields = tuple(entry[1:])
-            replaced = ledger.publish(written, tensor.dtype, tuple(tensor.shape), NO_METADATA)
-            ledger.after_hold(written)
-        return CacheMutation(True, [] if room.replaced or replaced else [key], room.evicted)
-
-    def make_room_for(self, key: str, size_bytes: int) -> CacheReservation:
-        """Drop the entry under `key` and evict until an entry of `size_bytes` fits; reserve nothing.
-
-        Not admitted are sizes above the capacity, and sizes for which held entries leave no room; what
-        changes then is as in `set_with_delta`. When admitted, the dropped entry is neither an eviction nor
-        among the removed keys.
-        """
-        if self._is_too_large(size_bytes):
-            return CacheReservation(False, [])
-        room = Room(self._ledger, size_bytes, instead_of=key)
-        try:
-            room.make(lambda: None)
-        except ArenaFullError as error:
-            logger.warning("%s: no room made: %s", self.name, error.message)
-            return CacheReservation(False, room.removed)
-        return CacheReservation(True, room.evicted)
-
-    def _is_too_large(self, nbytes: int) -> bool:
-        if nbytes > self._capacity:
-            logger.warning("%s: not cached: %d bytes, more than the capacity", self.name, nbytes)
-        return nbytes > self._capacity
-
-    def keys(self) -> list[str]:
-        """Return the keys in the order of eviction, were none used any more: least recently used first."""
-        with self._ledger.guard:
-            self._ledger.begin()
-            return [entry.key for entry in self._ledger.policy.entries()]
-
-    @property
-    def stats(self) -> dict[str, Any]:
-        """Entries, bytes, utilization, hits, misses, evictions and hit rate, named as in Dynamo."""
-        snapshot = self.statistics()
-        return {
-            "entries": snapshot.entries,
-            "current_bytes": snapshot.current_bytes,
-            "capacity_bytes": snapshot.capacity_bytes,
-            "utilization": snapshot.utilization,
-            "hits": snapshot.hits,
-            "misses": snapshot.misses,
-            "evictions": snapshot.evictions,
-            "hit_rate": snapshot.hit_rate,
-        }
-
-    # -- looking at it ---------------------------------------------------------------------------
-
-    def statistics(self) -> CacheStatistics:
-        """Return a consistent snapshot."""
-        with self._ledger.guard:
-            self._ledger.settle_holds()
-            return take_statistics(self._ledger, self._capacity)
-
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless extents are disjoint, all bytes accounted for and counters right."""
         with self._ledger.guard:
@@ -338,9 +230,3 @@ class MultimodalEmbeddingCacheManager:
                     entry.owner,
                 )
             ledger.close()
-
-
-def _tensor_bytes(tensor: torch.Tensor) -> int:
-    if not tensor.is_contiguous():
-        raise AssertionError("Tensor must be contiguous")
-    return tensor.element_size() * math.prod(tensor.shape)

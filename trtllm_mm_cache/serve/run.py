@@ -21,8 +21,7 @@ from trtllm_mm_cache.serve.ports import bind_problem
 from trtllm_mm_cache.serve.service import Kind, Spec
 from trtllm_mm_cache.serve.stack import Stack, StackError, Surroundings, say
 from trtllm_mm_cache.serve.warm import WarmStart
-from trtllm_mm_cache.settings import EncodeSettings, ServeSettings
-from trtllm_mm_cache.tiers.configured import check_tiers
+from trtllm_mm_cache.settings import EncodeSettings, ServeSettings, TierSettings
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _INTERRUPTED = 130
@@ -38,11 +37,19 @@ def run_serve(plan: Plan, encode: EncodeSettings) -> int:
     """
     _check_port(plan)
     _check_memory(plan, encode)
-    for tiers in (plan.settings.tiers, encode.tiers):
-        check_tiers(tiers)
+    _check_tiers(plan.settings.tiers, encode.tiers)
     folder = RunFolder(plan.settings.run_dir)
     environment = {**os.environ, **_variables(plan, folder)}
     return asyncio.run(_serve(plan, folder, environment))
+
+
+def _check_tiers(*settings: TierSettings) -> None:
+    """Refuse here what the workers would. torch comes with it, a second and 200 MB."""
+    if any(tiers.kept for tiers in settings):
+        from trtllm_mm_cache.tiers.configured import check_tiers
+
+        for tiers in settings:
+            check_tiers(tiers)
 
 
 async def _serve(plan: Plan, folder: RunFolder, environment: Mapping[str, str]) -> int:

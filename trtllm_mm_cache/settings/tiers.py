@@ -52,6 +52,14 @@ class TierSettings(Settings):
     )
 
     @property
+    def kept(self) -> bool:
+        """Whether there is a tier that keeps embeddings."""
+        return not (
+            self.multimodal_embedding_cache_disk_path is None
+            and self.multimodal_embedding_cache_store_url is None
+        )
+
+    @property
     def disk_bytes(self) -> int:
         """Capacity of the disk tier in bytes."""
         return int(self.multimodal_embedding_cache_disk_capacity_gb * GB)

@@ -11,7 +11,8 @@ from trtllm_mm_cache.observability.metrics import Step
 from trtllm_mm_cache.runtime.secret import make_secret, read_secret
 from trtllm_mm_cache.settings import TierSettings
 from trtllm_mm_cache.tiers.chain import StoredTiers
-from trtllm_mm_cache.tiers.disk import DiskStorage, check_folder
+from trtllm_mm_cache.tiers.disk import DiskStorage
+from trtllm_mm_cache.tiers.disk_folder import check_folder
 from trtllm_mm_cache.tiers.format import Sealer
 from trtllm_mm_cache.tiers.limits import TierLimits
 from trtllm_mm_cache.tiers.rules import EntryRules

@@ -1,41 +1,30 @@
-"""The disk tier's storage: one file an embedding, in a folder that is its own index.
-
-    FOLDER/secret                      what entries are sealed with, where no other file is named
-    FOLDER/lock                        held by the one process that writes
-    FOLDER/v1-FINGERPRINT/ab/abcd…     the entry of key abcd…; its time of modification is its last use
+"""The disk tier's storage: one file an embedding, in a folder that is its own index (`disk_folder.py`).
 
 Times, sizes and names are all that is read at start: 10,000 files in a tenth of a second. There is no other
 index that could disagree with the files, and no fsync: what a power cut leaves, its seal finds.
 
 One process writes and keeps to the capacity; others read and touch, and one of them writes when it has gone.
-Whoever may read the folder's files sees users' data: folders are 0700, files 0600.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
-import re
-import shutil
-import stat
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from trtllm_mm_cache.cache.scope import Dropped, Selection
-from trtllm_mm_cache.errors import ConfigurationError
 from trtllm_mm_cache.tiers.disk_file import OpenFile, file_error, write_file
+from trtllm_mm_cache.tiers.disk_folder import DiskFolder
 from trtllm_mm_cache.tiers.disk_index import DiskIndex, Known, blocks
-from trtllm_mm_cache.tiers.format import HEADER_BYTES, VERSION, EntryName, Header
+from trtllm_mm_cache.tiers.format import HEADER_BYTES, EntryName, Header
 from trtllm_mm_cache.tiers.storage import Contents, Judge, OpenEntry, StorageFullError
 
 logger = logging.getLogger(__name__)
 
-_ENTRIES_FOLDER = re.compile(r"v\d+-[0-9a-f]{16}")
-_KEY = re.compile(r"[0-9a-f]{64}")
 _EVERYTHING = Selection()
 
 
@@ -54,13 +43,10 @@ class DiskStorage:
     ) -> None:
         self._sweep_s = sweep_s
         self._swept_at = time.monotonic()
-        self._folder = folder
-        self._entries = folder / f"v{VERSION}-{fingerprint[:16]}"
+        self._folder = DiskFolder(folder, fingerprint)
         self._index = DiskIndex(capacity_bytes)
         self._indexed = False
         self._lock = threading.Lock()
-        self._lock_file: int | None = None
-        check_folder(folder)
 
     @property
     def writes(self) -> bool:
@@ -73,7 +59,7 @@ class DiskStorage:
 
     def look_up(self, name: EntryName) -> OpenEntry | None:
         """See `Storage.look_up`."""
-        opened = OpenFile.open(self._path(name.key))
+        opened = OpenFile.open(self._folder.path(name.key))
         with self._lock:
             if opened is None:
                 self._index.remove(name.key)
@@ -84,7 +70,7 @@ class DiskStorage:
     def store(self, name: EntryName, header: bytes, payload: memoryview) -> None:
         """See `Storage.store`. One thread at a time."""
         size = blocks(len(header) + len(payload))
-        path = self._path(name.key)
+        path = self._folder.path(name.key)
         self._make_room(size)
         try:
             try:
@@ -103,7 +89,7 @@ class DiskStorage:
     def touch(self, name: EntryName) -> bool:
         """See `Storage.touch`."""
         try:
-            os.utime(self._path(name.key))
+            os.utime(self._folder.path(name.key))
         except FileNotFoundError:
             with self._lock:
                 self._index.remove(name.key)
@@ -117,27 +103,27 @@ class DiskStorage:
     def remove(self, name: EntryName) -> None:
         """See `Storage.remove`."""
         try:
-            self._unlink(self._path(name.key))
+            self._unlink(self._folder.path(name.key))
         except OSError as error:
             raise file_error("an entry cannot be removed", error) from error
 
     def drop(self, selection: Selection, judge: Judge) -> Dropped:
         """See `Storage.drop`. By tag or content every header is read: 0.3 s for 10,000, a few when cold."""
         if selection.key is not None:
-            return self._removed([self._path(selection.key)])
+            return self._removed([self._folder.path(selection.key)])
         if selection == _EVERYTHING:
-            return self._removed(self._files())
-        headers = ((path, _header(path, judge)) for path in self._files())
+            return self._removed(self._folder.files())
+        headers = ((path, _header(path, judge)) for path in self._folder.files())
         return self._removed(
             path for path, header in headers if header is None or header.selected_by(selection)
         )
 
     def tidy(self, judge: Judge) -> None:
         """Become the writer if there is none; as the writer, remove what is too old to be served."""
-        if self._indexed and self._lock_is_gone():
+        if self._indexed and self._folder.lock_is_gone():
             self._begin_anew()
-        if not self._indexed and self._become_writer():
-            self._sweep_others()
+        if not self._indexed and self._folder.become_writer():
+            self._folder.remove_others()
             self._scan()
         now = time.monotonic()
         if self._indexed and self._sweep_s is not None and now >= self._swept_at + self._sweep_s:
@@ -146,7 +132,7 @@ class DiskStorage:
 
     def sweep(self, judge: Judge) -> None:
         """Remove every entry that `judge` does not keep."""
-        gone = self._removed(path for path in self._files() if _header(path, judge) is None)
+        gone = self._removed(path for path in self._folder.files() if _header(path, judge) is None)
         if gone.entries:
             logger.info("tier disk: %d entries were too old, or not entries of ours: removed", gone.entries)
 
@@ -160,67 +146,20 @@ class DiskStorage:
         """Let another process write."""
         self._begin_anew()
 
-    # -- one writer ----------------------------------------------------------------------------------
-
-    def _become_writer(self) -> bool:
-        try:
-            check_folder(self._folder)
-            self._entries.mkdir(mode=0o700, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            opened = os.open(self._folder / "lock", flags, 0o600)
-        except OSError as error:
-            raise file_error("nothing can be written into the folder", error) from error
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(opened)
-            return False
-        self._lock_file = opened
-        return True
-
-    def _lock_is_gone(self) -> bool:
-        """Whether the folder was removed, or exchanged, under this process."""
-        if self._lock_file is None:
-            return True
-        try:
-            return not os.path.samestat(os.fstat(self._lock_file), os.stat(self._folder / "lock"))
-        except OSError:
-            return True
-
     def _begin_anew(self) -> None:
         """Stop writing; `tidy` may begin again."""
         with self._lock:
             self._indexed = False
             self._index = DiskIndex(self._index.capacity)
-            if self._lock_file is not None:
-                os.close(self._lock_file)
-                self._lock_file = None
-
-    def _sweep_others(self) -> None:
-        """Remove what other models and older versions have left: no key leads to it any more."""
-        for folder in self._folder.iterdir():
-            if _ENTRIES_FOLDER.fullmatch(folder.name) and folder != self._entries:
-                logger.info("tier disk: the entries of another model or version are removed")
-                shutil.rmtree(folder, ignore_errors=True)
+            self._folder.release()
 
     def _scan(self) -> None:
-        """Read names, sizes and times; remove what no name fits, such as what a killed writer left."""
-        found: list[tuple[str, Known]] = []
-        for entry in _scandir(self._entries):
-            for file in _scandir(Path(entry.path)) if entry.is_dir(follow_symlinks=False) else ():
-                status = file.stat(follow_symlinks=False)
-                if _KEY.fullmatch(file.name) and stat.S_ISREG(status.st_mode):
-                    found.append((file.name, Known(blocks(status.st_size), status.st_mtime_ns)))
-                else:
-                    with contextlib.suppress(OSError):
-                        Path(file.path).unlink()
+        found = self._folder.scan()
         with self._lock:
             self._index.fill(found)
             self._indexed = True
         self._make_room(0)
         logger.info("tier disk: %d entries of %d bytes", len(self._index), self._index.nbytes)
-
-    # -- room ----------------------------------------------------------------------------------------
 
     def _make_room(self, size: int, *, more: int = 0) -> None:
         """Remove what was used longest ago until `size` bytes fit, and `more` bytes besides.
@@ -231,7 +170,7 @@ class DiskStorage:
         for key, known in self._oldest() if more or self._index.lacks(size) else ():
             if not self._index.lacks(size) and freed >= more:
                 return
-            path = self._path(key)
+            path = self._folder.path(key)
             with contextlib.suppress(OSError):
                 used_ns = path.stat().st_mtime_ns
                 if used_ns > known.used_ns:
@@ -251,19 +190,6 @@ class DiskStorage:
                 files = self._index.oldest()
             yield from files
 
-    # -- files ---------------------------------------------------------------------------------------
-
-    def _path(self, key: str) -> Path:
-        return self._entries / key[:2] / key
-
-    def _files(self) -> Iterator[Path]:
-        """Yield every entry of every model and version."""
-        for folder in _scandir(self._folder):
-            if _ENTRIES_FOLDER.fullmatch(folder.name):
-                for inner in _scandir(Path(folder.path)):
-                    for file in _scandir(Path(inner.path)):
-                        yield Path(file.path)
-
     def _removed(self, paths: Iterator[Path] | list[Path]) -> Dropped:
         keys, nbytes = [], 0
         for path in paths:
@@ -282,33 +208,6 @@ class DiskStorage:
         path.unlink(missing_ok=True)
         with self._lock:
             self._index.remove(path.name)
-
-
-def check_folder(folder: Path) -> None:
-    """Make `folder` for this user alone, or see that it is so. Raises `ConfigurationError`, `OSError`."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-    except OSError as error:
-        raise ConfigurationError(
-            f"--multimodal-embedding-cache-disk-path {folder} cannot be used: {error.strerror}"
-        ) from error
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise ConfigurationError(
-            f"--multimodal-embedding-cache-disk-path {folder} must be a folder of the user that runs this "
-            "process"
-        )
-    if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise ConfigurationError(
-            f"--multimodal-embedding-cache-disk-path {folder} is open to other users; run "
-            f"`chmod 700 {folder}`: what lies there is made of users' images"
-        )
-
-
-def _scandir(folder: Path) -> list[os.DirEntry[str]]:
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
-        return list(entries)
-    return []
 
 
 def _header(path: Path, judge: Judge) -> Header | None:

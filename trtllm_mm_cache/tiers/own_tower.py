@@ -1,7 +1,8 @@
 """Where a missing embedding comes from in an aggregated worker: the engine's own vision tower.
 
 A miss claims its key, has its image prepared and reserves room, and goes to the engine in the place of a
-lease: `filling.py` tells how it becomes an entry. Requests for a key that is claimed wait, and get leases.
+lease: `filling.py` tells how it becomes an entry, `fill_check.py` what is checked before. Requests for a key
+that is claimed wait, and get leases.
 
 A request that has claimed a key never begins to wait for another: that one's request might wait for this one,
 and both for ever. It has the image encoded without keeping it. (In a circle of requests that wait for each
@@ -14,11 +15,9 @@ for want of room.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 
 from prometheus_client import CollectorRegistry
@@ -33,8 +32,6 @@ from trtllm_mm_cache.engines.base import EncodeItem
 from trtllm_mm_cache.engines.own_tower import OwnTowerGenerator, PreparedItem
 from trtllm_mm_cache.errors import (
     ArenaFullError,
-    ChecksumMismatchError,
-    EmbeddingMismatchError,
     EncodeFailedError,
     EntryTooLargeError,
     LoadAbortedError,
@@ -48,11 +45,9 @@ from trtllm_mm_cache.threads import in_thread
 from trtllm_mm_cache.tiers.base import Found, Loading, MissingItem, TierDropped
 from trtllm_mm_cache.tiers.chain import StoredTiers
 from trtllm_mm_cache.tiers.claims import Claim, Claims, Landing
+from trtllm_mm_cache.tiers.fill_check import FillChecks
 from trtllm_mm_cache.tiers.filling import Extent, Filling, HeldFilling
 from trtllm_mm_cache.tiers.intake import Intake
-from trtllm_mm_cache.transfer.finite import checksum_and_finite
-
-logger = logging.getLogger(__name__)
 
 _THREADS = 2
 _PREPARED_AT_A_TIME = 4
@@ -62,7 +57,7 @@ class OwnTower(Collector):
     """`Misses` of one aggregated PD worker. For use from one event loop.
 
     `cache` retains, or, with capacity 0, has no room for anything. `uncached` counts embeddings that were to
-    be made without entering the cache, `refused` those that were found wrong when they were made.
+    be made without entering the cache.
     """
 
     def __init__(
@@ -84,9 +79,9 @@ class OwnTower(Collector):
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="own-tower")
         self._turns = asyncio.Semaphore(_PREPARED_AT_A_TIME)
         self._preparing = Step.new(registry, "preprocess", "Decoding and preprocessing one image.")
-        self._checks: set[asyncio.Task[None]] = set()
+        self.checks = FillChecks(self._intake, self._threads, self.used)
         self.claims = Claims()
-        self.uncached = self.refused = 0
+        self.uncached = 0
         registry.register(self)
 
     @property
@@ -132,9 +127,7 @@ class OwnTower(Collector):
     async def close(self) -> None:
         """See `Misses.close`."""
         self.claims.close(LoadAbortedError("this worker is shutting down; retry on another"))
-        for check in tuple(self._checks):
-            check.cancel()
-        await asyncio.gather(*self._checks, return_exceptions=True)
+        await self.checks.close()
         await self._stored.close()
         await asyncio.to_thread(self._threads.shutdown)
 
@@ -144,7 +137,9 @@ class OwnTower(Collector):
             "encodes", "Images that went through the engine's vision tower.", self._generator.encodes
         )
         yield counter("uncached", "Embeddings served without entering the cache.", self.uncached)
-        yield counter("refused_embeddings", "Embeddings that were found wrong and not kept.", self.refused)
+        yield counter(
+            "refused_embeddings", "Embeddings that were found wrong and not kept.", self.checks.refused
+        )
 
     async def _wait(self, claim: Claim) -> Landing:
         try:
@@ -241,40 +236,4 @@ class OwnTower(Collector):
         self, item: MissingItem, prepared: PreparedItem, extent: Extent | None, undertaking: ExitStack
     ) -> HeldFilling:
         self.uncached += extent is None
-        return Filling(item, prepared, extent, undertaking, self._start_check).hold()
-
-    def _start_check(self, filling: Filling) -> None:
-        check = asyncio.create_task(self._check(filling), name="check of a filled extent")
-        self._checks.add(check)
-        check.add_done_callback(self._checks.discard)
-
-    # 7 commit
-    async def _check(self, filling: Filling) -> None:
-        """Make an entry of what the engine has filled, if it is what the engine says."""
-        try:
-            with self._intake.commit_step.time():
-                lease = await self._commit(filling)
-        except MmCacheError as error:
-            self.refused += 1
-            logger.error("embedding %s… is not kept: %s", filling.item.key.hex[:12], error)  # noqa: TRY400
-            filling.refused()
-        except BaseException:
-            filling.refused()
-            raise
-        else:
-            filling.committed(lease)
-            self.used(filling.item, lease)
-            lease.release()
-
-    async def _commit(self, filling: Filling) -> Lease:
-        item, extent, shape = filling.item, filling.extent, filling.prepared.shape
-        assert extent is not None  # noqa: S101 - else nothing is filled
-        address, dtype = extent.reservation.address, str(shape.dtype).removeprefix("torch.")
-        look = partial(checksum_and_finite, address, shape.nbytes, dtype)
-        checksum, finite = await asyncio.get_running_loop().run_in_executor(self._threads, look)
-        if checksum != extent.mark.checksum():
-            raise ChecksumMismatchError("its bytes are not those that the engine's tower has made")
-        if not finite:
-            raise EmbeddingMismatchError("it holds NaN or infinity")
-        metadata = replace(filling.prepared.metadata, checksum=checksum)
-        return self._intake.commit(item, extent.reservation, shape.dtype, (shape.rows, shape.width), metadata)
+        return Filling(item, prepared, extent, undertaking, self.checks.start).hold()
