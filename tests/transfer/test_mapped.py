@@ -61,8 +61,7 @@ async def test_an_exporter_on_this_machine_is_copied_from_and_nothing_is_asked_o
         await side.read(exporter.peer, key, await exporter.export(key, NBYTES))
     assert side.ways == (3, 0)
     assert (side.reader.arenas, side.reader.completed_bytes) == (1, 3 * NBYTES)
-    while (await exporter.do("statistics"))["acked"] < 3:
-        await asyncio.sleep(0.002)
+    await until_statistic(exporter, "acked", 3)
     assert (await exporter.do("statistics"))["leased_bytes"] == 0
 
 
@@ -149,8 +148,7 @@ async def test_a_frozen_worker_is_read_from(side: Side, exporter: RemoteExporter
     exporter.freeze()
     await side.read(exporter.peer, "a", export)
     exporter.thaw()
-    while (await exporter.do("statistics"))["acked"] < 1:
-        await asyncio.sleep(0.002)
+    await until_statistic(exporter, "acked", 1)
 
 
 async def test_a_copy_that_is_cut_off_releases_the_export_and_the_extent(
@@ -163,8 +161,7 @@ async def test_a_copy_that_is_cut_off_releases_the_export_and_the_extent(
     task.cancel()
     await asyncio.wait({task})
     await until(lambda: side.reader.in_flight == 0)
-    while (await exporter.do("statistics"))["held"]:
-        await asyncio.sleep(0.002)
+    await until_statistic(exporter, "held", 0)
     side.pd.assert_nothing_leaked()
 
 
