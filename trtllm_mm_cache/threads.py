@@ -1,10 +1,10 @@
-"""Work in a thread that owns something when it is done, under cancellation."""
+"""Work in another thread, and what becomes of it when its caller is cancelled."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -33,3 +33,14 @@ async def in_thread(
         # An error's traceback leads to this frame, and the future to the error: a cycle would keep what
         # the frames above hold, megabytes of a request, until the garbage collector runs.
         del future
+
+
+def shielded(outcome: Future[T]) -> asyncio.Future[T]:
+    """Return what awaits another thread's `outcome`; when the caller is cancelled, that is left alone.
+
+    An error that it ends with afterwards is nobody's: `asyncio.shield` would have it logged as one that was
+    never retrieved. Keep no reference to either in a frame that such an error's traceback leads to.
+    """
+    waiting = asyncio.wrap_future(outcome)
+    waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return asyncio.shield(waiting)

@@ -126,6 +126,14 @@ def test_a_shape_that_is_not_the_size_is_refused(
     reservation.abandon()
 
 
+@pytest.mark.parametrize("nbytes", [0, 23, 25])
+def test_a_tensor_of_another_size_is_refused(manager: MultimodalEmbeddingCacheManager, nbytes: int) -> None:
+    reservation = manager.reserve("a", 24, owner="test")
+    with pytest.raises(EmbeddingMismatchError, match="24 reserved bytes"):
+        reservation.write(torch.ones(nbytes, dtype=torch.uint8))
+    reservation.abandon()
+
+
 def test_a_commit_replaces_without_an_eviction(manager: MultimodalEmbeddingCacheManager) -> None:
     first = _commit(manager.reserve("a", 100, owner="test"))
     first.tensor.fill_(1)

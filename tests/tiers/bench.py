@@ -18,7 +18,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from tests.e2e.stack import free_port
+from tests.e2e.stack import free_port, wait_until
 from trtllm_mm_cache.cache.entry import EmbeddingMetadata
 from trtllm_mm_cache.cache.key import EmbeddingKey, content_digest, embedding_key
 from trtllm_mm_cache.cache.manager import Lease, MultimodalEmbeddingCacheManager
@@ -103,6 +103,10 @@ class Bench:
         limits = {"lookup_s": 5.0, "fetch_s": 5.0, "at_use": 1} | limits
         seconds = Step.new(CollectorRegistry(), "tier", "One call.", "tier", "step")
         tier = StoredTier(made, rules, TierLimits(**limits), seconds, self.clock)
+        if storage is None and not self.tiers:
+            wait_until(
+                lambda: made.writes, 30, "the first tier does not write"
+            )  # one that comes later cannot
         self.tiers.append(tier)
         return tier
 

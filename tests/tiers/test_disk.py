@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,19 @@ async def test_a_file_in_another_ones_place_is_refused(bench: Bench, folder: Pat
     one.write_bytes(two.read_bytes())
     two.write_bytes(swapped)
     assert [await refused(bench, number) for number in (1, 2)] == ["other_key", "other_key"]
+
+
+async def test_a_file_of_another_model_in_its_place_is_refused(bench: Bench, folder: Path) -> None:
+    await bench.keep(bench.tier(), item_of(1))
+    (ours,) = files(folder)
+    false = ours.with_name("false")
+    sealer = Sealer(SECRET)
+    header = replace(sealer.open(ours.read_bytes(), ours.name), fingerprint="cd" * 32)
+    sealed = sealer.seal(header)
+    assert sealed is not None
+    false.write_bytes(sealed + ours.read_bytes()[HEADER_BYTES:])
+    false.replace(ours)
+    assert await refused(bench) == "foreign_model"
 
 
 async def test_what_lies_at_a_key_before_is_replaced(bench: Bench, folder: Path) -> None:

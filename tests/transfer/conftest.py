@@ -11,6 +11,7 @@ import pytest
 
 from tests.transfer.remote import RemoteExporter
 from tests.transports import over_tcp
+from tests.unasked import no_error_is_left_to_asyncio  # noqa: F401
 from trtllm_mm_cache.cache.manager import MultimodalEmbeddingCacheManager, Reservation
 from trtllm_mm_cache.transfer import MappedReader, Reader, TransferAgent
 
@@ -25,13 +26,6 @@ async def until(condition: Callable[[], bool], *, deadline_s: float = 10.0) -> N
     while not condition():
         assert time.monotonic() < end, "the condition did not come true in time"
         await asyncio.sleep(0.002)
-
-
-@pytest.fixture(autouse=True)
-def _no_error_is_left_to_asyncio(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """An error that nobody asks for has a traceback in the log, as if it were a defect."""
-    yield
-    assert [record.getMessage() for record in caplog.get_records("call") if record.name == "asyncio"] == []
 
 
 @dataclass

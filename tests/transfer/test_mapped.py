@@ -61,8 +61,8 @@ async def test_an_exporter_on_this_machine_is_copied_from_and_nothing_is_asked_o
         await side.read(exporter.peer, key, await exporter.export(key, NBYTES))
     assert side.ways == (3, 0)
     assert (side.reader.arenas, side.reader.completed_bytes) == (1, 3 * NBYTES)
-    while (await exporter.do("statistics"))["acked"] < 3:
-        await asyncio.sleep(0.002)
+    await until_statistic(exporter, "acked", 3)
+    side.pd.assert_nothing_leaked()
     assert (await exporter.do("statistics"))["leased_bytes"] == 0
 
 
@@ -149,8 +149,7 @@ async def test_a_frozen_worker_is_read_from(side: Side, exporter: RemoteExporter
     exporter.freeze()
     await side.read(exporter.peer, "a", export)
     exporter.thaw()
-    while (await exporter.do("statistics"))["acked"] < 1:
-        await asyncio.sleep(0.002)
+    await until_statistic(exporter, "acked", 1)
 
 
 async def test_a_copy_that_is_cut_off_releases_the_export_and_the_extent(
@@ -163,21 +162,20 @@ async def test_a_copy_that_is_cut_off_releases_the_export_and_the_extent(
     task.cancel()
     await asyncio.wait({task})
     await until(lambda: side.reader.in_flight == 0)
-    while (await exporter.do("statistics"))["held"]:
-        await asyncio.sleep(0.002)
+    await until_statistic(exporter, "held", 0)
     side.pd.assert_nothing_leaked()
 
 
 @pytest.fixture
 def halted(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event]]:
-    """Every copy halts at its second piece: `reached` says that one does, `go_on` ends it."""
+    """Every copy of pieces halts at its second: `reached` says that one does, `go_on` ends it."""
     copy, pieces = finite._memmove, 0
     reached, go_on = threading.Event(), threading.Event()
 
     def halting(target: int, source: int, nbytes: int) -> int:
         nonlocal pieces
-        pieces += 1
-        if pieces == 2:
+        pieces += nbytes > 1000
+        if pieces == 2 and not reached.is_set():
             reached.set()
             assert go_on.wait(30)
         copied: int = copy(target, source, nbytes)
@@ -235,6 +233,23 @@ async def test_the_mapping_of_an_arena_that_is_let_go_stays_until_the_copy_has_e
     go_on.set()
     await until(lambda: not is_mapped(file))
     side.pd.assert_nothing_leaked()
+
+
+async def test_closing_waits_for_a_copy_and_its_exporter_is_told(
+    halted: tuple[threading.Event, threading.Event], side: Side, exporter: RemoteExporter
+) -> None:
+    reached, go_on = halted
+    await side.read(exporter.peer, "first", await exporter.export("first", 1000))
+    await until_statistic(exporter, "acked", 1)
+    task = asyncio.create_task(side.read(exporter.peer, "a", await exporter.export("a", NBYTES)))
+    await until(reached.is_set)
+    closing = asyncio.create_task(side.pd.agent.close(deadline_s=10))
+    for _ in range(20):  # an end that comes too early has time to come
+        await asyncio.sleep(0.005)
+    go_on.set()
+    await task
+    await closing
+    await until_statistic(exporter, "acked", 2)
 
 
 def is_mapped(file: str) -> bool:

@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from trtllm_mm_cache.errors import MmCacheError
+from trtllm_mm_cache.threads import shielded
 from trtllm_mm_cache.tiers.storage import StorageError
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Slots:
         try:
             with suppress(TimeoutError):  # no context for what is raised below: it knows the task
                 async with asyncio.timeout(deadline_s):
-                    return await asyncio.shield(asyncio.wrap_future(outcome))
+                    return await shielded(outcome)
             raise SlotTimeoutError(f"a tier has not answered within {deadline_s:.3g} s")  # noqa: TRY301
         except (SlotTimeoutError, asyncio.CancelledError):
             leave()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
@@ -46,6 +47,7 @@ class MappedReader(Reader):
         self._arenas: dict[str, MappedArena | None] = {}  # by identity, the oldest first; None: cannot be
         self._max_arenas = max_peers
         self._copying: set[object] = set()
+        self._acks: deque[tuple[PeerMetadata, bytes]] = deque()  # sent by `poll`, also while the agent ends
         self._looked_at = 0.0
         self.mapped = self.mapped_bytes = 0
         super().__init__(agent, max_peers=max_peers)
@@ -111,7 +113,7 @@ class MappedReader(Reader):
         deadline_s: float,
         finite_dtype: str | None,
     ) -> None:
-        acknowledge = partial(self._tell, peer, export.token.encode())
+        acknowledge = partial(self._acks.append, (peer, export.token.encode()))
         try:
             source = arena.local(export.address, export.nbytes)
         except SharedMemoryError as error:
@@ -122,8 +124,8 @@ class MappedReader(Reader):
 
         def cut_off() -> None:
             reservation.abandon()
-            self._copying.discard(work)
             acknowledge()
+            self._copying.discard(work)
 
         self._copying.add(work)
         # What is raised after it has no TimeoutError as context: that knows the task, and the task the error.
@@ -136,10 +138,10 @@ class MappedReader(Reader):
             raise TransferTimeoutError(
                 f"a copy of {export.nbytes} bytes was not done after {deadline_s:g} s; ask again"
             )
+        acknowledge()
         self._copying.discard(work)
         self.mapped += 1
         self.mapped_bytes += export.nbytes
-        acknowledge()
         self._judge(reservation, export, result[0], finite=result[1])
 
     def _arena_of(self, peer: PeerMetadata) -> MappedArena | None:
@@ -165,10 +167,16 @@ class MappedReader(Reader):
 
     def is_busy(self) -> bool:
         """Whether a READ is in flight, or a copy whose exporter is to be told."""
-        return bool(self._copying) or super().is_busy()
+        return bool(self._copying or self._acks) or super().is_busy()
 
     def poll(self, nixl: Any) -> float:
-        """Settle READs that ended, and let go of arenas whose process is gone."""
+        """Settle READs that ended, tell exporters of copies, let go of arenas whose process is gone."""
+        while self._acks:
+            peer, token = self._acks.popleft()
+            try:
+                self._table.notify(nixl, peer, token)
+            except TransferError as error:
+                logger.debug("an exporter could not be told of a copy's end: %s", error)
         now = time.monotonic()
         if now - self._looked_at > _ORPHANS_LOOKED_FOR_EACH_S:
             self._looked_at = now

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -22,14 +22,13 @@ from trtllm_mm_cache.errors import (
     TransferTimeoutError,
 )
 from trtllm_mm_cache.observability.metrics import counter, gauge, samples
+from trtllm_mm_cache.threads import shielded
 from trtllm_mm_cache.transfer.agent import TransferAgent
 from trtllm_mm_cache.transfer.messages import RELEASE, Export, PeerMetadata
 from trtllm_mm_cache.transfer.read import Read
 from trtllm_mm_cache.transfer.reads import ReadTable
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 DEFAULT_MAX_PEERS = 256
 
@@ -192,7 +191,7 @@ class Reader(Collector):
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(deadline_s):
-                    return await asyncio.shield(_awaitable(read.outcome))
+                    return await shielded(read.outcome)
         finally:
             del read  # as in `_fill`
         self.timed_out += 1
@@ -252,16 +251,6 @@ class Reader(Collector):
     def on_closed(self) -> None:
         """Answer those that wait for what the agent's end cut off."""
         self._table.on_closed()
-
-
-def _awaitable(outcome: Future[T]) -> asyncio.Future[T]:
-    """Return it for `asyncio.shield`, which forgets it when its caller leaves.
-
-    An error that comes after that is nobody's, and asyncio would log it as one that was never retrieved.
-    """
-    waiting = asyncio.wrap_future(outcome)
-    waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
-    return waiting
 
 
 def _log_failure(told: Future[None]) -> None:
