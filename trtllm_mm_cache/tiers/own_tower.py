@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 
 from prometheus_client import CollectorRegistry
@@ -51,6 +51,7 @@ from trtllm_mm_cache.tiers.intake import Intake
 
 _THREADS = 2
 _PREPARED_AT_A_TIME = 4
+_OWNER = "own tower"
 
 
 class OwnTower(Collector):
@@ -221,14 +222,12 @@ class OwnTower(Collector):
         return await self._intake.take(item, found, self._make_room)
 
     async def _make_room(self, item: MissingItem, nbytes: int) -> Reservation:
-        reserve = partial(
-            self._cache.reserve,
-            item.key.hex,
-            nbytes,
-            owner="own tower",
-            tag=item.scope.tag,
-            content=item.content,
-        )
+        key, tag, content = item.key.hex, item.scope.tag, item.content
+        with suppress(ArenaFullError, EntryTooLargeError):
+            at_once = self._cache.reserve_at_once(key, nbytes, owner=_OWNER, tag=tag, content=content)
+            if at_once is not None:
+                return at_once
+        reserve = partial(self._cache.reserve, key, nbytes, owner=_OWNER, tag=tag, content=content)
         # In a thread: making room may move other entries, which copies megabytes.
         return await in_thread(reserve, undo=Reservation.abandon)
 

@@ -41,6 +41,10 @@ class PromptExpander:
         """Return how many image tokens the text holds; each takes one row of the embedding."""
         return placeholder.count(self._image_token)
 
+    def tokens_of(self, text: str) -> list[int]:
+        """Return what the tokenizer makes of a text, with nothing added before or behind."""
+        return self._encode(text)
+
     def expand(
         self, token_ids: Sequence[int], prompt_text: str | None, placeholders: Sequence[str]
     ) -> list[int]:

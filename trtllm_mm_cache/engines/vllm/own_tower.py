@@ -109,7 +109,7 @@ class PixelPreparer:
         text = str(
             self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         )
-        if self._tokenizer(text, add_special_tokens=False)["input_ids"] != list(tokens):
+        if self._expander.tokens_of(text) != list(tokens):
             raise EmbeddingMismatchError("vLLM expands the placeholder to tokens that no text stands for")
         return text
 
