@@ -51,10 +51,10 @@ class Admission(Collector):
 
     Who is refused gets the error that `refusal` makes; none waits. `what` is admitted: requests, images that
     wait for their embeddings, incoming ones, texts by their characters, or requests for log probabilities of
-    their prompts. An item without bytes is never
-    refused for its bytes. One of more than `max_bytes` can never fit and gets the error that `too_large`
-    makes; where that is None, it is admitted while no other has bytes. With `room_for_small`, a quarter of
-    the bytes is kept for items of less than 1/256 of them, so that large ones do not keep those out.
+    their prompts. An item without bytes is never refused for its bytes. One of more than `max_bytes` can
+    never fit and gets the error that `too_large` makes; where that is None, it is admitted while no other has
+    bytes. With `room_for_small`, a quarter of the bytes is kept for items of less than 1/256 of them, so that
+    large ones do not keep those out.
 
     `items` and `nbytes` are under way now, `refused` counts since the start.
     """
