@@ -166,6 +166,23 @@ async def test_a_copy_that_is_cut_off_releases_the_export_and_the_extent(
     side.pd.assert_nothing_leaked()
 
 
+@pytest.mark.parametrize(("nbytes", "on_the_loop"), [(1024**2, True), (1024**2 + 64, False)])
+async def test_only_what_takes_no_longer_than_a_hand_over_is_copied_on_the_event_loop(
+    nbytes: int, on_the_loop: bool, side: Side, exporter: RemoteExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, threads = finite._memmove, set[str]()
+
+    def noting(target: int, source: int, nbytes: int) -> int:
+        threads.add(threading.current_thread().name)
+        copied: int = copy(target, source, nbytes)
+        return copied
+
+    monkeypatch.setattr(finite, "_memmove", noting)
+    await side.read(exporter.peer, "a", await exporter.export("a", nbytes))
+    assert len(threads) == 1
+    assert (threads == {threading.current_thread().name}) is on_the_loop
+
+
 @pytest.fixture
 def halted(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event]]:
     """Every copy of pieces halts at its second: `reached` says that one does, `go_on` ends it."""
